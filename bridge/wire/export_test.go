@@ -1,0 +1,7 @@
+package wire
+
+// Seams for tests in wire_test.
+var (
+	EscapeLevel   = escapeLevel
+	UnescapeLevel = unescapeLevel
+)
