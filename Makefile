@@ -1,0 +1,105 @@
+# Holdfast: `make` lists the targets. Nothing here needs root, and only `tools`, `lint`, `fmt` and a first
+# download of the modules need the module proxy.
+SHELL       := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+# The version is the git tag or commit, if there is a git folder to ask.
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
+LDFLAGS := -s -w -X main.version=$(VERSION)
+export GOFLAGS ?= -buildvcs=false
+
+# Knobs: make fuzz FUZZTIME=5m; make e2e E2E_CYCLES=50 E2E_SEED=7; make compare BASE=v0.1.0 BENCH=Append
+PKGS       ?= ./...
+FUZZTIME   ?= 20s
+E2E_CYCLES ?= 5
+E2E_SEED   ?=
+E2E_RUN    ?= .
+E2E_TIMEOUT ?= 20m
+CRASH_ROUNDS ?= 300
+BASE       ?= HEAD~1
+BENCH      ?= .
+COUNT      ?= 10
+SIM        ?= --broker mqtt://127.0.0.1:1883 --devices 20 --duration 20s
+BENCH_ARGS ?=
+
+.PHONY: help
+help: ## this list
+	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+.PHONY: build
+build: ## static binaries into bin/ (CGO_ENABLED=0)
+	CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/...
+
+.PHONY: test
+test: ## every test: no network, no root, no service, under two minutes
+	go test -timeout 110s $(PKGS)
+
+.PHONY: race
+race: ## every test under the race detector
+	go test -race -timeout 10m $(PKGS)
+
+.PHONY: lint
+lint: bin/tools/golangci-lint ## linters and import arrows (.golangci.yml)
+	bin/tools/golangci-lint run $(PKGS)
+
+.PHONY: fmt
+fmt: bin/tools/gofumpt bin/tools/goimports ## format every Go file
+	git ls-files -z '*.go' | xargs -0r bin/tools/gofumpt -w
+	git ls-files -z '*.go' | xargs -0r bin/tools/goimports -local holdfast -w
+
+.PHONY: fmt-check
+fmt-check: bin/tools/gofumpt bin/tools/goimports # fails and lists what `make fmt` would change
+	@bad=$$(git ls-files -z '*.go' | xargs -0r bin/tools/gofumpt -l; git ls-files -z '*.go' | xargs -0r bin/tools/goimports -local holdfast -l); \
+	if [ -n "$$bad" ]; then echo "not formatted (run make fmt):"; sort -u <<<"$$bad"; exit 1; fi
+
+.PHONY: fuzz
+fuzz: ## every fuzz target for FUZZTIME each (20s)
+	FUZZTIME=$(FUZZTIME) .ci/fuzz
+
+.PHONY: e2e
+e2e: build ## the real binary under kill -9, bad links, hostile clients (E2E_CYCLES=50: the long form)
+	HOLDFAST_E2E=1 HOLDFAST_BIN=$(CURDIR)/bin/holdfast E2E_CYCLES=$(E2E_CYCLES) E2E_SEED=$(E2E_SEED) \
+		go test -count=1 -v -timeout $(E2E_TIMEOUT) -run '$(E2E_RUN)' ./gateway/e2e/
+
+.PHONY: crash
+crash: ## power cuts in memory: clones of the store at random points (CRASH_ROUNDS=300)
+	CRASH_ROUNDS=$(CRASH_ROUNDS) go test -count=1 -timeout 20m -run 'Crash|PowerCut' ./spool/... ./internal/kv/... ./gateway/...
+
+.PHONY: bench
+bench: build ## the figures of docs/benchmarks.md with their ratios, in one run (under 10 minutes)
+	HOLDFAST_BIN=$(CURDIR)/bin/holdfast go run ./internal/bench $(BENCH_ARGS)
+
+.PHONY: compare
+compare: bin/tools/benchstat ## Go benchmarks of BASE (HEAD~1) against the work tree, through benchstat
+	BASE=$(BASE) BENCH='$(BENCH)' COUNT=$(COUNT) PKGS='$(PKGS)' .ci/compare
+
+.PHONY: cover
+cover: ## test coverage by package and in total
+	go test -timeout 10m -coverpkg=./... -coverprofile=coverage.out $(PKGS)
+	go tool cover -func=coverage.out | tail -1
+
+.PHONY: sim
+sim: build ## simulated devices against a running gateway (SIM="--broker … --devices …")
+	bin/firmware-sim $(SIM)
+
+.PHONY: demo
+demo: build ## see it work: devices, cuts, a crash, then the ledger
+	bin/holdfast demo
+
+.PHONY: tools
+tools: bin/tools/golangci-lint bin/tools/gofumpt bin/tools/goimports bin/tools/benchstat ## build the linter and the formatters
+
+.PHONY: clean
+clean: ## remove what the targets made
+	rm -rf bin dist coverage.out
+
+.PHONY: ci
+ci: fmt-check lint build race e2e ## what .ci/run runs
+
+# Tools are built from the module proxy by their own module files, so that their dependencies never meet ours.
+bin/tools/golangci-lint: .ci/lint.mod
+	CGO_ENABLED=0 go build -modfile=.ci/lint.mod -o $@ github.com/golangci/golangci-lint/v2/cmd/golangci-lint
+
+bin/tools/gofumpt bin/tools/goimports bin/tools/benchstat &: .ci/tools.mod
+	CGO_ENABLED=0 go build -modfile=.ci/tools.mod -o bin/tools/ mvdan.cc/gofumpt golang.org/x/tools/cmd/goimports golang.org/x/perf/cmd/benchstat
