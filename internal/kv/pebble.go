@@ -1,0 +1,134 @@
+package kv
+
+import (
+	"encoding/binary"
+	"fmt"
+	"math"
+
+	"github.com/cockroachdb/pebble/v2"
+)
+
+// FormatVersion is the version of everything below the key prefixes. A store written by a newer
+// holdfast is refused, never treated as damaged.
+// Written to disk: never renumber, never reuse.
+const FormatVersion = 1
+
+var formatKey = []byte{PrefixMeta, 'f', 'o', 'r', 'm', 'a', 't'}
+
+// ErrVersion is returned by Open for a store that a newer holdfast has written.
+var ErrVersion = fmt.Errorf("store was written by a newer holdfast (this one reads format %d): install that version or point gateway.data_dir elsewhere", FormatVersion)
+
+func (s *Store) checkFormat() error {
+	v, found, err := s.Get(formatKey)
+	if err != nil {
+		return err
+	}
+	if !found {
+		return s.db.Set(formatKey, binary.BigEndian.AppendUint32(nil, FormatVersion), pebble.Sync)
+	}
+	if len(v) != 4 || binary.BigEndian.Uint32(v) > FormatVersion {
+		return ErrVersion
+	}
+	return nil
+}
+
+// pebbleOptions are for a queue on a small box. Rows leave in the order in which they came, so
+// caches, filters and compactions have nothing to win, and memory is the scarce thing.
+func (s *Store) pebbleOptions() *pebble.Options {
+	log := pebbleLogger{s}
+	o := &pebble.Options{
+		FS: s.opt.FS,
+		// Named, not newest by default: 20 and later detect damage in the middle of the log, which
+		// older ones skip in silence with all that follows it.
+		FormatMajorVersion:          pebble.FormatNewest,
+		CacheSize:                   1 << 20,
+		MemTableSize:                8 << 20,
+		MemTableStopWritesThreshold: 3,
+		MaxOpenFiles:                200,
+		MaxManifestFileSize:         4 << 20,
+		// One table a lane and flush, moved down as it is: chunks are never rewritten.
+		L0CompactionThreshold:     2,
+		L0CompactionFileThreshold: 4000,
+		L0StopWritesThreshold:     64,
+		FlushSplitBytes:           1 << 40,
+		CompactionConcurrencyRange: func() (lower, upper int) {
+			return 1, 1
+		},
+		Logger:        log,
+		EventListener: s.events(log),
+	}
+	o.TargetFileSizes[0] = 16 << 20
+	o.Experimental.SpanPolicyFunc = cutTables
+	// Chunks are compressed before they come here, so that the log shrinks as well.
+	o.ApplyCompressionSettings(func() pebble.DBCompressionSettings { return pebble.DBCompressionNone })
+	return o
+}
+
+// cutTables ends a table where a lane's chunks end: tables of different lanes never overlap, so
+// none is rewritten for another's sake, and a lane's oldest tables can be dropped whole.
+func cutTables(start []byte) (pebble.SpanPolicy, []byte, error) {
+	switch {
+	case len(start) == 0 || start[0] < PrefixData:
+		return pebble.SpanPolicy{}, []byte{PrefixData}, nil
+	case start[0] > PrefixData:
+		return pebble.SpanPolicy{}, nil, nil
+	case len(start) == 1:
+		return pebble.SpanPolicy{}, []byte{PrefixData, 0}, nil
+	case start[1] == math.MaxUint8:
+		return pebble.SpanPolicy{}, []byte{PrefixData + 1}, nil
+	default:
+		return pebble.SpanPolicy{}, []byte{PrefixData, start[1] + 1}, nil
+	}
+}
+
+func (s *Store) events(log pebbleLogger) *pebble.EventListener {
+	l := s.opt.Log
+	e := &pebble.EventListener{
+		WALCreated: func(i pebble.WALCreateInfo) {
+			if i.Err == nil {
+				s.memtable.Add(1) // a new log goes with each new memtable
+			}
+		},
+		FlushEnd: func(i pebble.FlushInfo) {
+			if i.Err == nil && !i.Ingest {
+				s.flushed.Add(uint64(i.Input))
+			}
+		},
+		BackgroundError: func(err error) {
+			s.m.backgroundErrors.Inc()
+			l.Warn("store background work stalls", "err", err)
+		},
+		DataCorruption: func(i pebble.DataCorruptionInfo) {
+			s.m.corruptions.Inc()
+			l.Error("store data damaged", "file", i.Path, "err", i.Details)
+		},
+		DiskSlow: func(i pebble.DiskSlowInfo) {
+			l.Warn("disk is slow", "file", i.Path, "waited_ms", i.Duration.Milliseconds())
+		},
+		LowDiskSpace: func(i pebble.LowDiskSpaceInfo) {
+			l.Warn("disk space is low", "free_bytes", i.AvailBytes, "total_bytes", i.TotalBytes)
+		},
+		WriteStallBegin: func(i pebble.WriteStallBeginInfo) {
+			s.m.stalls.Inc()
+			l.Debug("store stalls writes", "reason", i.Reason)
+		},
+	}
+	e.EnsureDefaults(log) // after our own: it fills only what is missing
+	return e
+}
+
+// pebbleLogger turns Pebble's own words into slog's. Infof is left out: it is about single tables.
+type pebbleLogger struct{ s *Store }
+
+func (l pebbleLogger) Infof(string, ...any) {}
+
+func (l pebbleLogger) Errorf(format string, args ...any) {
+	l.s.opt.Log.Warn("store reports an error", "err", fmt.Sprintf(format, args...))
+}
+
+// Fatalf is how Pebble reports a log that cannot be written or synced. If it returned, the
+// commit would count as done, so it never does: the process ends by the Fatal hook.
+func (l pebbleLogger) Fatalf(format string, args ...any) {
+	l.s.fail(fmt.Errorf(format, args...))
+	select {}
+}

@@ -1,0 +1,533 @@
+package kv
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/cockroachdb/pebble/v2"
+	"github.com/cockroachdb/pebble/v2/vfs"
+)
+
+// MaxGroupBytes bounds what one commit may carry. It stays well below half a memtable: Pebble
+// would turn a larger batch into a memtable of its own. A writer that finds the open group this
+// full waits, so at most three groups (open, being written, being synced) are in memory.
+const MaxGroupBytes = 2 << 20
+
+// ErrBusy is returned to a writer that asked not to wait while the open group is full.
+var ErrBusy = errors.New("store is busy")
+
+// Participant gathers records of its own in the open group and writes them with it.
+// There is one: the spool. Other parts write rows with Apply.
+type Participant interface {
+	// Seal takes what has gathered since the last Seal, under the store's lock, and returns
+	// it; it comes back in Stage and Committed.
+	Seal() any
+	// Stage writes what Seal returned into w. It runs on the commit goroutine, without the lock.
+	Stage(sealed any, w Writer) error
+	// Committed is called after the fsync, before the group's Done calls (with
+	// Durability Interval: after the fsync that follows them), in the order of the groups.
+	Committed(sealed any, memtable uint64)
+}
+
+// Writer adds rows to the batch that is being committed.
+type Writer interface {
+	Set(key, value []byte)
+	Delete(key []byte)
+}
+
+// Store is the gateway's one Pebble store. All methods may be called from many goroutines.
+type Store struct {
+	db  *pebble.DB
+	opt Options
+	m   *metrics
+
+	mu     sync.Mutex // guards what follows
+	room   sync.Cond  // broadcast when the open group was sealed or the store failed
+	open   *Group
+	spare  *Group // an empty group to open next
+	part   Participant
+	closed bool
+	failed error
+
+	onGroup []func()      // written before traffic, read by the completer
+	wake    chan struct{} // cap 1: the open group has something in it
+	sealed  chan *Group   // committer -> completer; unbuffered, so that two commits are under way at most
+	done    sync.WaitGroup
+	syncNS  atomic.Int64 // moving average of the fsync's time, ns
+
+	memtable atomic.Uint64 // number of the mutable memtable
+	flushed  atomic.Uint64 // every memtable up to this one is in tables
+
+	closeOnce sync.Once
+	closeErr  error
+}
+
+// Open opens or makes the store in dir and starts its commit goroutines. Close ends them.
+func Open(dir string, o Options) (*Store, error) {
+	if o.FS == nil {
+		o.FS = vfs.Default
+	}
+	if o.Log == nil {
+		return nil, errors.New("open store: no logger")
+	}
+	if o.SyncInterval <= 0 {
+		o.SyncInterval = 100 * time.Millisecond
+	}
+	s := &Store{
+		opt:    o,
+		m:      newMetrics(o.Metrics),
+		wake:   make(chan struct{}, 1),
+		sealed: make(chan *Group),
+	}
+	s.room.L = &s.mu
+	db, err := pebble.Open(dir, s.pebbleOptions())
+	if err != nil {
+		return nil, fmt.Errorf("open store %q: %w", dir, err)
+	}
+	s.db = db
+	// What recovery flushed or created does not count: only memtables of this run are told apart.
+	s.memtable.Store(1)
+	s.flushed.Store(0)
+	if err := s.checkFormat(); err != nil {
+		return nil, errors.Join(err, db.Close())
+	}
+	s.open = &Group{s: s, batch: db.NewBatch()}
+	s.done.Add(2)
+	go s.commitLoop()
+	go s.completeLoop()
+	return s, nil
+}
+
+// Join makes p take part in every group commit. Call it once, before traffic.
+func (s *Store) Join(p Participant) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.part != nil {
+		panic("kv: a second participant joined the group commit")
+	}
+	s.part = p
+}
+
+// OnGroup registers fn to run after the Done calls of each group, on their goroutine.
+// Call it before traffic.
+func (s *Store) OnGroup(fn func()) { s.onGroup = append(s.onGroup, fn) }
+
+// Group is the commit that is gathering. Begin hands it out with the store locked; End unlocks.
+// In between nothing may block.
+type Group struct {
+	s      *Store
+	batch  *pebble.Batch
+	size   int // bytes gathered, the participant's included
+	dones  []completion
+	sealed any
+	began  time.Time
+	// memtable is the one that took the batch: read right after it was applied, by the only writer.
+	memtable uint64
+}
+
+type completion struct {
+	done       Done
+	token, seq uint64
+}
+
+// Begin locks the store and returns the open group. While the group is full it waits, or
+// returns ErrBusy if it may not. After an error there is nothing to End.
+func (s *Store) Begin(mayWait bool) (*Group, error) {
+	s.mu.Lock()
+	for {
+		switch {
+		case s.failed != nil:
+			err := s.failed
+			s.mu.Unlock()
+			return nil, err
+		case s.closed:
+			s.mu.Unlock()
+			return nil, ErrClosed
+		case s.open.size < MaxGroupBytes:
+			return s.open, nil
+		case !mayWait:
+			s.mu.Unlock()
+			return nil, ErrBusy
+		}
+		s.room.Wait()
+	}
+}
+
+// Set adds or replaces a row. key and value are copied.
+func (g *Group) Set(key, value []byte) {
+	_ = g.batch.Set(key, value, nil) // fails only on a closed batch
+	g.size += len(key) + len(value)
+}
+
+// Delete removes a row.
+func (g *Group) Delete(key []byte) {
+	_ = g.batch.Delete(key, nil)
+	g.size += len(key)
+}
+
+// Ops adds rows in the given order.
+func (g *Group) Ops(ops []Op) {
+	for i := range ops {
+		if ops[i].Delete {
+			g.Delete(ops[i].Key)
+		} else {
+			g.Set(ops[i].Key, ops[i].Value)
+		}
+	}
+}
+
+// Grow counts n bytes that the participant has gathered.
+func (g *Group) Grow(n int) { g.size += n }
+
+// Done has d told how the group ended. Calls keep the order in which they were asked for.
+func (g *Group) Done(d Done, token, seq uint64) {
+	g.dones = append(g.dones, completion{d, token, seq})
+}
+
+// End unlocks the store and has the group committed.
+func (g *Group) End() {
+	s := g.s
+	s.mu.Unlock()
+	select {
+	case s.wake <- struct{}{}:
+	default:
+	}
+}
+
+// Apply hands in rows that are committed together with the next group; done may be nil.
+// It waits while too much is under way. An error means that nothing was taken.
+func (s *Store) Apply(ops []Op, done Done, token uint64) error {
+	g, err := s.Begin(true)
+	if err != nil {
+		return err
+	}
+	g.Ops(ops)
+	if done != nil {
+		g.Done(done, token, 0)
+	}
+	g.End()
+	return nil
+}
+
+// ApplyWait is Apply and waits for the commit.
+func (s *Store) ApplyWait(ops []Op) error {
+	w := make(waiter, 1)
+	if err := s.Apply(ops, w, 0); err != nil {
+		return err
+	}
+	return <-w
+}
+
+// Flush waits until everything handed in before it is committed.
+func (s *Store) Flush() error { return s.ApplyWait(nil) }
+
+type waiter chan error
+
+func (w waiter) Done(_, _ uint64, err error) { w <- err }
+
+// Get returns a copy of a committed row's value. A row may be seen shortly before its fsync.
+func (s *Store) Get(key []byte) (value []byte, found bool, err error) {
+	v, closer, err := s.db.Get(key)
+	switch {
+	case errors.Is(err, pebble.ErrNotFound):
+		return nil, false, nil
+	case err != nil:
+		return nil, false, fmt.Errorf("get row %x: %w", key, err)
+	}
+	value = append([]byte{}, v...)
+	return value, true, closer.Close()
+}
+
+// Scan calls fn for each row whose key starts with prefix, in key order, until fn fails.
+// The slices are valid during the call.
+func (s *Store) Scan(prefix []byte, fn func(key, value []byte) error) (err error) {
+	it, err := s.Iter(prefix, PrefixEnd(prefix))
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, it.Close()) }()
+	for it.First(); it.Valid(); it.Next() {
+		v, err := it.ValueAndErr()
+		if err != nil {
+			return fmt.Errorf("scan rows %x: %w", prefix, err)
+		}
+		if err := fn(it.Key(), v); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// PrefixEnd returns the first key after all keys that start with prefix.
+func PrefixEnd(prefix []byte) []byte {
+	end := append([]byte{}, prefix...)
+	for i := len(end) - 1; i >= 0; i-- {
+		end[i]++
+		if end[i] != 0 {
+			return end[:i+1]
+		}
+	}
+	return nil
+}
+
+// Iter opens an iterator over [start, end). An open iterator keeps deleted tables on disk: close it soon.
+func (s *Store) Iter(start, end []byte) (*pebble.Iterator, error) {
+	return s.db.NewIter(&pebble.IterOptions{LowerBound: start, UpperBound: end})
+}
+
+// Excise removes [start, end) at once and for good: no tombstone, no compaction, and the tables
+// that held only such rows leave the disk. It is meant for rows that are in tables already
+// (see Memtable); rows in a memtable would force a flush. It is durable when it returns, so
+// whatever says that these rows are no longer needed has to be durable before the call.
+func (s *Store) Excise(start, end []byte) error {
+	err := s.db.Excise(context.Background(), pebble.KeyRange{Start: start, End: end})
+	if err != nil {
+		return fmt.Errorf("excise rows %x to %x: %w", start, end, err)
+	}
+	s.m.excises.Inc()
+	return nil
+}
+
+// Memtable tells which memtable takes writes now (they are numbered from 1 in each run) and up
+// to which one all are in tables. Rows of the mutable memtable are the only ones for which a
+// delete costs nothing: row and tombstone meet before either is written to a table.
+func (s *Store) Memtable() (mutable, flushed uint64) {
+	return s.memtable.Load(), s.flushed.Load()
+}
+
+// WriteAmplification returns bytes written by Pebble (log, flushes, compactions) since Open.
+func (s *Store) WriteAmplification() (wal, flushed, compacted uint64) {
+	m := s.db.Metrics()
+	for i := range m.Levels {
+		flushed += m.Levels[i].TableBytesFlushed
+		compacted += m.Levels[i].TableBytesCompacted
+	}
+	return m.WAL.BytesWritten, flushed, compacted
+}
+
+// DiskBytes returns what the store takes on disk.
+func (s *Store) DiskBytes() uint64 { return s.db.Metrics().DiskSpaceUsage() }
+
+// commitLoop is the only writer of the store.
+func (s *Store) commitLoop() {
+	defer s.done.Done()
+	defer close(s.sealed)
+	var last time.Time // start of the last commit
+	for {
+		<-s.wake
+		if d := s.linger() - time.Since(last); d > 0 {
+			time.Sleep(d) //nolint:forbidigo // the pause is the point: it gathers more for one fsync
+		}
+		last = time.Now()
+		g, closing := s.seal()
+		if g != nil {
+			s.write(g)
+		}
+		if closing {
+			return
+		}
+	}
+}
+
+// linger is the least time between the starts of two commits. A disk that syncs in well under a
+// millisecond gets none. On slow flash half a sync's time, 5 ms at most, makes one larger write
+// out of two small ones, which costs little latency and halves the wear.
+func (s *Store) linger() time.Duration {
+	avg := time.Duration(s.syncNS.Load())
+	if avg < time.Millisecond || s.opt.Durability == Interval {
+		return 0
+	}
+	return min(avg/2, 5*time.Millisecond)
+}
+
+func (s *Store) seal() (*Group, bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	g := s.open
+	if s.part != nil {
+		g.sealed = s.part.Seal()
+	}
+	if g.size == 0 && len(g.dones) == 0 && g.sealed == nil {
+		return nil, s.closed
+	}
+	next := s.spare
+	s.spare = nil
+	if next == nil {
+		next = &Group{s: s}
+	}
+	next.batch = s.db.NewBatch()
+	s.open = next
+	s.room.Broadcast()
+	return g, s.closed
+}
+
+func (s *Store) write(g *Group) {
+	g.began = time.Now()
+	err := s.failure()
+	if err == nil && g.sealed != nil {
+		err = s.part.Stage(g.sealed, writer{g.batch})
+	}
+	if err == nil {
+		if g.batch.Empty() {
+			// Nothing to store: the group only waits for its place in the order.
+			g.batch.Close()
+			g.batch = nil
+		} else {
+			if s.opt.Durability == Fsync {
+				err = s.db.ApplyNoSyncWait(g.batch, pebble.Sync)
+			} else {
+				err = s.db.Apply(g.batch, pebble.NoSync)
+			}
+			g.memtable = s.memtable.Load()
+		}
+	}
+	if err != nil {
+		s.fail(fmt.Errorf("write group commit: %w", err))
+	}
+	s.sealed <- g
+}
+
+type writer struct{ b *pebble.Batch }
+
+func (w writer) Set(key, value []byte) { _ = w.b.Set(key, value, nil) }
+func (w writer) Delete(key []byte)     { _ = w.b.Delete(key, nil) }
+
+// completeLoop waits for each group's fsync and tells those who wait for it, in order.
+func (s *Store) completeLoop() {
+	defer s.done.Done()
+	var (
+		unsynced []*Group // Interval: told, not yet synced
+		tick     <-chan time.Time
+	)
+	if s.opt.Durability == Interval {
+		t := time.NewTicker(s.opt.SyncInterval)
+		defer t.Stop()
+		tick = t.C
+	}
+	syncAll := func() {
+		if len(unsynced) == 0 {
+			return
+		}
+		if err := s.db.LogData(nil, pebble.Sync); err != nil {
+			s.fail(fmt.Errorf("sync write-ahead log: %w", err))
+		}
+		for _, g := range unsynced {
+			if s.failure() == nil && s.part != nil && g.sealed != nil {
+				s.part.Committed(g.sealed, g.memtable)
+			}
+			s.recycle(g)
+		}
+		clear(unsynced)
+		unsynced = unsynced[:0]
+	}
+	for {
+		select {
+		case <-tick:
+			syncAll()
+		case g, ok := <-s.sealed:
+			if !ok {
+				syncAll()
+				return
+			}
+			s.complete(g)
+			if s.opt.Durability == Interval {
+				unsynced = append(unsynced, g)
+			} else {
+				s.recycle(g)
+			}
+		}
+	}
+}
+
+func (s *Store) complete(g *Group) {
+	if g.batch != nil && s.opt.Durability == Fsync && s.failure() == nil {
+		start := time.Now()
+		if err := g.batch.SyncWait(); err != nil {
+			s.fail(fmt.Errorf("sync group commit: %w", err))
+		}
+		took := time.Since(start)
+		avg := s.syncNS.Load()
+		s.syncNS.Store(avg + (int64(took)-avg)/16)
+	}
+	err := s.failure()
+	s.m.groups.Inc()
+	s.m.commit.Observe(time.Since(g.began).Seconds())
+	if err == nil && s.part != nil && g.sealed != nil && s.opt.Durability == Fsync {
+		s.part.Committed(g.sealed, g.memtable)
+	}
+	for i := range g.dones {
+		c := &g.dones[i]
+		c.done.Done(c.token, c.seq, err)
+	}
+	for _, fn := range s.onGroup {
+		fn()
+	}
+}
+
+func (s *Store) recycle(g *Group) {
+	if g.batch != nil && s.failure() == nil {
+		g.batch.Close()
+	}
+	clear(g.dones)
+	g.dones = g.dones[:0]
+	if cap(g.dones) > 16<<10 {
+		g.dones = nil // a burst's table is not kept for ever
+	}
+	g.batch, g.sealed, g.size = nil, nil, 0
+	s.mu.Lock()
+	if s.spare == nil {
+		s.spare = g
+	}
+	s.mu.Unlock()
+}
+
+func (s *Store) failure() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.failed
+}
+
+// fail ends the store: a failed write or sync is never tried again and never acknowledged over,
+// because nobody knows what the disk has kept (the kernel drops the error with the page).
+func (s *Store) fail(err error) {
+	s.mu.Lock()
+	first := s.failed == nil
+	if first {
+		s.failed = err
+	}
+	s.room.Broadcast()
+	s.mu.Unlock()
+	if first {
+		s.opt.Log.Error("store failed", "err", err)
+		if s.opt.Fatal != nil {
+			s.opt.Fatal(err)
+		}
+	}
+}
+
+// Close commits what was handed in, ends the goroutines and closes Pebble. Later calls return
+// what the first returned. After a failure it leaves Pebble open: the process has to end, and
+// the next start recovers.
+func (s *Store) Close() error {
+	s.closeOnce.Do(func() {
+		s.mu.Lock()
+		s.closed = true
+		s.room.Broadcast()
+		s.mu.Unlock()
+		select {
+		case s.wake <- struct{}{}:
+		default:
+		}
+		s.done.Wait()
+		if s.closeErr = s.failure(); s.closeErr != nil {
+			return
+		}
+		s.open.batch.Close()
+		s.closeErr = s.db.Close()
+	})
+	return s.closeErr
+}
