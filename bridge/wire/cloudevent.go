@@ -1,12 +1,10 @@
 package wire
 
 import (
-	"bytes"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"net/url"
 	"strconv"
 	"strings"
@@ -234,201 +232,199 @@ type CloudEvent struct {
 	Replayed bool
 }
 
-// DecodeCloudEvent reads an event that AppendCloudEvent has written, strictly: attributes once each, all that the
-// message needs, and in agreement with each other. Unknown extension attributes are skipped.
-// Other types and later specversions are ErrVersion.
+// eventJSON is an event as its bytes say it; nil and "" stand for what is missing.
+type eventJSON struct {
+	SpecVersion   string          `json:"specversion"`
+	ID            string          `json:"id"`
+	Source        string          `json:"source"`
+	Type          string          `json:"type"`
+	Subject       string          `json:"subject"`
+	Time          *time.Time      `json:"time"` // its UnmarshalJSON is strict RFC 3339
+	Sequence      string          `json:"sequence"`
+	Lane          string          `json:"lane"`
+	ClockState    string          `json:"clockstate"`
+	Replayed      *bool           `json:"replayed"`
+	QoS           *int            `json:"qos"`
+	Retain        bool            `json:"retain"`
+	Dup           bool            `json:"dup"`
+	Will          bool            `json:"will"`
+	ContentType   string          `json:"datacontenttype"`
+	ResponseTopic string          `json:"responsetopic"`
+	Correlation   *string         `json:"correlationdata"`
+	User          string          `json:"userproperties"`
+	PayloadFormat uint8           `json:"payloadformat"`
+	Expiry        *time.Time      `json:"expirytime"`
+	Data          json.RawMessage `json:"data"`
+	DataBase64    *string         `json:"data_base64"`
+}
+
+// DecodeCloudEvent reads an event that AppendCloudEvent has written, strictly: every attribute
+// once, all that the message needs, and in agreement with each other. Unknown extension
+// attributes are skipped. Later specversions and types are ErrVersion, all else is ErrFormat.
 func DecodeCloudEvent(b []byte) (*CloudEvent, error) {
-	attrs, err := decodeObject(b)
-	if err != nil {
+	var j eventJSON
+	if err := json.Unmarshal(b, &j); err != nil {
 		return nil, fmt.Errorf("cloudevent: %w: %v", ErrFormat, err)
 	}
-	d := attrDecoder{attrs: attrs}
-	ev := new(CloudEvent)
-	id := d.text("id", true)
-	if v := d.text("specversion", true); v != "1.0" && v != "" {
-		return nil, fmt.Errorf("cloudevent %.200q: specversion %.40q: %w", id, v, ErrVersion)
+	if err := checkNames(b); err != nil {
+		return nil, fmt.Errorf("cloudevent %.200q: %w: %v", j.ID, ErrFormat, err)
 	}
-	if t := d.text("type", true); t != CloudEventType && t != "" {
-		if strings.HasPrefix(t, "holdfast.message.") {
-			return nil, fmt.Errorf("cloudevent %.200q: type %.80q: %w", id, t, ErrVersion)
-		}
-		return nil, fmt.Errorf("cloudevent %.200q: %w: type %.80q is not %s", id, ErrFormat, t, CloudEventType)
+	if j.SpecVersion != "1.0" && j.SpecVersion != "" {
+		return nil, fmt.Errorf("cloudevent %.200q: specversion %.40q: %w", j.ID, j.SpecVersion, ErrVersion)
 	}
-	d.check("id", func() (err error) { ev.ID, err = ParseID(id); return err })
-	d.check("source", func() (err error) { ev.Message.Device, err = parseSource(d.text("source", true), ev.ID.Gateway); return err })
-	ev.Message.Topic = d.text("subject", true)
-	ev.Message.Received = d.time("time", true)
-	if seq := d.text("sequence", true); seq != string(appendSequence(nil, ev.ID.Seq)) {
-		d.fail("sequence", fmt.Errorf("%.40q does not agree with the id", seq))
+	if j.Type != CloudEventType && strings.HasPrefix(j.Type, "holdfast.message.v") {
+		return nil, fmt.Errorf("cloudevent %.200q: type %.80q: %w", j.ID, j.Type, ErrVersion)
 	}
-	if lane := d.text("lane", true); lane != ev.ID.Lane {
-		d.fail("lane", fmt.Errorf("%.80q does not agree with the id", lane))
-	}
-	switch s := d.text("clockstate", true); s {
-	case ClockSynced:
-	case ClockUnsynced:
-		ev.Message.Flags |= FlagClockUnsynced
-	default:
-		d.fail("clockstate", fmt.Errorf("%.40q is neither %s nor %s", s, ClockSynced, ClockUnsynced))
-	}
-	d.value("replayed", true, &ev.Replayed)
-	qos := 0
-	d.value("qos", true, &qos)
-	if qos < 0 || qos > 2 {
-		d.fail("qos", fmt.Errorf("%d is none", qos))
-	}
-	ev.Message.Flags |= Flags(qos)
-	for name, flag := range map[string]Flags{"retain": FlagRetain, "dup": FlagDup, "will": FlagWill} {
-		set := false
-		if d.value(name, false, &set); set {
-			ev.Message.Flags |= flag
-		}
-	}
-	d.props(&ev.Message)
-	d.data(&ev.Message)
-	if d.err != nil {
-		return nil, fmt.Errorf("cloudevent %.200q: %w: %v", id, ErrFormat, d.err)
+	ev, err := j.event()
+	if err != nil {
+		return nil, fmt.Errorf("cloudevent %.200q: %w: %v", j.ID, ErrFormat, err)
 	}
 	return ev, nil
 }
 
-// decodeObject reads one JSON object and refuses a name that stands there twice, and what follows
-// the object. encoding/json alone would take the last one, and match "ID" with "id".
-func decodeObject(b []byte) (map[string]json.RawMessage, error) {
-	dec := json.NewDecoder(bytes.NewReader(b))
-	t, err := dec.Token()
+func (j *eventJSON) event() (*CloudEvent, error) {
+	id, err := ParseID(j.ID)
 	if err != nil {
 		return nil, err
 	}
-	if t != json.Delim('{') {
-		return nil, errors.New("not a JSON object")
-	}
-	attrs := make(map[string]json.RawMessage, 16)
-	for dec.More() {
-		t, err := dec.Token()
-		if err != nil {
-			return nil, err
-		}
-		name, _ := t.(string)
-		if _, twice := attrs[name]; twice {
-			return nil, fmt.Errorf("%.40q stands there twice", name)
-		}
-		var v json.RawMessage
-		if err := dec.Decode(&v); err != nil {
-			return nil, err
-		}
-		attrs[name] = v
-	}
-	if _, err := dec.Token(); err != nil {
+	device, err := parseSource(j.Source, id.Gateway)
+	if err != nil {
 		return nil, err
 	}
-	if _, err := dec.Token(); err != io.EOF {
-		return nil, errors.New("something follows the object")
+	switch {
+	case j.SpecVersion == "":
+		return nil, errors.New("specversion is missing")
+	case j.Type != CloudEventType:
+		return nil, fmt.Errorf("type %.80q is not %s", j.Type, CloudEventType)
+	case j.Subject == "":
+		return nil, errors.New("subject is missing")
+	case j.Time == nil:
+		return nil, errors.New("time is missing")
+	case j.Sequence != string(appendSequence(nil, id.Seq)):
+		return nil, fmt.Errorf("sequence %.40q does not agree with the id", j.Sequence)
+	case j.Lane != id.Lane:
+		return nil, fmt.Errorf("lane %.80q does not agree with the id", j.Lane)
+	case j.ClockState != ClockSynced && j.ClockState != ClockUnsynced:
+		return nil, fmt.Errorf("clockstate %.40q is neither %s nor %s", j.ClockState, ClockSynced, ClockUnsynced)
+	case j.Replayed == nil:
+		return nil, errors.New("replayed is missing")
+	case j.QoS == nil || *j.QoS < 0 || *j.QoS > 2:
+		return nil, errors.New("qos is not 0, 1 or 2")
 	}
-	return attrs, nil
-}
-
-// attrDecoder takes attributes and keeps the first error.
-type attrDecoder struct {
-	attrs map[string]json.RawMessage
-	err   error
-}
-
-func (d *attrDecoder) fail(name string, err error) {
-	if d.err == nil {
-		d.err = fmt.Errorf("%s: %w", name, err)
-	}
-}
-
-func (d *attrDecoder) check(name string, fn func() error) {
-	if d.err != nil {
-		return
-	}
-	if err := fn(); err != nil {
-		d.fail(name, err)
-	}
-}
-
-// value reads an attribute. A null is an attribute that is not there (CloudEvents JSON format 1.0 §2.2).
-func (d *attrDecoder) value(name string, required bool, to any) bool {
-	raw, ok := d.attrs[name]
-	if !ok || string(raw) == "null" {
-		if required {
-			d.fail(name, errors.New("is missing"))
+	ev := &CloudEvent{ID: id, Replayed: *j.Replayed, Message: Message{
+		Received: j.Time.UnixMilli(), Device: device, Topic: j.Subject, Flags: Flags(*j.QoS),
+	}}
+	for flag, set := range map[Flags]bool{FlagRetain: j.Retain, FlagDup: j.Dup, FlagWill: j.Will, FlagClockUnsynced: j.ClockState == ClockUnsynced} {
+		if set {
+			ev.Message.Flags |= flag
 		}
-		return false
 	}
-	if err := json.Unmarshal(raw, to); err != nil {
-		d.fail(name, err)
-		return false
+	if ev.Message.Props, err = j.props(ev.Message.Received); err != nil {
+		return nil, err
 	}
-	return true
+	ev.Message.Payload, err = j.payload()
+	return ev, err
 }
 
-func (d *attrDecoder) text(name string, required bool) (s string) {
-	d.value(name, required, &s)
-	return s
-}
-
-func (d *attrDecoder) time(name string, required bool) int64 {
-	var t time.Time // UnmarshalJSON is strict RFC 3339
-	if !d.value(name, required, &t) {
-		return 0
+func (j *eventJSON) props(received int64) (*Props, error) {
+	p := Props{ContentType: j.ContentType, ResponseTopic: j.ResponseTopic, Format: j.PayloadFormat}
+	if j.Correlation != nil {
+		var err error
+		if p.Correlation, err = base64.StdEncoding.Strict().DecodeString(*j.Correlation); err != nil {
+			return nil, fmt.Errorf("correlationdata: %w", err)
+		}
 	}
-	return t.UnixMilli()
-}
-
-func (d *attrDecoder) props(m *Message) {
-	p := Props{ContentType: d.text("datacontenttype", false), ResponseTopic: d.text("responsetopic", false)}
-	if s := ""; d.value("correlationdata", false, &s) {
-		d.check("correlationdata", func() (err error) { p.Correlation, err = base64.StdEncoding.Strict().DecodeString(s); return err })
-	}
-	if s := ""; d.value("userproperties", false, &s) {
-		d.check("userproperties", func() error {
-			var list [][]string
-			if err := json.Unmarshal([]byte(s), &list); err != nil {
-				return err
+	if j.User != "" {
+		var list [][]string
+		if err := json.Unmarshal([]byte(j.User), &list); err != nil {
+			return nil, fmt.Errorf("userproperties: %w", err)
+		}
+		for _, kv := range list {
+			if len(kv) != 2 {
+				return nil, errors.New("userproperties is not a list of pairs")
 			}
-			for _, kv := range list {
-				if len(kv) != 2 {
-					return errors.New("not a list of pairs")
-				}
-				p.User = append(p.User, [2]string{kv[0], kv[1]})
-			}
-			return nil
-		})
+			p.User = append(p.User, [2]string(kv))
+		}
 	}
-	d.value("payloadformat", false, &p.Format)
-	if at := d.time("expirytime", false); at != 0 {
-		left := (at - m.Received) / 1000
+	if j.Expiry != nil {
+		left := (j.Expiry.UnixMilli() - received) / 1000
 		if left < 1 || left > 1<<32-1 {
-			d.fail("expirytime", errors.New("is not after time, or too far"))
+			return nil, fmt.Errorf("expirytime %s is not after time, or too far", j.Expiry.Format(time.RFC3339))
 		}
 		p.Expiry = uint32(left)
 	}
-	if p.ContentType != "" || p.ResponseTopic != "" || p.Correlation != nil || p.User != nil || p.Format != 0 || p.Expiry != 0 {
-		m.Props = &p
+	if p.ContentType == "" && p.ResponseTopic == "" && p.Correlation == nil && p.User == nil && p.Format == 0 && p.Expiry == 0 {
+		return nil, nil
 	}
+	return &p, nil
 }
 
-// data reads the payload: the value of data as it stands when the content type is JSON, else what data_base64 holds.
-func (d *attrDecoder) data(m *Message) {
-	raw, ok := d.attrs["data"]
-	if string(raw) == "null" {
-		ok = false
-	}
-	s := ""
-	binary := d.value("data_base64", false, &s)
+// payload is data as it stands if the content type is JSON, else what data_base64 holds.
+func (j *eventJSON) payload() ([]byte, error) {
+	data := len(j.Data) > 0 && string(j.Data) != "null"
 	switch {
-	case ok && binary:
-		d.fail("data", errors.New("stands beside data_base64"))
-	case binary:
-		d.check("data_base64", func() (err error) { m.Payload, err = base64.StdEncoding.Strict().DecodeString(s); return err })
-	case ok && (m.Props == nil || !isJSON(m.Props.ContentType)):
-		d.fail("data", errors.New("is JSON, but datacontenttype is not"))
-	case ok:
-		m.Payload = raw
+	case data && j.DataBase64 != nil:
+		return nil, errors.New("data and data_base64 exclude each other")
+	case data && !isJSON(j.ContentType):
+		return nil, fmt.Errorf("data is JSON, but datacontenttype is %.80q", j.ContentType)
+	case data:
+		return j.Data, nil
+	case j.DataBase64 != nil:
+		b, err := base64.StdEncoding.Strict().DecodeString(*j.DataBase64)
+		if err != nil {
+			return nil, fmt.Errorf("data_base64: %w", err)
+		}
+		return b, nil
 	}
+	return nil, nil
+}
+
+// maxAttributes is far more than any event has.
+const maxAttributes = 100
+
+// checkNames refuses what encoding/json lets pass: a name that stands there twice, and a name in
+// other letters than CloudEvents allows, which it would take for the name in small ones.
+// b is valid JSON; anything but an object has no names, and lacks all that is required.
+func checkNames(b []byte) error {
+	names := make([][]byte, 0, 32)
+	depth, isName := 0, false
+	for i := 0; i < len(b); i++ {
+		switch b[i] {
+		case '{', '[':
+			depth++
+			isName = depth == 1
+		case '}', ']':
+			depth--
+		case ',':
+			isName = depth == 1
+		case '"':
+			start := i + 1
+			for i = start; b[i] != '"'; i++ {
+				if b[i] == '\\' {
+					i++
+				}
+			}
+			if !isName {
+				continue
+			}
+			isName = false
+			name := b[start:i]
+			for _, c := range name {
+				if (c < 'a' || c > 'z') && (c < '0' || c > '9') && c != '_' {
+					return fmt.Errorf("attribute name %.40q has other characters than a-z and 0-9", name)
+				}
+			}
+			for _, other := range names {
+				if string(other) == string(name) {
+					return fmt.Errorf("attribute %.40q stands there twice", name)
+				}
+			}
+			if names = append(names, name); len(names) > maxAttributes {
+				return fmt.Errorf("more than %d attributes", maxAttributes)
+			}
+		}
+	}
+	return nil
 }
 
 // parseSource takes the device out of /gateways/{gateway}/devices/{device}.

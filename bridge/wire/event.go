@@ -14,7 +14,7 @@ type Gap struct {
 	Upstream string `json:"upstream"` // the upstream that will not get them
 	First    uint64 `json:"first"`    // sequences, both inclusive
 	Last     uint64 `json:"last"`
-	Count    uint64 `json:"count"` // at most Last-First+1: less if part of the range had ended otherwise
+	Count    uint64 `json:"count"`   // at most Last-First+1: less if part of the range had ended otherwise
 	Bytes    uint64 `json:"bytes"`   // of records; 0 where nobody can tell any more
 	FromMS   int64  `json:"from_ms"` // receive times of the first and the last, Unix ms; 0: unknown
 	ToMS     int64  `json:"to_ms"`

@@ -2,6 +2,7 @@ package wire
 
 // Seams for tests in wire_test.
 var (
-	EscapeLevel   = escapeLevel
-	UnescapeLevel = unescapeLevel
+	EscapeLevel          = escapeLevel
+	UnescapeLevel        = unescapeLevel
+	NewBatchEncoderLevel = newBatchEncoder
 )
