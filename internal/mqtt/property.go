@@ -98,9 +98,11 @@ var properties = [maxProperty + 1]struct {
 	PropSharedSubscriptsAvail: {kind: kindBool, in: in(TypeConnack)},
 }
 
+// MQTT 5.0 §2.2.2.2: a property that is unknown or not of its packet is malformed; twice, or
+// with a value out of range, it is a protocol error.
 var (
 	errPropUnknown    = malformed("", "unknown property")
-	errPropNotHere    = violation("", "property is not allowed in this packet")
+	errPropNotHere    = malformed("", "property is not allowed in this packet")
 	errPropTwice      = violation("", "property stands twice")
 	errPropBool       = violation("", "property that is 0 or 1 has another value")
 	errPropReceiveMax = violation("", "receive maximum 0")

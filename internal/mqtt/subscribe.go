@@ -37,8 +37,8 @@ type Suback struct {
 var (
 	errSubscribeNone    = violation("MQTT-3.8.3-2 / MQTT-3.8.3-3", "SUBSCRIBE without a topic filter")
 	errSubscribeBits    = malformed("MQTT-3.8.3-5 / MQTT-3.8.3-4", "reserved bits of the subscription options are set")
-	errSubscribeQoS     = malformed("MQTT-3.8.3-5 / MQTT-3.8.3-4", "QoS 3 in the subscription options")
-	errRetainHandling   = violation("", "retain handling 3")
+	errSubscribeQoS     = violation("§3.8.3.1 / MQTT-3.8.3-4", "QoS 3 in the subscription options")
+	errRetainHandling   = violation("§3.8.3.1", "retain handling 3")
 	errNoLocalShared    = violation("MQTT-3.8.3-4", "no local on a shared subscription")
 	errUnsubscribeNone  = violation("MQTT-3.10.3-2", "UNSUBSCRIBE without a topic filter")
 	errSubackReason     = violation("MQTT-3.9.3-2", "reason code is not one of SUBACK")
