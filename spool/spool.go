@@ -1,8 +1,17 @@
 package spool
 
 import (
+	"encoding/json"
 	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"slices"
+	"sync"
 	"time"
+
+	"github.com/google/uuid"
+	"github.com/prometheus/client_golang/prometheus"
 
 	"holdfast/internal/kv"
 )
@@ -20,6 +29,9 @@ const (
 // there, is read first, and is not configured.
 const SystemLane = "system"
 
+// systemMaxBytes bounds the system lane; its oldest go first.
+const systemMaxBytes = 64 << 20
+
 // LaneConfig is one lane's limits.
 type LaneConfig struct {
 	Name     string        `yaml:"name"`
@@ -29,11 +41,28 @@ type LaneConfig struct {
 	WhenFull WhenFull      `yaml:"when_full"`
 }
 
-// Errors of Append.
+// Config of a spool.
+type Config struct {
+	Gateway string // the gateway's id, for announcements
+	Lanes   []LaneConfig
+	// Upstreams names the upstreams that messages wait for, and their lanes (nil: all). What other
+	// upstreams left behind in the store no longer holds anything back. A nil map keeps them all,
+	// which is what tools want that only look.
+	Upstreams map[string][]string
+	// TailBytes bounds the fresh chunks kept in memory for readers, all lanes together. 0: 4 MiB.
+	TailBytes int64
+	Log       *slog.Logger
+	Metrics   prometheus.Registerer // nil: none
+	Now       func() time.Time      // nil: time.Now
+}
+
+// Errors of Append, besides kv.ErrClosed and the store's failure.
 var (
 	ErrFull     = errors.New("lane is full")
-	ErrTooLarge = errors.New("message is larger than a chunk may be")
+	ErrTooLarge = errors.New("message is larger than the spool takes")
 	ErrNoLane   = errors.New("no such lane")
+	// ErrBusy: the store is behind and the caller did not want to wait.
+	ErrBusy = kv.ErrBusy
 )
 
 // Lane is a lane's handle, stable while the process runs.
@@ -44,8 +73,8 @@ const LaneNone Lane = -1
 
 // Position is a place in a lane: the next sequence to be read and how many record bytes lie before it.
 type Position struct {
-	Seq   uint64
-	Bytes uint64
+	Seq   uint64 `json:"seq"`
+	Bytes uint64 `json:"bytes"`
 }
 
 // Outcome is how a message's wait for an upstream ended.
@@ -59,32 +88,470 @@ const (
 	Parked
 )
 
-// Count is a number of messages and their record bytes.
-type Count struct {
-	Messages uint64 `json:"messages"`
+// Spool is the store-and-forward log of one gateway. All methods may be called from many goroutines.
+type Spool struct {
+	store *kv.Store
+	cfg   Config
+	epoch string
+	lanes []*lane // by Lane; system is 0
+	names map[string]Lane
+
+	mu        sync.Mutex // guards what is committed: see the package comment
+	consumers []*Consumer
+	free      []*sealed // to be used again
+
+	wake      chan struct{} // cap 1: housekeeping has something to do
+	stop      chan struct{}
+	done      sync.WaitGroup
+	closeOnce sync.Once
+	tailMax   int64
+}
+
+// Open opens the spool in store, which it joins as the participant of the group commit. It takes
+// the same time for an empty spool and a full one: it reads a row per lane and upstream.
+func Open(store *kv.Store, cfg Config) (*Spool, error) {
+	s := &Spool{
+		store: store, cfg: cfg,
+		names: map[string]Lane{},
+		wake:  make(chan struct{}, 1),
+		stop:  make(chan struct{}),
+	}
+	if s.cfg.Now == nil {
+		s.cfg.Now = time.Now
+	}
+	if s.cfg.TailBytes <= 0 {
+		s.cfg.TailBytes = 4 << 20
+	}
+	if err := s.openEpoch(); err != nil {
+		return nil, err
+	}
+	if err := s.openLanes(); err != nil {
+		return nil, err
+	}
+	s.tailMax = s.cfg.TailBytes / int64(len(s.lanes))
+	if err := s.openCursors(); err != nil {
+		return nil, err
+	}
+	if cfg.Metrics != nil {
+		if err := cfg.Metrics.Register(collector{s}); err != nil {
+			return nil, fmt.Errorf("open spool: %w", err)
+		}
+	}
+	store.Join(s)
+	s.done.Add(1)
+	go s.housekeeping()
+	return s, nil
+}
+
+func (s *Spool) openEpoch() error {
+	v, found, err := s.store.Get(keyEpoch)
+	if err != nil {
+		return err
+	}
+	if found {
+		s.epoch = string(v)
+		return nil
+	}
+	id, err := uuid.NewV7()
+	if err != nil {
+		return fmt.Errorf("make epoch: %w", err)
+	}
+	s.epoch = id.String()
+	return s.store.ApplyWait([]kv.Op{{Key: keyEpoch, Value: []byte(s.epoch)}})
+}
+
+// openLanes gives every lane its number. Numbers outlive configurations: a lane that is no longer
+// configured takes nothing more, but is still read until it is empty.
+func (s *Spool) openLanes() error {
+	numbers := map[string]byte{}
+	err := s.store.Scan(prefixLaneNum, func(k, v []byte) error {
+		if len(v) != 1 {
+			return fmt.Errorf("lane number %x: %w", k, ErrCorrupt)
+		}
+		numbers[string(k[len(prefixLaneNum):])] = v[0]
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	configs := append([]LaneConfig{{Name: SystemLane, Share: 100, MaxBytes: systemMaxBytes, WhenFull: DropOldest}}, s.cfg.Lanes...)
+	configured := len(configs)
+	for _, name := range slices.Sorted(maps.Keys(numbers)) {
+		if !slices.ContainsFunc(configs, func(c LaneConfig) bool { return c.Name == name }) {
+			configs = append(configs, LaneConfig{Name: name, Share: 1, WhenFull: Reject})
+		}
+	}
+	var ops []kv.Op
+	for i, c := range configs {
+		if _, twice := s.names[c.Name]; twice {
+			return fmt.Errorf("lane %q is configured twice, or uses the name of the gateway's own lane", c.Name)
+		}
+		number, found := numbers[c.Name]
+		if !found {
+			if len(numbers) > 250 {
+				return fmt.Errorf("lane %q: the store has held %d lanes, and there are numbers for 250", c.Name, len(numbers))
+			}
+			number = byte(len(numbers))
+			numbers[c.Name] = number
+			ops = append(ops, kv.Op{Key: append(slices.Clone(prefixLaneNum), c.Name...), Value: []byte{number}})
+		}
+		l := &lane{s: s, cfg: c, number: number, configured: i < configured}
+		l.maxChunk = maxChunk
+		if c.MaxBytes > 0 {
+			// A small lane has small chunks: what is dropped at once is a part of it.
+			l.maxChunk = int(min(maxChunk, max(c.MaxBytes/16, 1)))
+		}
+		row := laneRow{Next: Position{Seq: 1}, Head: Position{Seq: 1}}
+		if v, found, err := s.store.Get(keyLane(number)); err != nil {
+			return err
+		} else if found {
+			if err := row.parse(v); err != nil {
+				return fmt.Errorf("lane %q: %w", c.Name, err)
+			}
+		}
+		l.next, l.durable = row.Next, row.Next
+		l.expired, l.evicted = row.Expired, row.Evicted
+		l.setHead(row.Head)
+		l.safeHead, l.reclaimed = row.Head, row.Head
+		s.names[c.Name] = Lane(len(s.lanes))
+		s.lanes = append(s.lanes, l)
+	}
+	if len(ops) == 0 {
+		return nil
+	}
+	return s.store.ApplyWait(ops)
+}
+
+func (s *Spool) openCursors() error {
+	for _, l := range s.lanes {
+		prefix := keyCursor(l.number, "")
+		err := s.store.Scan(prefix, func(k, v []byte) error {
+			c := &cursor{upstream: string(k[len(prefix):])}
+			if err := c.row.parse(v); err != nil {
+				return fmt.Errorf("lane %q, upstream %q: %w", l.cfg.Name, c.upstream, err)
+			}
+			c.active = s.cfg.Upstreams == nil
+			l.cursors = append(l.cursors, c)
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+	}
+	for _, name := range slices.Sorted(maps.Keys(s.cfg.Upstreams)) {
+		if err := s.attach(name, s.cfg.Upstreams[name]); err != nil {
+			return err
+		}
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, l := range s.lanes {
+		for _, c := range l.cursors {
+			if !c.active && c.row.Pos.Seq < l.durable.Seq {
+				s.cfg.Log.Warn("upstream is no longer configured, its messages no longer wait for it",
+					"upstream", c.upstream, "lane", l.cfg.Name, "pending", l.durable.Seq-c.row.Pos.Seq)
+			}
+		}
+		s.advanceHead(l)
+	}
+	return nil
+}
+
+// attach makes the upstream's cursors in the named lanes hold messages back from now on. A new
+// upstream begins with the oldest message that is still there.
+func (s *Spool) attach(upstream string, lanes []string) error {
+	if upstream == "" {
+		return errors.New("an upstream needs a name")
+	}
+	chosen := []*lane{s.lanes[0]}
+	for _, l := range s.lanes[1:] {
+		if lanes == nil || slices.Contains(lanes, l.cfg.Name) {
+			chosen = append(chosen, l)
+		}
+	}
+	for _, name := range lanes {
+		if _, ok := s.names[name]; !ok {
+			return fmt.Errorf("upstream %q: lane %q: %w", upstream, name, ErrNoLane)
+		}
+	}
+	g, err := s.store.Begin(true)
+	if err != nil {
+		return err
+	}
+	defer g.End()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, l := range chosen {
+		c := l.cursor(upstream)
+		switch {
+		case c == nil:
+			l.cursors = append(l.cursors, &cursor{upstream: upstream, active: true, dirty: true, row: cursorRow{Start: l.head, Pos: l.head}})
+		case !c.active:
+			c.active = true
+			s.dropBefore(g, l, c, l.head, Evicted, gapDetached, 0, 0)
+		}
+	}
+	return nil
+}
+
+// Epoch is the spool's own id: a UUIDv7 made when it was created. A replaced disk has another, so
+// that message ids are never used twice.
+func (s *Spool) Epoch() string { return s.epoch }
+
+// Lane returns the handle of a configured lane.
+func (s *Spool) Lane(name string) (Lane, bool) {
+	l, ok := s.names[name]
+	return l, ok && s.lanes[l].configured
+}
+
+// Append hands in a copy of r, and of ops: row writes that are committed in the same batch. An error
+// means that nothing was taken and done will not be called. Otherwise done (which may be nil) is
+// called once, with the record's sequence, 0 for LaneNone. With shed it does not wait while the
+// store is behind, but returns ErrBusy. It allocates nothing in the steady state.
+func (s *Spool) Append(to Lane, r *Record, ops []kv.Op, done kv.Done, token uint64, shed bool) error {
+	var l *lane
+	if to != LaneNone {
+		if to < 0 || int(to) >= len(s.lanes) || !s.lanes[to].configured {
+			return fmt.Errorf("append to lane %d: %w", to, ErrNoLane)
+		}
+		l = s.lanes[to]
+		if n := len(r.Device) + len(r.Topic) + len(r.Payload) + r.Props.size(); n > MaxRecord-128 {
+			return fmt.Errorf("append %d bytes to lane %q: %w", n, l.cfg.Name, ErrTooLarge)
+		}
+	}
+	g, err := s.store.Begin(!shed)
+	if err != nil {
+		if l != nil && errors.Is(err, ErrBusy) {
+			l.shed.Add(1)
+		}
+		return err
+	}
+	defer g.End()
+	seq := uint64(0)
+	if l != nil {
+		if l.full() {
+			if l.cfg.WhenFull == Reject {
+				l.refused.Add(1)
+				return l.errFull
+			}
+			s.wakeHousekeeping()
+		}
+		seq = l.append(g, r)
+	}
+	g.Ops(ops)
+	if done != nil {
+		g.Done(done, token, seq)
+	}
+	return nil
+}
+
+// size is about what the properties add to a record.
+func (p *Props) size() int {
+	if p == nil {
+		return 0
+	}
+	n := len(p.ContentType) + len(p.ResponseTopic) + len(p.Correlation) + len(p.Upstream) + 64
+	for _, u := range p.User {
+		n += len(u[0]) + len(u[1]) + 12
+	}
+	return n
+}
+
+// Reasons for a gap, as announced.
+const (
+	gapMaxBytes = "max_bytes" // the lane was full
+	gapMaxAge   = "max_age"   // the messages were too old
+	gapDamaged  = "damaged"   // the disk no longer gives them back
+	gapDetached = "detached"  // they were dropped while the upstream was not configured
+)
+
+// gap is the announcement of messages that an upstream will not get (docs/formats.md).
+type gap struct {
+	Gateway  string `json:"gateway"`
+	Epoch    string `json:"epoch"`
+	Lane     string `json:"lane"`
+	Upstream string `json:"upstream"`
+	First    uint64 `json:"first"`
+	Last     uint64 `json:"last"`
+	Count    uint64 `json:"count"`
 	Bytes    uint64 `json:"bytes"`
+	FromMS   int64  `json:"from_ms"`
+	ToMS     int64  `json:"to_ms"`
+	Reason   string `json:"reason"`
 }
 
-// Account is one upstream's ledger in one lane:
-// Accepted = Delivered + Expired + Evicted + Parked + Pending, in messages and in bytes.
-type Account struct {
-	Upstream  string `json:"upstream"`
-	Lane      string `json:"lane"`
-	Accepted  Count  `json:"accepted"`
-	Delivered Count  `json:"delivered"`
-	Expired   Count  `json:"expired"`
-	Evicted   Count  `json:"evicted"`
-	Parked    Count  `json:"parked"`
-	Pending   Count  `json:"pending"`
-	OldestMS  int64  `json:"oldest_ms"` // receive time of the oldest pending message, Unix ms; 0: none pending
+// announce appends the gap [from, to) to the system lane. The caller holds the commit lock.
+func (s *Spool) announce(g *kv.Group, l *lane, upstream string, from, to Position, fromMS, toMS int64, reason string) {
+	payload, err := json.Marshal(gap{
+		Gateway: s.cfg.Gateway, Epoch: s.epoch, Lane: l.cfg.Name, Upstream: upstream,
+		First: from.Seq, Last: to.Seq - 1, Count: to.Seq - from.Seq, Bytes: to.Bytes - from.Bytes,
+		FromMS: fromMS, ToMS: toMS, Reason: reason,
+	})
+	if err != nil {
+		panic(err) // strings and numbers always marshal
+	}
+	s.lanes[0].append(g, &Record{
+		Received: s.cfg.Now().UnixMilli(),
+		Topic:    []byte("gw/" + s.cfg.Gateway + "/evt/gap"),
+		Flags:    FlagQoS1,
+		Payload:  payload,
+		Props:    &Props{ContentType: "application/json", Upstream: upstream},
+	})
+	s.cfg.Log.Warn("messages lost to an upstream by a rule", "lane", l.cfg.Name, "upstream", upstream, "reason", reason,
+		"first", from.Seq, "last", to.Seq-1, "size_bytes", to.Bytes-from.Bytes)
 }
 
-// Run is a stretch of records that follow each other without a hole.
-// Raw is valid until the reader's next Next, Rewind or Close.
-type Run struct {
-	Pos   Position // of the first record
-	Count int
-	Raw   []byte // the records, back to back; see ParseRecord
+// sealed is what one group commit takes of the spool.
+type sealed struct {
+	lanes []sealedLane
+	rows  []byte // encoded rows, back to back
+	ends  []rowEnd
+	heads []sealedHead
+	chunk []byte // room to encode a chunk
 }
 
-var _ = kv.Op{}
+type sealedLane struct {
+	l   *lane
+	blk *block
+	end Position
+}
+
+// rowEnd says where a row's key and value end in sealed.rows. A row without a value is deleted.
+type rowEnd struct{ key, value int }
+
+type sealedHead struct {
+	l    *lane
+	head Position
+}
+
+// Seal implements kv.Participant.
+func (s *Spool) Seal() any {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var st *sealed
+	if n := len(s.free); n > 0 {
+		st, s.free = s.free[n-1], s.free[:n-1]
+	} else {
+		st = &sealed{}
+	}
+	mutable, _ := s.store.Memtable()
+	for _, l := range s.lanes {
+		if l.open != nil {
+			st.lanes = append(st.lanes, sealedLane{l, l.open, l.next})
+			l.open = nil
+			l.dirty = true
+		}
+		for _, c := range l.cursors {
+			if c.dirty {
+				c.dirty = false
+				st.row(append(append(st.rows, kv.PrefixCursor, l.number), c.upstream...), c.row.append)
+			}
+		}
+		for _, d := range l.deletes {
+			if d.memtable == mutable {
+				st.row(appendDataKey(st.rows, l.number, d.first), nil)
+				l.deleted += uint64(d.size)
+			}
+		}
+		l.deletes = l.deletes[:0]
+		if l.dirty {
+			l.dirty = false
+			row := laneRow{Next: l.next, Head: l.head, Expired: l.expired, Evicted: l.evicted}
+			st.row(append(st.rows, kv.PrefixLane, l.number), row.append)
+			st.heads = append(st.heads, sealedHead{l, l.head})
+		}
+	}
+	if len(st.lanes) == 0 && len(st.ends) == 0 {
+		s.free = append(s.free, st)
+		return nil
+	}
+	return st
+}
+
+// row adds a row whose key was just appended to st.rows, giving withKey.
+func (st *sealed) row(withKey []byte, value func([]byte) []byte) {
+	e := rowEnd{key: len(withKey)}
+	st.rows = withKey
+	if value != nil {
+		st.rows = value(withKey)
+	}
+	e.value = len(st.rows)
+	st.ends = append(st.ends, e)
+}
+
+// Stage implements kv.Participant: one chunk or more for each lane, then the rows.
+func (s *Spool) Stage(v any, w kv.Writer) error {
+	st := v.(*sealed)
+	var key [dataKeyLen]byte
+	for _, sl := range st.lanes {
+		raw := sl.blk.raw
+		for i := range sl.blk.chunks {
+			m := &sl.blk.chunks[i]
+			st.chunk = appendChunk(st.chunk[:0], m, raw[:m.RawLen])
+			raw = raw[m.RawLen:]
+			w.Set(appendDataKey(key[:0], m.Lane, m.First.Seq), st.chunk)
+		}
+	}
+	at := 0
+	for _, e := range st.ends {
+		if e.value == e.key {
+			w.Delete(st.rows[at:e.key])
+		} else {
+			w.Set(st.rows[at:e.key], st.rows[e.key:e.value])
+		}
+		at = e.value
+	}
+	return nil
+}
+
+// Committed implements kv.Participant: what was sealed is on disk, readers may have it.
+func (s *Spool) Committed(v any, memtable uint64) {
+	st := v.(*sealed)
+	for i := range st.lanes {
+		st.lanes[i].blk = st.lanes[i].blk.fit()
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, sl := range st.lanes {
+		sl.l.commit(sl.blk, sl.end, memtable)
+	}
+	for _, h := range st.heads {
+		h.l.safeHead = h.head
+	}
+	if len(st.lanes) > 0 {
+		s.notify()
+	}
+	clear(st.lanes)
+	st.lanes, st.rows, st.ends, st.heads = st.lanes[:0], st.rows[:0], st.ends[:0], st.heads[:0]
+	if cap(st.chunk) > 4*maxChunk {
+		st.chunk = nil
+	}
+	s.free = append(s.free, st)
+}
+
+// notify tells the consumers to look again. The caller holds mu.
+func (s *Spool) notify() {
+	for _, c := range s.consumers {
+		select {
+		case c.ready <- struct{}{}:
+		default:
+		}
+	}
+}
+
+func (s *Spool) wakeHousekeeping() {
+	select {
+	case s.wake <- struct{}{}:
+	default:
+	}
+}
+
+// Close ends the spool's own goroutine. The store commits what was handed in when it is closed,
+// which has to come after.
+func (s *Spool) Close() error {
+	s.closeOnce.Do(func() {
+		close(s.stop)
+		s.done.Wait()
+	})
+	return nil
+}

@@ -1,0 +1,291 @@
+package spool
+
+import (
+	"fmt"
+	"sync"
+	"sync/atomic"
+
+	"holdfast/internal/kv"
+)
+
+// lane is one priority class.
+type lane struct {
+	s          *Spool
+	cfg        LaneConfig
+	number     byte
+	configured bool
+	maxChunk   int
+	errFull    error // made once: refusals come when there is the least time for them
+
+	// Under the store's commit lock.
+	next Position // of the next record
+	open *block   // what has gathered since the last seal; nil: nothing
+
+	headBytes     atomic.Uint64 // head.Bytes, for full
+	refused, shed atomic.Uint64 // since the start: not taken because the lane was full, the store behind
+
+	// Under Spool.mu.
+	dirty            bool // the lane's row has to be written
+	durable          Position
+	head             Position // no upstream needs anything before
+	safeHead         Position // head, as the last commit wrote it
+	cursors          []*cursor
+	expired, evicted Count // by retention, while no upstream waited
+
+	tail      []tailChunk // fresh chunks in order, the last one ends at durable
+	tailBytes int64
+
+	recent    []recentChunk // chunks in the memtable that takes writes, in order
+	deletes   []recentChunk // of recent: to be deleted by the next commit, if its memtable still takes writes
+	memtables []memtableMark
+	reclaimed Position // the lane is excised up to here
+	deleted   uint64   // record bytes since the last excise that were deleted in a memtable
+	seen      uint64   // durable.Seq at the last tick, for quiet
+	quiet     int      // ticks since the last message
+}
+
+// cursor is an upstream's place in a lane.
+type cursor struct {
+	upstream string
+	active   bool // configured: what it has not resolved stays
+	dirty    bool // its row has to be written
+	row      cursorRow
+	holes    []hole // damaged stretches ahead, in order: they count as evicted once everything before is resolved
+}
+
+type hole struct{ from, to Position }
+
+// tailChunk is a committed chunk in memory.
+type tailChunk struct {
+	chunkMeta
+	raw []byte
+	blk *block // owns raw
+}
+
+// recentChunk says in which memtable a chunk was written.
+type recentChunk struct {
+	first, end uint64
+	size       int
+	memtable   uint64
+}
+
+// memtableMark says where in the lane a memtable begins.
+type memtableMark struct {
+	memtable uint64
+	first    Position
+}
+
+// block is a buffer of records. It is used again when neither the tail nor a reader holds it.
+type block struct {
+	raw    []byte
+	chunks []chunkMeta // where to cut raw
+	refs   atomic.Int32
+}
+
+var blocks = sync.Pool{New: func() any { return &block{} }}
+
+func newBlock() *block {
+	b := blocks.Get().(*block)
+	b.raw, b.chunks = b.raw[:0], b.chunks[:0]
+	b.refs.Store(1)
+	return b
+}
+
+func (b *block) retain() { b.refs.Add(1) }
+
+func (b *block) release() {
+	if b.refs.Add(-1) == 0 {
+		blocks.Put(b)
+	}
+}
+
+// fit returns a block of about the size of its records, so that a quiet lane's tail does not hold
+// buffers that a burst once needed.
+func (b *block) fit() *block {
+	if cap(b.raw) < 16<<10 || len(b.raw) >= cap(b.raw)/2 {
+		return b
+	}
+	small := &block{raw: append([]byte(nil), b.raw...), chunks: append([]chunkMeta(nil), b.chunks...)}
+	small.refs.Store(1)
+	b.release()
+	return small
+}
+
+// append adds r to what gathers and returns its sequence. The caller holds the commit lock.
+func (l *lane) append(g *kv.Group, r *Record) uint64 {
+	if l.open == nil {
+		l.open = newBlock()
+	}
+	b := l.open
+	before := len(b.raw)
+	b.raw = AppendRecord(b.raw, r)
+	n := len(b.raw) - before
+	var m *chunkMeta
+	if k := len(b.chunks); k > 0 && b.chunks[k-1].RawLen+n <= l.maxChunk {
+		m = &b.chunks[k-1]
+		m.Oldest, m.Newest = min(m.Oldest, r.Received), max(m.Newest, r.Received)
+	} else {
+		b.chunks = append(b.chunks, chunkMeta{Lane: l.number, First: l.next, Oldest: r.Received, Newest: r.Received})
+		m = &b.chunks[k]
+	}
+	m.Count++
+	m.RawLen += n
+	seq := l.next.Seq
+	l.next.Seq++
+	l.next.Bytes += uint64(n)
+	g.Grow(n)
+	return seq
+}
+
+// full says whether the lane holds as much as it may. The caller holds the commit lock.
+func (l *lane) full() bool {
+	if l.cfg.MaxBytes <= 0 || l.next.Bytes-l.headBytes.Load() < uint64(l.cfg.MaxBytes) {
+		return false
+	}
+	if l.errFull == nil {
+		l.errFull = fmt.Errorf("append to lane %q: %w (max_bytes %d)", l.cfg.Name, ErrFull, l.cfg.MaxBytes)
+	}
+	return true
+}
+
+// setHead moves the head. The caller holds mu, or is alone.
+func (l *lane) setHead(p Position) {
+	l.head = p
+	l.headBytes.Store(p.Bytes)
+}
+
+// commit takes over a block that is on disk now. The caller holds mu.
+func (l *lane) commit(b *block, end Position, memtable uint64) {
+	if n := len(l.memtables); n == 0 || l.memtables[n-1].memtable != memtable {
+		l.memtables = append(l.memtables, memtableMark{memtable, l.durable})
+		l.recent = nil // what an earlier memtable took is excised, not deleted
+	}
+	l.durable = end
+	for i := range b.chunks {
+		m := &b.chunks[i]
+		l.recent = append(l.recent, recentChunk{m.First.Seq, m.End().Seq, m.RawLen, memtable})
+	}
+	if l.waiting() {
+		raw := b.raw
+		for _, m := range b.chunks {
+			b.retain()
+			l.tail = append(l.tail, tailChunk{m, raw[:m.RawLen:m.RawLen], b})
+			l.tailBytes += int64(m.RawLen)
+			raw = raw[m.RawLen:]
+		}
+		l.trimTail()
+	}
+	b.release()
+}
+
+// waiting says whether an upstream will read what is committed now.
+func (l *lane) waiting() bool {
+	for _, c := range l.cursors {
+		if c.active {
+			return true
+		}
+	}
+	return false
+}
+
+// trimTail drops chunks that nobody needs or that are too much. The caller holds mu.
+func (l *lane) trimTail() {
+	n := 0
+	for n < len(l.tail) && (l.tail[n].End().Seq <= l.head.Seq || l.tailBytes > l.s.tailMax) {
+		l.tailBytes -= int64(l.tail[n].RawLen)
+		l.tail[n].blk.release()
+		n++
+	}
+	if n > 0 {
+		clear(l.tail[:n])
+		l.tail = l.tail[n:]
+	}
+}
+
+// fromTail returns the chunk in memory that holds seq, nil if there is none. The caller holds mu.
+func (l *lane) fromTail(seq uint64) *tailChunk {
+	if len(l.tail) == 0 || seq < l.tail[0].First.Seq {
+		return nil
+	}
+	lo, hi := 0, len(l.tail)
+	for lo < hi { // the first chunk that ends after seq
+		mid := (lo + hi) / 2
+		if l.tail[mid].End().Seq <= seq {
+			lo = mid + 1
+		} else {
+			hi = mid
+		}
+	}
+	if lo == len(l.tail) || l.tail[lo].First.Seq > seq {
+		return nil
+	}
+	return &l.tail[lo]
+}
+
+func (l *lane) cursor(upstream string) *cursor {
+	for _, c := range l.cursors {
+		if c.upstream == upstream {
+			return c
+		}
+	}
+	return nil
+}
+
+// resolve moves the cursor to end; what lies between ended as o, but for the holes in it. The caller holds mu.
+func (c *cursor) resolve(end Position, o Outcome) {
+	for c.row.Pos.Seq < end.Seq || c.atHole() {
+		to, as := end, o
+		if c.atHole() {
+			to, as = c.holes[0].to, Evicted
+			c.holes = c.holes[1:]
+		} else if len(c.holes) > 0 && c.holes[0].from.Seq < end.Seq {
+			to = c.holes[0].from
+		}
+		n := c.row.outcome(as)
+		n.Messages += to.Seq - c.row.Pos.Seq
+		n.Bytes += to.Bytes - c.row.Pos.Bytes
+		c.row.Pos = to
+		c.dirty = true
+	}
+}
+
+func (c *cursor) atHole() bool {
+	for len(c.holes) > 0 && c.holes[0].to.Seq <= c.row.Pos.Seq {
+		c.holes = c.holes[1:] // a rule took it together with what lay before
+	}
+	return len(c.holes) > 0 && c.holes[0].from.Seq <= c.row.Pos.Seq
+}
+
+// advanceHead moves the lane's head to the slowest upstream. The caller holds mu.
+func (s *Spool) advanceHead(l *lane) {
+	to, any := l.durable, false
+	for _, c := range l.cursors {
+		if c.active {
+			any = true
+			if c.row.Pos.Seq < to.Seq {
+				to = c.row.Pos
+			}
+		}
+	}
+	if any {
+		s.moveHead(l, to)
+	}
+}
+
+// moveHead lets go of everything before to. The caller holds mu.
+func (s *Spool) moveHead(l *lane, to Position) {
+	if to.Seq <= l.head.Seq {
+		return
+	}
+	l.setHead(to)
+	l.dirty = true
+	n := 0
+	for n < len(l.recent) && l.recent[n].end <= to.Seq {
+		n++
+	}
+	if n > 0 {
+		l.deletes = append(l.deletes, l.recent[:n]...)
+		l.recent = l.recent[n:]
+	}
+	l.trimTail()
+}

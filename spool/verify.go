@@ -1,0 +1,201 @@
+package spool
+
+import (
+	"encoding/binary"
+	"fmt"
+
+	"holdfast/internal/kv"
+)
+
+// Report is what Verify found.
+type Report struct {
+	Epoch    string       `json:"epoch"`
+	Lanes    []LaneReport `json:"lanes"`
+	Accounts []Account    `json:"accounts"`
+	Problems []string     `json:"problems"` // empty: every accepted message is accounted for and readable
+}
+
+// LaneReport is what Verify read of one lane.
+type LaneReport struct {
+	Lane        string `json:"lane"`
+	Chunks      int    `json:"chunks"`
+	Kept        Count  `json:"kept"` // from the head on
+	StoredBytes uint64 `json:"stored_bytes"`
+}
+
+// Verify reads every chunk that is still needed, checks checksums, sequences and record boundaries,
+// and holds them against the lanes' rows and the upstreams' accounts. progress (may be nil) is told
+// the messages read so far. It is meant for a spool that nobody appends to.
+func (s *Spool) Verify(progress func(messages uint64)) (Report, error) {
+	rep := Report{Epoch: s.epoch, Accounts: s.Accounts()}
+	problem := func(format string, args ...any) { rep.Problems = append(rep.Problems, fmt.Sprintf(format, args...)) }
+	total := uint64(0)
+	for _, l := range s.lanes {
+		s.mu.Lock()
+		head, end := l.head, l.durable
+		for _, c := range l.cursors {
+			name := fmt.Sprintf("lane %q, upstream %q", l.cfg.Name, c.upstream)
+			if !c.row.balanced() {
+				problem("%s: accounts %+v do not add up to its cursor", name, c.row)
+			}
+			if c.row.Pos.Seq > end.Seq || c.row.Pos.Bytes > end.Bytes {
+				problem("%s: cursor at %d is beyond the lane's end %d", name, c.row.Pos.Seq, end.Seq)
+			}
+		}
+		s.mu.Unlock()
+		lr := LaneReport{Lane: l.cfg.Name}
+		it, err := s.store.Iter(dataBounds(l.number))
+		if err != nil {
+			return rep, err
+		}
+		at, buf := head, []byte(nil)
+		missing := func(to Position) {
+			problem("lane %q: messages %d to %d are missing", l.cfg.Name, at.Seq, to.Seq-1)
+			at = to
+		}
+		for ok := it.First(); ok; ok = it.Next() {
+			seq, _ := dataSeq(it.Key())
+			v, err := it.ValueAndErr()
+			if err != nil {
+				problem("lane %q: chunk at %d: %v", l.cfg.Name, seq, err)
+				continue
+			}
+			m, raw, err := decodeChunk(buf, v)
+			switch {
+			case err != nil:
+				problem("lane %q: chunk at %d: %v", l.cfg.Name, seq, err)
+				continue
+			case m.First.Seq != seq || m.Lane != l.number:
+				problem("lane %q: chunk under key %d says lane %d, sequence %d", l.cfg.Name, seq, m.Lane, m.First.Seq)
+				continue
+			}
+			buf = raw
+			if m.End().Seq <= head.Seq {
+				continue // finished with, not yet given back
+			}
+			if n := countRecords(raw); n != m.Count {
+				problem("lane %q: chunk at %d holds %d records, its header says %d", l.cfg.Name, seq, n, m.Count)
+			}
+			if m.First.Seq > at.Seq {
+				missing(m.First)
+			} else if lr.Chunks > 0 && m.First != at {
+				problem("lane %q: chunk at %d begins at %+v, the one before ends at %+v", l.cfg.Name, seq, m.First, at)
+			}
+			at = m.End()
+			lr.Chunks++
+			lr.StoredBytes += uint64(len(v))
+			total += uint64(m.Count)
+			if progress != nil {
+				progress(total)
+			}
+		}
+		if err := it.Error(); err != nil {
+			problem("lane %q: after %d: %v", l.cfg.Name, at.Seq, err)
+		}
+		if err := it.Close(); err != nil {
+			return rep, err
+		}
+		if at.Seq < end.Seq {
+			missing(end)
+		}
+		lr.Kept.add(head, at)
+		rep.Lanes = append(rep.Lanes, lr)
+	}
+	for _, a := range rep.Accounts {
+		if !a.Balanced() {
+			problem("lane %q, upstream %q: %d accepted, but the accounts add up to another number", a.Lane, a.Upstream, a.Accepted.Messages)
+		}
+	}
+	return rep, nil
+}
+
+func countRecords(raw []byte) (n int) {
+	for len(raw) > 0 {
+		size := recordLen(raw)
+		if size == 0 {
+			return -1
+		}
+		raw = raw[size:]
+		n++
+	}
+	return n
+}
+
+// Peek calls fn for up to limit messages of a lane that some upstream still waits for, from sequence
+// from on. r is valid during the call.
+func (s *Spool) Peek(name string, from uint64, limit int, fn func(seq uint64, r *Record) error) error {
+	number, ok := s.names[name]
+	if !ok {
+		return fmt.Errorf("peek into lane %q: %w", name, ErrNoLane)
+	}
+	l := s.lanes[number]
+	s.mu.Lock()
+	pos, end := max(from, l.head.Seq), l.durable.Seq
+	s.mu.Unlock()
+	it, err := s.store.Iter(dataBounds(l.number))
+	if err != nil {
+		return err
+	}
+	defer it.Close()
+	var rec Record
+	ok = it.SeekLT(keyData(l.number, pos+1)) || it.First()
+	for ; ok && limit > 0; ok = it.Next() {
+		v, err := it.ValueAndErr()
+		if err != nil {
+			return err
+		}
+		m, raw, err := decodeChunk(nil, v)
+		if err != nil {
+			return fmt.Errorf("lane %q: %w", name, err)
+		}
+		for seq := m.First.Seq; len(raw) > 0 && limit > 0 && seq < end; seq++ {
+			n, err := ParseRecord(raw, &rec)
+			if err != nil {
+				return fmt.Errorf("lane %q, message %d: %w", name, seq, err)
+			}
+			raw = raw[n:]
+			if seq < pos {
+				continue
+			}
+			if err := fn(seq, &rec); err != nil {
+				return err
+			}
+			limit--
+		}
+	}
+	return it.Error()
+}
+
+// ParkedMessage is a message that an upstream refused for good.
+type ParkedMessage struct {
+	Lane, Upstream string
+	Seq            uint64
+	AtMS           int64 // when it was parked, Unix ms
+	Reason         string
+	Record         []byte // see ParseRecord
+}
+
+// Parked calls fn for each parked message, in the order of lanes and sequences.
+func (s *Spool) Parked(fn func(ParkedMessage) error) error {
+	for _, l := range s.lanes {
+		prefix := []byte{kv.PrefixParked, l.number}
+		err := s.store.Scan(prefix, func(k, v []byte) error {
+			k = k[len(prefix):]
+			var row parkedRow
+			if len(k) < 8 {
+				return fmt.Errorf("parked row %x: %w", k, ErrCorrupt)
+			}
+			if err := row.parse(v); err != nil {
+				return err
+			}
+			return fn(ParkedMessage{
+				Lane: l.cfg.Name, Upstream: string(k[8:]), Seq: binary.BigEndian.Uint64(k),
+				AtMS: int64(row.AtMS), Reason: row.Reason, Record: row.Record,
+			})
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
