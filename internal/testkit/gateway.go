@@ -1,0 +1,110 @@
+package testkit
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// Gateway is the real binary with a configuration of its own on loopback ports that stay the same over its
+// lives.
+type Gateway struct {
+	*Process
+	Addr string // MQTT, host:port
+	HTTP string // host:port
+	Dir  string // data_dir
+	File string // configuration
+}
+
+// StartGateway runs `bin run` with one anonymous MQTT listener, an HTTP address, a data folder and whatever
+// YAML is given on top: top-level keys other than gateway, listeners, devices and http.
+func StartGateway(t T, bin, id, yaml string) *Gateway {
+	t.Helper()
+	g := &Gateway{Addr: FreeAddr(t), HTTP: FreeAddr(t), Dir: t.TempDir()}
+	g.File = filepath.Join(t.TempDir(), "gateway.yaml")
+	text := fmt.Sprintf(`gateway: { id: %s, data_dir: %q }
+listeners:
+  - { name: test, protocol: mqtt, address: %q }
+devices: { anonymous: true }
+http: { address: %q }
+%s
+`, id, g.Dir, g.Addr, g.HTTP, yaml)
+	if err := os.WriteFile(g.File, []byte(text), 0o600); err != nil {
+		t.Fatalf("write the gateway's configuration: %v", err)
+	}
+	g.Process = Start(t, Command{Name: "holdfast", Path: bin, Args: []string{"run", "--config", g.File}})
+	return g
+}
+
+// Get reads a path of the HTTP API into a value.
+func (g *Gateway) Get(path string, into any) error {
+	b, err := g.fetch(path)
+	if err != nil {
+		return err
+	}
+	if err := json.Unmarshal(b, into); err != nil {
+		return fmt.Errorf("GET %s: %w in %.200s", path, err, b)
+	}
+	return nil
+}
+
+// Metric sums the samples of one metric whose labels contain all the given label="value" pairs.
+func (g *Gateway) Metric(name string, labels ...string) (float64, error) {
+	b, err := g.fetch("/metrics")
+	if err != nil {
+		return 0, err
+	}
+	sum, found := 0.0, false
+lines:
+	for line := range strings.Lines(string(b)) {
+		rest, ok := strings.CutPrefix(line, name)
+		if !ok || rest == "" || rest[0] != '{' && rest[0] != ' ' {
+			continue
+		}
+		for _, l := range labels {
+			if !strings.Contains(rest, l) {
+				continue lines
+			}
+		}
+		v, err := strconv.ParseFloat(strings.TrimSpace(rest[strings.LastIndexByte(strings.TrimSpace(rest), ' ')+1:]), 64)
+		if err != nil {
+			return 0, fmt.Errorf("metric %s: %w", name, err)
+		}
+		sum += v
+		found = true
+	}
+	if !found {
+		return 0, fmt.Errorf("no metric %s with %v", name, labels)
+	}
+	return sum, nil
+}
+
+func (g *Gateway) fetch(path string) ([]byte, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+g.HTTP+path, nil)
+	if err != nil {
+		return nil, err
+	}
+	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true}} // nothing left behind
+	resp, err := client.Do(req)
+	if err != nil {
+		return nil, err
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(resp.Body)
+	if err != nil {
+		return nil, err
+	}
+	if resp.StatusCode != http.StatusOK {
+		return nil, fmt.Errorf("GET %s: %s: %.200s", path, resp.Status, b)
+	}
+	return b, nil
+}
