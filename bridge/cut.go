@@ -1,0 +1,250 @@
+package bridge
+
+import (
+	"bytes"
+	"fmt"
+	"time"
+	"unsafe"
+
+	"holdfast/bridge/wire"
+	"holdfast/spool"
+)
+
+// lane is one lane's way from its reader to the window: what was read and not yet cut waits in
+// the stage. Only Run's goroutine uses it.
+type lane struct {
+	Reader
+	name   string
+	rank   int // 0 is the first in priority, and its index in every table
+	format string
+
+	// The stage: count records in raw, the first at pos. In the batch format the buffer is reused, else sent
+	// payloads are slices of it and it is made anew.
+	pos   spool.Position
+	raw   []byte
+	buf   []byte
+	count int
+	held  spool.Run // was read, but does not follow the stage without a hole
+	dry   bool      // nothing to read until the source says so
+
+	sentUpTo uint64 // sequences below were sent before
+	singleTo uint64 // sequences below are sent one by one
+	lastSend time.Duration
+	ratio    float64 // bytes of records for a byte sent, in the batch format
+	topic    string  // of batches
+}
+
+func (l *lane) end() spool.Position {
+	return spool.Position{Seq: l.pos.Seq + uint64(l.count), Bytes: l.pos.Bytes + uint64(len(l.raw))}
+}
+
+// fill reads until the stage has want bytes or the lane nothing more.
+func (l *lane) fill(want int) error {
+	for l.count == 0 || l.format == FormatBatch && len(l.raw) < want {
+		run := l.held
+		if run.Count == 0 {
+			if l.dry {
+				return nil
+			}
+			var err error
+			if run, err = l.Next(max(want-len(l.raw), 1)); err != nil {
+				return fmt.Errorf("read lane %s: %w", l.name, err)
+			}
+			if run.Count == 0 {
+				l.dry = true
+				return nil
+			}
+		}
+		if l.count > 0 && run.Pos != l.end() {
+			l.held = run
+			return nil
+		}
+		l.held = spool.Run{}
+		if l.count == 0 {
+			l.pos = run.Pos
+		}
+		l.count += run.Count
+		if l.format != FormatBatch {
+			l.raw = bytes.Clone(run.Raw)
+			continue
+		}
+		// Move what is left to the front of the buffer rather than let the buffer grow.
+		if need := len(l.raw) + len(run.Raw); need > cap(l.raw) && need <= cap(l.buf) {
+			l.raw = append(l.buf[:0], l.raw...)
+		}
+		l.raw = append(l.raw, run.Raw...)
+		if cap(l.raw) > cap(l.buf) {
+			l.buf = l.raw[:0]
+		}
+	}
+	return nil
+}
+
+// rewind goes back to the cursor.
+func (l *lane) rewind() {
+	l.Rewind()
+	l.raw, l.count, l.held, l.dry = nil, 0, spool.Run{}, false
+}
+
+// piece is what is cut from a stage: a send, or records that end without one.
+type piece struct {
+	flight  flight
+	send    bool
+	outcome spool.Outcome // if there is no send
+	message Message
+}
+
+// maxKept is the largest stage whose buffer is kept.
+const maxKept = 1 << 20
+
+// verdict on one record.
+type verdict int
+
+const (
+	toSend  verdict = iota
+	tooOld          // its message expiry interval is over
+	notOurs         // the system lane's word to another upstream
+)
+
+func (b *Bridge) judge(l *lane, r *spool.Record, nowMS int64) verdict {
+	if r.Props == nil {
+		return toSend
+	}
+	if r.Props.Expiry > 0 && nowMS >= r.Received+int64(r.Props.Expiry)*1000 {
+		return tooOld
+	}
+	if l.name == spool.SystemLane && r.Props.Upstream != "" && r.Props.Upstream != b.cfg.Name {
+		return notOurs
+	}
+	return toSend
+}
+
+// cut takes the next piece from a stage that is not empty. A batch has at most maxRaw bytes of records, but
+// always at least one record.
+func (b *Bridge) cut(l *lane, maxRaw int) piece {
+	nowMS := b.wall().UnixMilli()
+	maxRecords := 1
+	if l.format == FormatBatch && l.pos.Seq >= l.singleTo {
+		maxRecords = b.cfg.Tuning.BatchRecords
+	}
+	if l.count > 0 && b.suspicion.convicts(l.rank, l.pos.Seq) {
+		return b.convict(l)
+	}
+	r := &b.record
+	size, n := 0, 0
+	for n < l.count && n < maxRecords {
+		k, err := spool.ParseRecord(l.raw[size:], r)
+		v := toSend
+		if err == nil {
+			v = b.judge(l, r, nowMS)
+		}
+		if err == nil && v == toSend && (n == 0 || size+k <= maxRaw) {
+			size += k
+			n++
+			continue
+		}
+		if n > 0 {
+			break // this one is for the next piece
+		}
+		switch {
+		case err != nil: // its length is not known, so the rest of the stage goes with it
+			b.log.Error("record not readable", "upstream", b.cfg.Name, "lane", l.name, "seq", l.pos.Seq, "err", err)
+			raw := bytes.Clone(l.raw)
+			f := l.take(len(l.raw), l.count)
+			f.record, f.reason = raw, fmt.Sprintf("record not readable: %v", err)
+			return piece{flight: f, outcome: spool.Parked}
+		case v == tooOld:
+			return piece{flight: l.take(k, 1), outcome: spool.Expired}
+		default:
+			return piece{flight: l.take(k, 1), outcome: spool.Delivered}
+		}
+	}
+	first, raw := l.pos.Seq, l.raw[:size:size]
+	p := piece{flight: l.take(size, n), send: true}
+	p.message = Message{Lane: l.name, Seq: first, Count: n}
+	m := &p.message
+	replayed := first < l.sentUpTo
+	switch l.format {
+	case FormatBatch:
+		if n == 1 {
+			p.flight.record = bytes.Clone(raw) // the stage will be written over
+		}
+		b.scratch = b.batch.Append(b.scratch[:0], wire.BatchHeader{
+			Gateway: b.gateway, Epoch: b.epoch, Lane: l.name, First: first, Count: n, Sent: nowMS, Replayed: replayed,
+		}, raw)
+		m.Topic, m.Payload = l.topic, bytes.Clone(b.scratch)
+		l.ratio += (float64(size)/float64(len(m.Payload)) - l.ratio) / 8
+	case FormatCloudEvents:
+		p.flight.record = raw
+		var err error
+		b.scratch, err = wire.AppendCloudEvent(b.scratch[:0], b.gateway, b.epoch, l.name, first, wireMessage(r), replayed)
+		if err != nil {
+			p.flight.reason = err.Error()
+			return piece{flight: p.flight, outcome: spool.Parked}
+		}
+		m.Topic, m.Payload = b.deviceTopics.get(r.Device), bytes.Clone(b.scratch)
+	default:
+		p.flight.record = raw
+		m.Payload, m.Retain = r.Payload, r.Flags&spool.FlagRetain != 0
+		if l.name == spool.SystemLane {
+			m.Topic = b.systemTopics.get(r.Topic)
+		} else {
+			m.Topic = b.topics.get(r.Topic)
+		}
+	}
+	p.flight.size = len(m.Topic) + len(m.Payload)
+	return p
+}
+
+// take removes n records of size bytes from the front of the stage.
+func (l *lane) take(size, n int) flight {
+	l.pos.Seq += uint64(n)
+	l.pos.Bytes += uint64(size)
+	l.raw, l.count = l.raw[size:], l.count-n
+	if l.count == 0 && cap(l.buf) > maxKept {
+		l.raw, l.buf = nil, nil // there was one huge record: do not keep its room for ever
+	}
+	return flight{end: l.pos, records: n}
+}
+
+// wireMessage is r for wire's encoders. It shares r's memory.
+func wireMessage(r *spool.Record) wire.Message {
+	m := wire.Message{
+		Received: r.Received, Device: view(r.Device), Topic: view(r.Topic), Flags: wire.Flags(r.Flags), Payload: r.Payload,
+	}
+	if p := r.Props; p != nil {
+		m.Props = &wire.Props{
+			ContentType: p.ContentType, ResponseTopic: p.ResponseTopic, Correlation: p.Correlation, User: p.User,
+			Expiry: p.Expiry, Upstream: p.Upstream,
+		}
+		if p.UTF8 {
+			m.Props.Format = 1
+		}
+	}
+	return m
+}
+
+// view is b as a string without a copy, for as long as b is not written to.
+func view(b []byte) string { return unsafe.String(unsafe.SliceData(b), len(b)) }
+
+// topics makes topics of what stands in records, and remembers them: devices use few, again and again.
+type topics struct {
+	make func(string) string
+	seen map[string]string
+}
+
+const maxTopics = 4096
+
+func newTopics(f func(string) string) topics { return topics{make: f, seen: map[string]string{}} }
+
+func (t *topics) get(b []byte) string {
+	if s, ok := t.seen[string(b)]; ok {
+		return s
+	}
+	if len(t.seen) >= maxTopics {
+		clear(t.seen)
+	}
+	key := string(b)
+	t.seen[key] = t.make(key)
+	return t.seen[key]
+}

@@ -1,0 +1,280 @@
+package mqttup
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"holdfast/bridge"
+)
+
+// conn is what paho gets for a connection. paho reads an acknowledgement in four system calls and
+// writes each packet in one, blocks its pings behind a write that is stuck, believes lengths that the peer merely
+// claims, and panics on a SUBACK with too many codes. Here reads are buffered and every frame's head
+// is checked before paho sees it; writes go to a buffer and never block; one goroutine writes that
+// buffer out, and ends the connection when nothing moves any more.
+type conn struct {
+	net.Conn // the transport: TCP, or TLS on it; its writes have deadlines by progress
+	tcp      *progressConn
+
+	// Only paho's reading goroutine touches these.
+	in    *bufio.Reader
+	frame int // bytes of the present frame that paho has not read
+	guard guard
+
+	mu      sync.Mutex
+	out     []byte // written by paho, not yet by flush
+	closing bool   // close once out is written
+	err     error  // why the connection ended: the first reason wins
+	wake    chan struct{}
+	over    chan struct{} // closed with err
+	flushed chan struct{} // flush has returned
+
+	lastRead atomic.Int64 // Unix ns
+	pingSent atomic.Int64 // Unix ns of an unanswered PINGREQ; 0: none
+}
+
+const (
+	readBuffer = 16 << 10
+	// maxPending bounds what paho may have written and the transport not yet taken. The bridge's
+	// window keeps far below it.
+	maxPending = 64 << 20
+	// lastWrite is how long Close waits for the buffer to be written: a DISCONNECT, as a rule.
+	lastWrite = time.Second
+)
+
+var errClosed = errors.New("connection closed by the gateway")
+
+// newConn starts the goroutine that writes. stall is how long nothing may move.
+func newConn(transport net.Conn, tcp *progressConn, g guard, stall time.Duration) *conn {
+	c := &conn{
+		Conn: transport, tcp: tcp, guard: g,
+		in:      bufio.NewReaderSize(transport, readBuffer),
+		wake:    make(chan struct{}, 1),
+		over:    make(chan struct{}),
+		flushed: make(chan struct{}),
+	}
+	c.lastRead.Store(time.Now().UnixNano())
+	go c.flush(stall)
+	return c
+}
+
+// guard says which frames may come. Others end the connection.
+type guard struct {
+	maxPublish int // largest PUBLISH; 0: none may come
+	filters    int // of the one SUBSCRIBE that was sent
+}
+
+// check looks at a frame's first byte and remaining length (MQTT 3.1.1 §2.2).
+func (g guard) check(first byte, length int) error {
+	want := -1
+	switch first >> 4 {
+	case 2, 4: // CONNACK, PUBACK
+		want = 2
+	case 13: // PINGRESP
+		want = 0
+	case 9: // SUBACK
+		if g.filters > 0 {
+			want = 2 + g.filters
+		}
+	case 3: // PUBLISH
+		if length <= g.maxPublish {
+			want = length
+		}
+	}
+	if want != length {
+		return fmt.Errorf("unexpected frame 0x%02x of %d bytes from the upstream", first, length)
+	}
+	return nil
+}
+
+// Read gives paho whole frames that passed the guard.
+func (c *conn) Read(p []byte) (int, error) {
+	if c.frame == 0 {
+		if err := c.begin(); err != nil {
+			return 0, c.fail(readError(err))
+		}
+	}
+	n, err := c.in.Read(p[:min(len(p), c.frame)])
+	c.frame -= n
+	if err != nil {
+		return n, c.fail(readError(err))
+	}
+	return n, nil
+}
+
+// begin looks at the head of the next frame.
+func (c *conn) begin() error {
+	if c.in.Buffered() == 0 {
+		if _, err := c.in.Peek(1); err != nil {
+			return err
+		}
+		c.lastRead.Store(time.Now().UnixNano())
+	}
+	length, shift := 0, 0
+	for n := 2; n <= 5; n++ {
+		head, err := c.in.Peek(n)
+		if err != nil {
+			return err
+		}
+		b := head[n-1]
+		length |= int(b&0x7f) << shift
+		shift += 7
+		if b&0x80 == 0 {
+			if err := c.guard.check(head[0], length); err != nil {
+				return err
+			}
+			if head[0]>>4 == 13 {
+				c.pingSent.Store(0)
+			}
+			c.frame = n + length
+			return nil
+		}
+	}
+	return errors.New("malformed frame length from the upstream")
+}
+
+// readError names why a read ended.
+func readError(err error) error {
+	switch {
+	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE):
+		return fmt.Errorf("%w: %v", bridge.ErrPeerClosed, plain(err))
+	case errors.Is(err, os.ErrDeadlineExceeded), errors.Is(err, syscall.ETIMEDOUT):
+		return fmt.Errorf("%w: %v", bridge.ErrStalled, plain(err))
+	}
+	return err
+}
+
+// plain drops the addresses that net puts into its errors: a connection's own port is new each time,
+// and would make each error look like a new one.
+func plain(err error) error {
+	if op, ok := errors.AsType[*net.OpError](err); ok {
+		return op.Err
+	}
+	return err
+}
+
+// Write never blocks. p is copied.
+func (c *conn) Write(p []byte) (int, error) {
+	c.mu.Lock()
+	if c.err == nil && len(c.out)+len(p) > maxPending {
+		c.endLocked(fmt.Errorf("%w: %d bytes wait to be written", bridge.ErrStalled, len(c.out)))
+	}
+	if err := c.err; err != nil {
+		c.mu.Unlock()
+		return 0, err
+	}
+	idle := len(c.out) == 0
+	c.out = append(c.out, p...)
+	c.mu.Unlock()
+	if len(p) == 2 && p[0] == 0xC0 {
+		c.pingSent.CompareAndSwap(0, time.Now().UnixNano())
+	}
+	if idle {
+		c.ring()
+	}
+	return len(p), nil
+}
+
+func (c *conn) ring() {
+	select {
+	case c.wake <- struct{}{}:
+	default:
+	}
+}
+
+// flush writes out what paho wrote, as much as there is in one go.
+func (c *conn) flush(stall time.Duration) {
+	defer close(c.flushed)
+	defer c.Conn.Close()
+	watch := time.NewTicker(max(stall/8, time.Millisecond))
+	defer watch.Stop()
+	var spare []byte
+	for {
+		c.mu.Lock()
+		out := c.out
+		closing, ended := c.closing, c.err != nil
+		c.out = spare[:0]
+		c.mu.Unlock()
+		spare = nil
+		if ended && !closing {
+			return
+		}
+		if len(out) > 0 {
+			if _, err := c.Conn.Write(out); err != nil {
+				_ = c.fail(readError(err))
+				return
+			}
+			if cap(out) <= 1<<20 { // a burst's buffer is not kept
+				spare = out
+			}
+			continue
+		}
+		if closing {
+			return
+		}
+		select {
+		case <-c.wake:
+		case <-c.over:
+		case now := <-watch.C:
+			if sent := c.pingSent.Load(); sent != 0 {
+				last := max(sent, c.lastRead.Load(), c.tcp.lastMove())
+				if quiet := now.Sub(time.Unix(0, last)); quiet > stall {
+					_ = c.fail(fmt.Errorf("%w: ping not answered for %v", bridge.ErrStalled, quiet.Round(time.Millisecond)))
+				}
+			}
+		}
+	}
+}
+
+// fail ends the connection for a reason and returns the reason that counts: the first.
+func (c *conn) fail(err error) error {
+	c.mu.Lock()
+	c.endLocked(err)
+	err = c.err
+	c.mu.Unlock()
+	_ = c.Conn.SetReadDeadline(time.Unix(1, 0)) // wakes a read that waits; flush closes
+	c.tcp.interrupt()
+	return err
+}
+
+func (c *conn) endLocked(err error) {
+	if c.err == nil {
+		c.err = err
+		close(c.over)
+	}
+}
+
+// Close ends the connection after what was written before, if that goes within lastWrite.
+func (c *conn) Close() error {
+	c.mu.Lock()
+	if c.err == nil {
+		c.closing = true
+		c.tcp.hurry(time.Now().Add(lastWrite))
+		c.endLocked(errClosed)
+	}
+	c.mu.Unlock()
+	c.ring()
+	return nil
+}
+
+// reason is why the connection ended, once it has.
+func (c *conn) reason() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.err
+}
+
+// The deadlines that paho sets: those for reading matter while it connects; those for writing would
+// cost two system calls a message, and progressConn has better ones.
+
+func (c *conn) SetDeadline(t time.Time) error     { return c.Conn.SetReadDeadline(t) }
+func (c *conn) SetWriteDeadline(time.Time) error  { return nil }
+func (c *conn) SetReadDeadline(t time.Time) error { return c.Conn.SetReadDeadline(t) }

@@ -1,0 +1,254 @@
+// Package mqttup is the upstream that is an MQTT broker. It is the only importer of paho.
+//
+// paho reconnects by itself in a way that reports messages as acknowledged which were not, so each
+// session here is a client of its own: clean session, no reconnect, no store. The spool is the store and
+// the bridge the one that retries.
+package mqttup
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/url"
+	"strings"
+	"time"
+	"unicode/utf8"
+
+	paho "github.com/eclipse/paho.mqtt.golang"
+
+	"holdfast/bridge"
+	"holdfast/bridge/wire"
+)
+
+// Options of an upstream or a subscriber.
+type Options struct {
+	URL string // mqtt://host[:1883] or mqtts://host[:8883]
+	// ClientID must be one that nobody else uses at that broker.
+	ClientID     string
+	Username     string
+	PasswordFile string // read at each connection
+	TLS          TLS
+
+	// Gateway, Epoch and Version make the birth and death messages. No Gateway: none are sent.
+	Gateway, Epoch, Version string
+
+	// For subscribers only. Persistent makes the broker keep messages while the subscriber is away. OnUp
+	// is called each time the subscription has been made. Log is told of lost connections; nil: nobody is.
+	Persistent bool
+	OnUp       func()
+	Log        *slog.Logger
+
+	// ConnectTimeout bounds a subscriber's attempt to connect: 20 s. A bridge has its own.
+	ConnectTimeout time.Duration
+	// KeepAlive is the interval of pings on an idle link: 30 s.
+	KeepAlive time.Duration
+	// Stall is how long the transport may stand still before the link counts as dead: 30 s.
+	Stall time.Duration
+	// MaxPayload is the largest payload sent or taken: 16 MiB.
+	MaxPayload int
+}
+
+// TLS are files in PEM form; see bridge.TLS.
+type TLS = bridge.TLS
+
+const (
+	defaultConnectTimeout = 20 * time.Second
+	defaultKeepAlive      = 30 * time.Second
+	defaultStall          = 30 * time.Second
+	defaultMaxPayload     = 16 << 20
+
+	maxTopic = 65535
+	// handOver bounds paho's Publish, which waits that long for its own goroutine if the connection
+	// is lost at the wrong moment. The network does not count: writes only fill a buffer.
+	handOver = 2 * time.Second
+)
+
+// Upstream dials an MQTT broker.
+type Upstream struct{ o Options }
+
+var _ bridge.Upstream = (*Upstream)(nil)
+
+// New makes an upstream. It reads no file and connects to nothing yet.
+func New(o Options) (*Upstream, error) {
+	o = o.withDefaults()
+	if err := o.validate(); err != nil {
+		return nil, err
+	}
+	return &Upstream{o}, nil
+}
+
+// FromConfig makes the upstream of a configured bridge. epoch is the spool's, version the program's.
+func FromConfig(c bridge.Config, gateway, epoch, version string) (*Upstream, error) {
+	return New(Options{
+		URL: c.URL, ClientID: ClientID(gateway, c.Name), Username: c.Username, PasswordFile: c.PasswordFile, TLS: c.TLS,
+		Gateway: gateway, Epoch: epoch, Version: version,
+	})
+}
+
+// ClientID is the one that a gateway uses at an upstream: holdfast-{gateway}-{upstream}, kept to what every
+// broker takes. Where that would change or cut the names, a hash of them keeps it unique.
+func ClientID(gateway, upstream string) string {
+	plain := "holdfast-" + gateway + "-" + upstream
+	id := strings.Map(func(r rune) rune {
+		switch {
+		case r >= 'a' && r <= 'z', r >= 'A' && r <= 'Z', r >= '0' && r <= '9', r == '-', r == '_', r == '.':
+			return r
+		}
+		return '_'
+	}, plain)
+	const most = 64
+	if id == plain && len(id) <= most && !strings.Contains(gateway+upstream, "--") {
+		return id
+	}
+	sum := sha256.Sum256([]byte(gateway + "\x00" + upstream))
+	return id[:min(len(id), most-9)] + "-" + hex.EncodeToString(sum[:4])
+}
+
+func (o Options) withDefaults() Options {
+	if o.ConnectTimeout == 0 {
+		o.ConnectTimeout = defaultConnectTimeout
+	}
+	if o.KeepAlive == 0 {
+		o.KeepAlive = defaultKeepAlive
+	}
+	if o.Stall == 0 {
+		o.Stall = defaultStall
+	}
+	if o.MaxPayload == 0 {
+		o.MaxPayload = defaultMaxPayload
+	}
+	return o
+}
+
+func (o Options) validate() error {
+	u, err := url.Parse(o.URL)
+	if err != nil || u.Scheme != "mqtt" && u.Scheme != "mqtts" || u.Hostname() == "" || u.User != nil {
+		return errors.New("url must be mqtt://host:port or mqtts://host:port, without a user")
+	}
+	if o.ClientID == "" {
+		return errors.New("no client id")
+	}
+	if o.Gateway != "" && o.Epoch == "" {
+		return errors.New("no epoch")
+	}
+	return nil
+}
+
+// client connects a paho client over a conn of ours. lost is called once if the connection ends
+// after that, when paho has failed all its tokens.
+func client(ctx context.Context, o Options, g guard, configure func(*paho.ClientOptions)) (paho.Client, *conn, <-chan struct{}, error) {
+	u, err := url.Parse(o.URL)
+	if err != nil {
+		return nil, nil, nil, err
+	}
+	secret, err := password(o.PasswordFile)
+	if err != nil {
+		return nil, nil, nil, err
+	}
+	transport, tcp, err := openTransport(ctx, u, o.TLS, o.Stall)
+	if err != nil {
+		return nil, nil, nil, dialError(err)
+	}
+	c := newConn(transport, tcp, g, o.Stall)
+	// Whatever paho does, the attempt ends with ctx.
+	stop := context.AfterFunc(ctx, func() { _ = c.fail(context.Cause(ctx)) })
+	defer stop()
+
+	lost := make(chan struct{})
+	po := paho.NewClientOptions().
+		SetClientID(o.ClientID).
+		SetProtocolVersion(4).
+		SetCleanSession(!o.Persistent).
+		SetAutoReconnect(false).
+		SetConnectRetry(false).
+		SetStore(noStore{}).
+		SetKeepAlive(o.KeepAlive).
+		SetPingTimeout(24 * time.Hour). // conn watches the pings: it knows when a link is merely slow
+		SetWriteTimeout(handOver).
+		SetConnectTimeout(time.Hour). // ctx rules
+		SetCustomOpenConnectionFn(func(*url.URL, paho.ClientOptions) (net.Conn, error) { return c, nil }).
+		SetConnectionLostHandler(func(paho.Client, error) { close(lost) })
+	po.AddBroker("tcp://" + u.Host)
+	if o.Username != "" {
+		po.SetUsername(o.Username).SetPassword(secret)
+	}
+	configure(po)
+	pc := paho.NewClient(po)
+	t := pc.Connect()
+	<-t.Done()
+	if err := t.Error(); err != nil {
+		return nil, nil, nil, connectError(err, c)
+	}
+	return pc, c, lost, nil
+}
+
+// dialError drops what changes from attempt to attempt.
+func dialError(err error) error {
+	if op, ok := errors.AsType[*net.OpError](err); ok && op.Addr != nil {
+		return fmt.Errorf("connect to %s: %w", op.Addr, op.Err)
+	}
+	return err
+}
+
+// connectError makes the reason of a failed CONNECT plain, and waits for the connection's goroutine.
+func connectError(err error, c *conn) error {
+	reason := c.reason()
+	_ = c.fail(errClosed)
+	<-c.flushed
+	if ct, ok := refusals[err.Error()]; ok {
+		return fmt.Errorf("%w: %s", bridge.ErrRefused, ct)
+	}
+	if reason != nil && !errors.Is(reason, errClosed) {
+		return fmt.Errorf("connect: %w", reason)
+	}
+	return fmt.Errorf("connect: %w", err)
+}
+
+// refusals are paho's words for the CONNACK codes (MQTT 3.1.1 §3.2.2.3), with ours.
+var refusals = map[string]string{
+	"unacceptable protocol version": "it does not speak MQTT 3.1.1",
+	"identifier rejected":           "it rejects the client id",
+	"server Unavailable":            "its MQTT service is unavailable",
+	"bad user name or password":     "bad user name or password",
+	"not Authorized":                "not authorized",
+}
+
+// noStore keeps nothing: what is unacked is still in the spool.
+type noStore struct{}
+
+func (noStore) Open()                    {}
+func (noStore) Put(string, packetOfPaho) {}
+func (noStore) Get(string) packetOfPaho  { return nil }
+func (noStore) All() []string            { return nil }
+func (noStore) Del(string)               {}
+func (noStore) Close()                   {}
+func (noStore) Reset()                   {}
+
+// checkTopic says why a topic name may not be sent (MQTT 3.1.1 §1.5.3, §3.3.2, §4.7).
+func checkTopic(t string) error {
+	switch {
+	case t == "":
+		return errors.New("topic is empty")
+	case len(t) > maxTopic:
+		return fmt.Errorf("topic has %d bytes, the protocol allows %d", len(t), maxTopic)
+	case strings.ContainsAny(t, "+#\x00"):
+		return fmt.Errorf("topic %.100q holds a wildcard or U+0000", t)
+	case !utf8.ValidString(t):
+		return fmt.Errorf("topic %.100q is not UTF-8", t)
+	}
+	return nil
+}
+
+// state is the payload of the birth or death message.
+func (o Options) state(s string) []byte {
+	b, err := json.Marshal(wire.State{State: s, Epoch: o.Epoch, Version: o.Version, TS: time.Now().UnixMilli()})
+	if err != nil {
+		panic(err) // strings and a number
+	}
+	return b
+}
