@@ -1,0 +1,88 @@
+package httpapi
+
+import (
+	"time"
+
+	"holdfast/spool"
+)
+
+// Status is GET /api/v1/status: one look at the whole gateway.
+type Status struct {
+	Version   string           `json:"version"`
+	Gateway   string           `json:"gateway"`
+	Epoch     string           `json:"epoch"` // of the spool; part of every message id
+	DataDir   string           `json:"data_dir"`
+	PID       int              `json:"pid"`
+	StartedAt time.Time        `json:"started_at"`
+	UptimeS   int64            `json:"uptime_s"`
+	Ready     bool             `json:"ready"`
+	NotReady  string           `json:"not_ready,omitempty"` // why
+	ClockSync bool             `json:"clock_synced"`
+	Store     Store            `json:"store"`
+	Broker    Broker           `json:"broker"`
+	Lanes     []spool.LaneStat `json:"lanes"`
+	Upstreams []Upstream       `json:"upstreams"`
+	Ledger    Ledger           `json:"ledger"`
+}
+
+// Ledger is where every message that was accepted is now.
+type Ledger struct {
+	// Balanced: accepted = delivered + expired + evicted + parked + pending in every account, in
+	// messages and in bytes. False is a defect of Holdfast: please report it.
+	Balanced bool            `json:"balanced"`
+	Accounts []spool.Account `json:"accounts"`
+}
+
+// NewLedger holds accounts against themselves.
+func NewLedger(accounts []spool.Account) Ledger {
+	l := Ledger{Balanced: true, Accounts: accounts}
+	if l.Accounts == nil {
+		l.Accounts = []spool.Account{}
+	}
+	for i := range accounts {
+		l.Balanced = l.Balanced && accounts[i].Balanced()
+	}
+	return l
+}
+
+// Store is what the gateway takes on disk.
+type Store struct {
+	Bytes     uint64 `json:"bytes"`
+	FreeBytes uint64 `json:"free_bytes"` // of the file system; 0: not known
+}
+
+// Upstream is one link to the cloud. Counters are since the process started.
+type Upstream struct {
+	Name      string    `json:"name"`
+	URL       string    `json:"url"`
+	Format    string    `json:"format"`
+	State     string    `json:"state"` // connecting, connected, waiting, stopped
+	Connected bool      `json:"connected"`
+	Since     time.Time `json:"since"`                // of being connected, or of not being it
+	RetryAt   time.Time `json:"retry_at,omitzero"`    // next attempt
+	Attempts  int       `json:"attempts"`             // since the link was last healthy
+	LastError string    `json:"last_error,omitempty"` // why the last link or attempt ended; stays after a reconnect
+	LastAck   time.Time `json:"last_ack,omitzero"`
+	InFlight  int       `json:"in_flight"` // sends without an outcome
+
+	Sends           uint64 `json:"sends"` // repeats included
+	SentMessages    uint64 `json:"sent_messages"`
+	SentBytes       uint64 `json:"sent_bytes"` // topics and payloads
+	AckedMessages   uint64 `json:"acked_messages"`
+	ExpiredMessages uint64 `json:"expired_messages"`
+	ParkedMessages  uint64 `json:"parked_messages"`
+}
+
+// Broker is what the devices' side is doing.
+type Broker struct {
+	Listeners []Listener `json:"listeners"`
+	// Counters are those of the broker; see docs/operations.md.
+	Counters any `json:"counters,omitempty"`
+}
+
+// Listener is one address that devices connect to.
+type Listener struct {
+	Name     string `json:"name"`
+	Protocol string `json:"protocol"`
+	Address  string `json:"address"`
+}
