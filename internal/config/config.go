@@ -14,20 +14,21 @@ import (
 
 	"go.yaml.in/yaml/v3"
 
+	"holdfast/bridge"
 	"holdfast/spool"
 )
 
 // Config is what a file says, with defaults where it says nothing. Paths are absolute, or relative
 // to the working directory if the file was named so.
 type Config struct {
-	Gateway   Gateway    `yaml:"gateway"`
-	Listeners []Listener `yaml:"listeners"`
-	Devices   Devices    `yaml:"devices"`
-	Spool     Spool      `yaml:"spool"`
-	Routes    []Route    `yaml:"routes"`
-	Upstreams []Upstream `yaml:"upstreams"`
-	HTTP      HTTP       `yaml:"http"`
-	Log       Log        `yaml:"log"`
+	Gateway   Gateway         `yaml:"gateway"`
+	Listeners []Listener      `yaml:"listeners"`
+	Devices   Devices         `yaml:"devices"`
+	Spool     Spool           `yaml:"spool"`
+	Routes    []Route         `yaml:"routes"`
+	Upstreams []bridge.Config `yaml:"upstreams"`
+	HTTP      HTTP            `yaml:"http"`
+	Log       Log             `yaml:"log"`
 }
 
 // Gateway is who this gateway is and where it keeps what it must not lose.
@@ -140,7 +141,7 @@ func (c *Config) fill() {
 		c.Routes = append(c.Routes, Route{Match: "local/#", Lane: LaneNone})
 	}
 	if c.Upstreams == nil {
-		c.Upstreams = []Upstream{}
+		c.Upstreams = []bridge.Config{}
 	}
 	shareOut(c.Spool.Lanes)
 }
@@ -228,7 +229,7 @@ func decode(name string, data []byte) (*Config, *decoder) {
 	d.elements[reflect.TypeFor[spool.LaneConfig]()] = reflect.ValueOf(spool.LaneConfig{
 		MaxBytes: defaultLaneSize, MaxAge: defaultLaneAge, WhenFull: spool.DropOldest,
 	})
-	d.elements[reflect.TypeFor[Upstream]()] = reflect.ValueOf(Upstream{Format: "batch", Window: 256, Commands: true})
+	d.elements[reflect.TypeFor[bridge.Config]()] = reflect.ValueOf(bridge.Config{Format: bridge.FormatBatch, Window: bridge.DefaultWindow, Commands: true})
 	doc, ok := d.parse(data)
 	if !ok {
 		return nil, d

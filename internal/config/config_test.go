@@ -11,6 +11,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"holdfast/bridge"
 	"holdfast/internal/config"
 	"holdfast/spool"
 )
@@ -62,7 +63,7 @@ func TestDefaultsAreThoseOfTheManual(t *testing.T) {
 			},
 		},
 		Routes:    []config.Route{{Match: "alarm/#", Lane: "alarm"}, {Match: "local/#", Lane: "none"}},
-		Upstreams: []config.Upstream{},
+		Upstreams: []bridge.Config{},
 		HTTP:      config.HTTP{Address: "127.0.0.1:8080"},
 		Log:       config.Log{Level: "info", Format: "auto"},
 	}
@@ -145,10 +146,10 @@ log: { level: debug, format: json }
 			},
 		},
 		Routes: []config.Route{{Match: "vitals/+/#", Lane: "vitals"}, {Match: "local/#", Lane: "none"}},
-		Upstreams: []config.Upstream{{
+		Upstreams: []bridge.Config{{
 			Name: "cloud", URL: "mqtts://broker.example.com:8883", Format: "passthrough", TopicPrefix: "site-7/",
 			Username: "ward-3-east", PasswordFile: "/etc/holdfast/secret/pw",
-			TLS:   config.UpstreamTLS{CA: "/etc/holdfast/ca.pem", Cert: "/etc/holdfast/c.pem", Key: "/etc/holdfast/k.pem"},
+			TLS:   bridge.TLS{CA: "/etc/holdfast/ca.pem", Cert: "/etc/holdfast/c.pem", Key: "/etc/holdfast/k.pem"},
 			Lanes: []string{"telemetry", "vitals"}, Window: 64,
 		}},
 		HTTP: config.HTTP{Address: "[::1]:9000"},
@@ -261,7 +262,7 @@ func TestProblems(t *testing.T) {
 		"upstream rest": {ok + "upstreams:\n  - { name: a, url: mqtt://127.0.0.1:9, tls: { ca: x }, topic_prefix: p, window: 0 }\n  - { name: b, url: mqtts://h, format: json, tls: { cert: x }, password_file: x }\n", []string{
 			`g.yaml:4:46: upstreams[0].tls: is given, but the url begins with mqtt://, which is not encrypted: write mqtts://, or remove tls`,
 			`g.yaml:4:71: upstreams[0].topic_prefix: is for format passthrough only: remove it, or change the format`,
-			`g.yaml:4:82: upstreams[0].window: has to be 1 to 10000: the sends that may wait for their acknowledgement`,
+			`g.yaml:4:82: upstreams[0].window: has to be 1 to 16384: the sends that may wait for their acknowledgement`,
 			`g.yaml:5:40: upstreams[1].format: is "json": has to be one of batch, passthrough, cloudevents`,
 			`g.yaml:5:51: upstreams[1].tls.key: is missing: a certificate needs its private key`,
 			`g.yaml:5:79: upstreams[1].password_file: needs a username: MQTT 3.1.1 has no password without one`}},

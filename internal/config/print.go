@@ -36,7 +36,7 @@ func node(v reflect.Value) *yaml.Node {
 		n := &yaml.Node{Kind: yaml.MappingNode}
 		for _, f := range fieldsOf(v.Type()) {
 			fv := v.Field(f.index)
-			if f.typ.Kind() == reflect.Struct && fv.IsZero() || f.typ.Kind() == reflect.Slice && fv.IsNil() {
+			if f.key == "tls" && fv.IsZero() || f.typ.Kind() == reflect.Slice && fv.IsNil() {
 				continue // tls of a plain listener, lanes of an upstream that takes all
 			}
 			n.Content = append(n.Content, scalar(f.key, 0), node(fv))

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"time"
 
+	"holdfast/bridge"
 	"holdfast/internal/mqtt"
 	"holdfast/spool"
 )
@@ -17,7 +18,7 @@ import (
 // Limits of what a file may say.
 const (
 	maxLanes  = 16
-	maxWindow = 10_000 // packet ids are 16 bits, and beyond this a resend only grows
+	maxWindow = 16_384 // the bridge's own limit, well below the 65,535 packet ids
 	minLane   = 1 << 20
 )
 
@@ -408,9 +409,9 @@ func (d *decoder) checkUpstreams(c *Config) {
 			d.unique(path+".name", u.Name, names)
 		}
 		d.checkURL(c, path, u)
-		if d.oneOf(path+".format", u.Format, "batch", "passthrough", "cloudevents") && u.TopicPrefix != "" {
+		if d.oneOf(path+".format", u.Format, bridge.FormatBatch, bridge.FormatPassthrough, bridge.FormatCloudEvents) && u.TopicPrefix != "" {
 			switch {
-			case u.Format != "passthrough":
+			case u.Format != bridge.FormatPassthrough:
 				d.problem(path+".topic_prefix", "is for format passthrough only: remove it, or change the format")
 			case !mqtt.ValidTopic(u.TopicPrefix):
 				d.problem(path+".topic_prefix", "%scannot begin a topic: no '+', '#' or zero character", show(path, u.TopicPrefix))
@@ -453,7 +454,7 @@ func (d *decoder) checkUpstreams(c *Config) {
 	}
 }
 
-func (d *decoder) checkURL(c *Config, path string, u *Upstream) {
+func (d *decoder) checkURL(c *Config, path string, u *bridge.Config) {
 	const forms = "write mqtts://host:8883 or mqtt://host:1883"
 	at := path + ".url"
 	if u.URL == "" {

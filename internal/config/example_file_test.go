@@ -1,0 +1,124 @@
+package config_test
+
+import (
+	"os"
+	"regexp"
+	"strings"
+	"testing"
+
+	"go.yaml.in/yaml/v3"
+
+	"holdfast/internal/config"
+)
+
+const exampleFile = "../../configs/gateway.yaml"
+
+func example(t *testing.T) []byte {
+	t.Helper()
+	data, err := os.ReadFile(exampleFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return data
+}
+
+func TestTheExampleLoads(t *testing.T) {
+	c, warnings, err := config.Parse(exampleFile, example(t))
+	if err != nil {
+		t.Fatalf("%v", err)
+	}
+	if len(warnings) > 0 {
+		t.Errorf("the example warns:\n%v", warnings)
+	}
+	if len(c.Listeners) != 3 || len(c.Upstreams) != 1 || len(c.Routes) != 2 {
+		t.Errorf("the example is %+v", c)
+	}
+}
+
+func TestTheExampleHasEveryKey(t *testing.T) {
+	var doc yaml.Node
+	if err := yaml.Unmarshal(example(t), &doc); err != nil {
+		t.Fatal(err)
+	}
+	have := map[string]bool{}
+	var walk func(n *yaml.Node, path string)
+	walk = func(n *yaml.Node, path string) {
+		switch n.Kind {
+		case yaml.DocumentNode:
+			walk(n.Content[0], "")
+		case yaml.SequenceNode:
+			have[path+"[]"] = true
+			for _, e := range n.Content {
+				walk(e, path+"[]")
+			}
+		case yaml.MappingNode:
+			for i := 0; i < len(n.Content); i += 2 {
+				key := n.Content[i].Value
+				if path != "" {
+					key = path + "." + key
+				}
+				have[key] = true
+				walk(n.Content[i+1], key)
+			}
+		}
+	}
+	walk(&doc, "")
+	keys := config.Keys()
+	if len(keys) < 40 {
+		t.Fatalf("only %d keys: the walk over the types is broken", len(keys))
+	}
+	for _, k := range keys {
+		if !have[k] {
+			t.Errorf("configs/gateway.yaml lacks %s: write it there with its default, its unit and why", k)
+		}
+	}
+}
+
+// What the example says about defaults is what the code does: without its upstream, its extra
+// listeners and what is not a default by its own words, it is the same as an empty file.
+func TestTheExampleTellsTheDefaults(t *testing.T) {
+	empty, _, err := config.Parse("g.yaml", []byte("gateway: { id: x }\n"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var printed strings.Builder
+	if err := config.Print(&printed, empty); err != nil {
+		t.Fatal(err)
+	}
+	text := string(example(t))
+	said := func(key string) string {
+		t.Helper()
+		// the last "Default: x." in the comment right above the key
+		m := regexp.MustCompile(`(?m)((?:^ *#.*\n)+)^ *` + key + `:`).FindStringSubmatch(text)
+		if m == nil {
+			t.Fatalf("no comment above %s", key)
+		}
+		d := regexp.MustCompile(`Default: ("[^"]*"|[^ \n]*[^ .\n])`).FindAllStringSubmatch(m[1], -1)
+		if d == nil {
+			t.Fatalf("the comment above %s tells no default:\n%s", key, m[1])
+		}
+		return d[len(d)-1][1]
+	}
+	for key, want := range map[string]string{
+		"data_dir": empty.Gateway.DataDir, "anonymous": "false", "allow_anonymous_on_network": "false", "durability": "fsync",
+		"sync_interval": "100ms", "disk_reserve": "64MiB", "level": "info", "format": "auto", "window": "256", "commands": "true",
+		"require_client_cert": "false",
+	} {
+		if key == "format" { // of log: the upstream's comes first
+			text = text[strings.Index(text, "\nlog:"):]
+		}
+		if got := said(key); got != want {
+			t.Errorf("the example says the default of %s is %s, it is %s", key, got, want)
+		}
+		text = string(example(t))
+		if !strings.Contains("window commands require_client_cert", key) && !strings.Contains(printed.String(), key+": ") {
+			t.Errorf("an empty file prints no %s", key)
+		}
+	}
+	for _, want := range []string{"sync_interval: 100ms", "disk_reserve: 64MiB", "anonymous: false", "level: info", "format: auto",
+		"durability: fsync", "data_dir: \"/var/lib/holdfast\"", "address: \"127.0.0.1:8080\"", "address: \"127.0.0.1:1883\""} {
+		if !strings.Contains(printed.String(), want) {
+			t.Errorf("an empty file prints no %q:\n%s", want, printed.String())
+		}
+	}
+}
