@@ -238,6 +238,9 @@ func (c *Client) read() {
 	err := c.readAll()
 	_ = c.conn.Close()
 	c.mu.Lock()
+	if c.closing {
+		err = ErrClosed // however the server ended it: that was what we asked for
+	}
 	err = c.fail(err)
 	for c.writing {
 		c.idle.Wait()
@@ -637,8 +640,10 @@ func (c *Client) Disconnect(reason Reason) error {
 	for c.writing {
 		c.idle.Wait()
 	}
-	err := c.err
-	_ = c.fail(ErrClosed)
+	err := c.fail(ErrClosed)
+	if errors.Is(err, ErrClosed) {
+		err = nil
+	}
 	c.mu.Unlock()
 	// The server closes; reading on until it does keeps what it still sends from turning
 	// the close into a reset, which would overtake our DISCONNECT.

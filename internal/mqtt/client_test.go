@@ -9,6 +9,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -310,14 +311,15 @@ func pipe(t *testing.T, v mqtt.Version, answer func(frame []byte) []byte) func(c
 
 func TestClientKeepsAlive(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		silent, pings := false, 0
+		var silent atomic.Bool
+		var pings atomic.Int32
 		c, err := mqtt.Dial(t.Context(), mqtt.ClientOptions{
 			Connect: mqtt.Connect{KeepAlive: 10},
 			Dialer: pipe(t, mqtt.V5, func(f []byte) []byte {
-				if f[0]>>4 != byte(mqtt.TypePingreq) || silent {
+				if f[0]>>4 != byte(mqtt.TypePingreq) || silent.Load() {
 					return nil
 				}
-				pings++
+				pings.Add(1)
 				return mqtt.AppendPingresp(nil)
 			}),
 		})
@@ -326,10 +328,10 @@ func TestClientKeepsAlive(t *testing.T) {
 		}
 		time.Sleep(10 * time.Minute)
 		synctest.Wait()
-		if c.Err() != nil || pings < 60 || pings > 130 {
-			t.Fatalf("after 10 minutes: %d pings, %v", pings, c.Err())
+		if n := pings.Load(); c.Err() != nil || n < 60 || n > 130 {
+			t.Fatalf("after 10 minutes: %d pings, %v", n, c.Err())
 		}
-		silent = true
+		silent.Store(true)
 		start := time.Now()
 		<-c.Done()
 		if d := time.Since(start); !errors.Is(c.Err(), mqtt.ErrKeepAlive) || d > 25*time.Second {
@@ -434,8 +436,11 @@ func acker(t testing.TB) string {
 func window(t testing.TB, n int) float64 {
 	p := mqtt.Publish{QoS: 1, Topic: []byte("dt/ward/bed-1/vitals"), Payload: make([]byte, 256)}
 	done := make(chan struct{})
+	var mu sync.Mutex
 	var sent, acked int
 	next := func(c *mqtt.Client) {
+		mu.Lock()
+		defer mu.Unlock()
 		for ; sent < n && sent-acked < 100; sent++ {
 			p.ID = uint16(sent%1000) + 1
 			_ = c.Queue(&p)
@@ -444,6 +449,8 @@ func window(t testing.TB, n int) float64 {
 	c, err := mqtt.Dial(t.Context(), mqtt.ClientOptions{
 		Address: acker(t),
 		OnAck: func(*mqtt.Client, *mqtt.Ack) {
+			mu.Lock()
+			defer mu.Unlock()
 			if acked++; acked == n {
 				close(done)
 			}
@@ -459,7 +466,7 @@ func window(t testing.TB, n int) float64 {
 	}()
 	var before, after runtime.MemStats
 	runtime.ReadMemStats(&before)
-	next(c) // nothing is read before something is sent, so this does not race with OnBatch
+	next(c)
 	c.Flush()
 	<-done
 	runtime.ReadMemStats(&after)
