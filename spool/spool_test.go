@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"os"
 	"strings"
 	"testing"
 	"time"
@@ -19,7 +20,14 @@ import (
 	"holdfast/spool"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	if os.Getenv(childEnv) != "" {
+		os.Exit(m.Run()) // a store that failed is left open on purpose
+	}
+	goleak.VerifyTestMain(m)
+}
+
+const childEnv = "HOLDFAST_TEST_CHILD"
 
 // rig is a spool on a file system that can be opened again.
 type rig struct {
