@@ -1,6 +1,36 @@
 package main
 
-// figures in the order of the issue that set them; docs/benchmarks.md keeps their numbers.
+import (
+	"errors"
+
+	"holdfast/internal/testkit"
+)
+
+// figures in the order of the list that set their goals; docs/benchmarks.md keeps the numbers.
 var figures = []figure{
+	{1, "Taking in: 256 B, QoS 1, each PUBACK after fsync", measureIntake},
 	{2, "The spool alone", measureStore},
+	{3, "Draining a backlog", measureDrain},
+	{4, "Bytes on the upstream wire", measureWire},
+	{5, "Memory at rest", measureIdle},
+	{6, "Start with a full spool", measureStart},
+}
+
+// storeFolder is where a gateway keeps its store below its data folder.
+const storeFolder = "store"
+
+// pendingMessages asks a gateway how many messages still wait for its upstream.
+func pendingMessages(g *testkit.Gateway) (uint64, error) {
+	status, err := g.Status()
+	if err != nil {
+		return 0, err
+	}
+	if len(status.Ledger.Accounts) == 0 {
+		return 0, errors.New("the status tells of no account")
+	}
+	n := uint64(0)
+	for _, a := range status.Ledger.Accounts {
+		n += a.Pending.Messages
+	}
+	return n, nil
 }

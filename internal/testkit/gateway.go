@@ -43,6 +43,59 @@ http: { address: %q }
 	return g
 }
 
+// Status is what of a gateway's status the tests look at.
+type Status struct {
+	Ready  bool   `json:"ready"`
+	Epoch  string `json:"epoch"`
+	Ledger struct {
+		Balanced bool      `json:"balanced"`
+		Accounts []Account `json:"accounts"`
+	} `json:"ledger"`
+	Upstreams []struct {
+		Name      string `json:"name"`
+		Connected bool   `json:"connected"`
+		LastError string `json:"last_error"`
+		InFlight  int    `json:"in_flight"`
+	} `json:"upstreams"`
+}
+
+// Count is messages and bytes in an account.
+type Count struct {
+	Messages uint64 `json:"messages"`
+	Bytes    uint64 `json:"bytes"`
+}
+
+// Account is where the messages of one lane are, for one upstream.
+type Account struct {
+	Upstream  string `json:"upstream"`
+	Lane      string `json:"lane"`
+	Accepted  Count  `json:"accepted"`
+	Delivered Count  `json:"delivered"`
+	Expired   Count  `json:"expired"`
+	Evicted   Count  `json:"evicted"`
+	Parked    Count  `json:"parked"`
+	Pending   Count  `json:"pending"`
+}
+
+// Balance returns an error if what was accepted is not what the other columns add up to.
+func (a Account) Balance() error {
+	for what, of := range map[string]func(Count) uint64{
+		"messages": func(c Count) uint64 { return c.Messages },
+		"bytes":    func(c Count) uint64 { return c.Bytes },
+	} {
+		if sum := of(a.Delivered) + of(a.Expired) + of(a.Evicted) + of(a.Parked) + of(a.Pending); sum != of(a.Accepted) {
+			return fmt.Errorf("ledger of upstream %q, lane %q: %d %s accepted, %d accounted for: %+v", a.Upstream, a.Lane, of(a.Accepted), what, sum, a)
+		}
+	}
+	return nil
+}
+
+// Status asks the gateway how it is.
+func (g *Gateway) Status() (*Status, error) {
+	var s Status
+	return &s, g.Get("/api/v1/status", &s)
+}
+
 // Get reads a path of the HTTP API into a value.
 func (g *Gateway) Get(path string, into any) error {
 	b, err := g.fetch(path)
