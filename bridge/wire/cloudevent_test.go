@@ -19,7 +19,8 @@ const epoch = "0190163d-8694-739b-aea5-966c26f8ad91"
 
 func cloudEvent(tb interface {
 	Fatal(...any)
-}, m wire.Message, replayed bool) []byte {
+}, m wire.Message, replayed bool,
+) []byte {
 	b, err := wire.AppendCloudEvent(nil, "ward-3/east", epoch, "telemetry", 42, m, replayed)
 	if err != nil {
 		tb.Fatal(err)

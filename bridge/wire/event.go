@@ -18,7 +18,7 @@ type Gap struct {
 	Bytes    uint64 `json:"bytes"`   // of records; 0 where nobody can tell any more
 	FromMS   int64  `json:"from_ms"` // receive times of the first and the last, Unix ms; 0: unknown
 	ToMS     int64  `json:"to_ms"`
-	Reason   string `json:"reason"` // max_bytes, max_age, …
+	Reason   string `json:"reason"` // max_bytes, max_age, damaged, detached; more may follow
 }
 
 // State is a gateway's birth or death: the retained payload of gw/{gateway}/state.
