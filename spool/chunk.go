@@ -61,8 +61,8 @@ func (m *chunkMeta) End() Position {
 	return Position{m.First.Seq + uint64(m.Count), m.First.Bytes + uint64(m.RawLen)}
 }
 
-// appendChunk appends the chunk that holds raw. It compresses when that saves at least an eighth.
-func appendChunk(dst []byte, m *chunkMeta, raw []byte) []byte {
+// appendChunk appends the chunk that holds raw. It compresses, if it may, when that saves at least an eighth.
+func appendChunk(dst []byte, m *chunkMeta, raw []byte, compress bool) []byte {
 	start := len(dst)
 	dst = append(dst, chunkMagic...)
 	dst = append(dst, chunkV1, encPlain, m.Lane, 0)
@@ -72,7 +72,7 @@ func appendChunk(dst []byte, m *chunkMeta, raw []byte) []byte {
 	dst = binary.BigEndian.AppendUint64(dst, m.First.Bytes)
 	dst = binary.BigEndian.AppendUint64(dst, uint64(m.Oldest))
 	dst = binary.BigEndian.AppendUint64(dst, uint64(m.Newest))
-	if len(raw) < minCompress {
+	if !compress || len(raw) < minCompress {
 		dst = append(dst, raw...)
 	} else {
 		body := len(dst)

@@ -75,9 +75,9 @@ func FuzzRecordIsCBOR(f *testing.F) {
 func FuzzChunk(f *testing.F) {
 	raw := bytes.Repeat(AppendRecord(nil, &Record{Received: 1, Device: []byte("dev"), Topic: []byte("topic"), Payload: []byte("payload")}), 50)
 	m := chunkMeta{Lane: 1, First: Position{7, 100}, Count: 50, RawLen: len(raw), Oldest: 1, Newest: 1}
-	f.Add(appendChunk(nil, &m, raw))
+	f.Add(appendChunk(nil, &m, raw, true))
 	m.Count, m.RawLen = 1, len(raw)/50
-	f.Add(appendChunk(nil, &m, raw[:len(raw)/50]))
+	f.Add(appendChunk(nil, &m, raw[:len(raw)/50], true))
 	f.Add([]byte(chunkMagic))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		if len(b) >= chunkTrailer { // else the checksum would turn everything away
@@ -88,7 +88,7 @@ func FuzzChunk(f *testing.F) {
 		if err != nil {
 			return
 		}
-		again := appendChunk(nil, &m, raw)
+		again := appendChunk(nil, &m, raw, true)
 		m2, raw2, err := decodeChunk(nil, again)
 		if err != nil || m2 != m || !bytes.Equal(raw, raw2) {
 			t.Fatalf("%+v came back as %+v, %v", m, m2, err)
@@ -126,7 +126,7 @@ func FuzzRows(f *testing.F) {
 func TestEveryFlippedBitIsSeen(t *testing.T) {
 	raw := bytes.Repeat(AppendRecord(nil, &Record{Received: 1, Device: []byte("dev"), Topic: []byte("topic"), Payload: []byte("payload")}), 30)
 	m := chunkMeta{Lane: 1, First: Position{7, 100}, Count: 30, RawLen: len(raw), Oldest: 1, Newest: 1}
-	b := appendChunk(nil, &m, raw)
+	b := appendChunk(nil, &m, raw, true)
 	if b[5] != encMinLZ {
 		t.Error("a repetitive chunk was not compressed")
 	}

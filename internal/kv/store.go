@@ -337,7 +337,7 @@ func (s *Store) commitLoop() {
 // millisecond gets none. On slow flash half a sync's time, 5 ms at most, makes one larger write
 // out of two small ones, which costs little latency and halves the wear.
 func (s *Store) linger() time.Duration {
-	avg := time.Duration(s.syncNS.Load())
+	avg := s.SyncTime()
 	if avg < time.Millisecond || s.opt.Durability == Interval {
 		return 0
 	}
@@ -412,9 +412,11 @@ func (s *Store) completeLoop() {
 		if len(unsynced) == 0 {
 			return
 		}
+		start := time.Now()
 		if err := s.db.LogData(nil, pebble.Sync); err != nil {
 			s.fail(fmt.Errorf("sync write-ahead log: %w", err))
 		}
+		s.synced(start)
 		for _, g := range unsynced {
 			if s.failure() == nil && s.part != nil && g.sealed != nil {
 				s.part.Committed(g.sealed, g.memtable)
@@ -449,9 +451,7 @@ func (s *Store) complete(g *Group) {
 		if err := g.batch.SyncWait(); err != nil {
 			s.fail(fmt.Errorf("sync group commit: %w", err))
 		}
-		took := time.Since(start)
-		avg := s.syncNS.Load()
-		s.syncNS.Store(avg + (int64(took)-avg)/16)
+		s.synced(start)
 	}
 	err := s.failure()
 	s.m.groups.Inc()
@@ -467,6 +467,17 @@ func (s *Store) complete(g *Group) {
 		fn()
 	}
 }
+
+func (s *Store) synced(start time.Time) {
+	took, avg := int64(time.Since(start)), s.syncNS.Load()
+	if avg == 0 {
+		avg = took
+	}
+	s.syncNS.Store(avg + (took-avg)/16)
+}
+
+// SyncTime is a moving average of how long an fsync takes, 0 before the first.
+func (s *Store) SyncTime() time.Duration { return time.Duration(s.syncNS.Load()) }
 
 func (s *Store) recycle(g *Group) {
 	if g.batch != nil && s.failure() == nil {
