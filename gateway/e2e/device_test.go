@@ -1,0 +1,83 @@
+package e2e_test
+
+import (
+	"context"
+	"fmt"
+	"sync"
+	"testing"
+	"time"
+
+	"holdfast/internal/mqtt"
+)
+
+// device is one simulated device under the test's control, where the fleet of firmware-sim would decide too much by
+// itself. One goroutine at a time.
+type device struct {
+	client *mqtt.Client
+	next   uint16
+
+	mu      sync.Mutex
+	waiting map[uint16]chan *mqtt.Ack
+}
+
+func newDevice(t *testing.T, addr, id string, v mqtt.Version) *device {
+	t.Helper()
+	d := &device{waiting: map[uint16]chan *mqtt.Ack{}}
+	if err := d.connect(t.Context(), addr, mqtt.Connect{Version: v, ClientID: id, CleanStart: true, KeepAlive: 60}); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(d.close)
+	return d
+}
+
+func (d *device) connect(ctx context.Context, addr string, c mqtt.Connect) error {
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	var err error
+	d.client, err = mqtt.Dial(ctx, mqtt.ClientOptions{Address: addr, Connect: c, OnAck: d.onAck})
+	return err
+}
+
+func (d *device) onAck(_ *mqtt.Client, a *mqtt.Ack) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if w := d.waiting[a.ID]; w != nil {
+		seen := *a
+		select {
+		case w <- &seen:
+		default: // PUBREC and PUBCOMP of which only one is waited for
+		}
+	}
+}
+
+// publish sends one message and waits until it is acknowledged (QoS 2: until PUBCOMP).
+func (d *device) publish(ctx context.Context, topic string, payload []byte, qos byte) error {
+	d.next = d.next%1000 + 1
+	acks := make(chan *mqtt.Ack, 2)
+	d.mu.Lock()
+	d.waiting[d.next] = acks
+	d.mu.Unlock()
+	if err := d.client.Publish(&mqtt.Publish{QoS: qos, ID: d.next, Topic: []byte(topic), Payload: payload}); err != nil {
+		return err
+	}
+	for range qos {
+		select {
+		case a := <-acks:
+			if a.Reason.Failed() {
+				return fmt.Errorf("refused: %v", a.Reason)
+			}
+		case <-d.client.Done():
+			return fmt.Errorf("connection lost: %w", d.client.Err())
+		case <-time.After(10 * time.Second):
+			return fmt.Errorf("no acknowledgement of packet %d within 10 s", d.next)
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+	return nil
+}
+
+func (d *device) close() {
+	d.client.Abort()
+	<-d.client.Done()
+}
