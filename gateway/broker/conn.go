@@ -1,0 +1,551 @@
+package broker
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"runtime/debug"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"holdfast/internal/mqtt"
+)
+
+const (
+	readMin   = 512      // read buffer of a connection that is silent
+	readMax   = 64 << 10 // and of one that sends as fast as it can
+	readMaxTS = 16 << 10 // the same over TLS and websocket, which have buffers of their own
+	shrinkIn  = time.Second
+	outHigh   = 64 << 10 // with this much unsent, nothing more is read or added to deliver
+	closeIn   = time.Second
+)
+
+// conn is one device's connection, from Accept to the end. One goroutine (serve) reads it,
+// splits the bytes into packets and handles them one after the other. Acknowledgements come
+// from the goroutine that completes commits: it only appends to out. What is in out is
+// written by flush, a goroutine that exists only while there is something to write.
+//
+// Lock order: session.life, session.mu, conn.mu, then fanout.mu or Broker.touchMu.
+type conn struct {
+	b        *Broker
+	listener *Listener
+	addr     netip.Addr
+	remote   string
+	sock     net.Conn  // the TCP connection: deadlines are set here
+	nc       net.Conn  // what packets go over: sock, TLS on it, or a websocket
+	nested   bool      // nc has a buffer of its own
+	opened   time.Time // when it was accepted
+
+	// Only serve touches these.
+	buf       []byte
+	r, w      int           // buf[r:w] is read and not yet handled
+	keepAlive time.Duration // one and a half times the client's; 0: none
+	lastSeen  time.Time     // end of the last packet
+	begun     time.Time     // when the first byte of an unfinished packet came; zero: there is none
+	shrink    time.Time     // when a large and empty buffer is given back; zero: it is small
+	armed     time.Time     // deadline that sock has now; zero: none
+	dirty     bool          // this goroutine put something into out and has not started flush
+	in        *inflow       // nil until the first PUBLISH
+	tally     tally
+	goodbye   *mqtt.Disconnect // the client's DISCONNECT
+
+	// Written by serve while it handles CONNECT, before the session knows the connection;
+	// not changed after that.
+	version   mqtt.Version
+	id        string
+	device    []byte // id once more
+	sess      *session
+	sendMax   int    // the client's receive maximum
+	maxPacket uint32 // the client's; 0: none
+	window    int    // QoS 1 and 2 messages it may have unacknowledged
+
+	ended  atomic.Bool // ending, for those without the lock
+	halted atomic.Bool // the gateway stops: take nothing more in
+
+	mu          sync.Mutex // guards what follows
+	cond        sync.Cond  // broadcast when room came free in ring or out, and at the end
+	ring        []slot     // power of two, grown on demand; see publish.go
+	head, tail  uint64     // ring[head..tail) is in use; a slot's number is its token
+	unacked     int        // bytes of the messages in ring
+	inflight    int        // QoS 1 and 2 messages that the client must count against receive maximum
+	mute        bool       // a message was not stored: nothing that comes after may be acknowledged
+	failure     error      // why, if it is known
+	out         *outbuf    // what is to be written; nil: nothing
+	flushing    bool       // a flush goroutine is running
+	touched     bool       // in Broker.touched
+	wantFill    bool       // the session has something to deliver
+	established bool       // CONNACK is in out or was written
+	ending      bool       // only what is in out is written any more, then the socket is closed
+	dead        bool       // the socket is closed, or about to be, by flush
+	cause       error      // why it ends
+	will        *will      // nil: none, or taken by whoever publishes it
+}
+
+type outbuf struct{ b []byte }
+
+var outbufs = sync.Pool{New: func() any { return &outbuf{b: make([]byte, 0, 1024)} }}
+
+// past is a deadline that wakes a reader at once.
+var past = time.Unix(1, 0)
+
+// tally counts what serve has handled since it last had to wait for bytes, so that the shared
+// counters are not touched for each message.
+type tally struct {
+	messages [3]int
+	bytes    int
+}
+
+func (t *tally) flush(m *metrics) {
+	for qos, n := range t.messages {
+		if n > 0 {
+			m.received[qos].Add(float64(n))
+		}
+	}
+	if t.bytes > 0 {
+		m.receivedBytes.Add(float64(t.bytes))
+	}
+	*t = tally{}
+}
+
+// serve is the connection's goroutine.
+func (c *conn) serve() {
+	defer c.b.wg.Done()
+	err := c.guarded(c.run)
+	switch {
+	case errors.Is(err, errStopping):
+		c.drain()
+	case errors.Is(err, errNoWords):
+		c.awaitEnd()
+	}
+	c.end(err)
+	if e := c.guarded(func() error { c.leave(); return nil }); e != nil {
+		c.b.forget(c)
+	}
+}
+
+// guarded runs f. A panic, mochi's or ours, ends this connection and nothing else.
+func (c *conn) guarded(f func() error) (err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			c.b.m.panics.Inc()
+			err = fmt.Errorf("panic: %v", p)
+			c.b.log.Error("connection ended by a panic: please report this", "remote", c.remote, "client", c.id,
+				"err", err, "stack", string(debug.Stack()))
+		}
+	}()
+	return f()
+}
+
+func (c *conn) run() error {
+	if err := c.open(); err != nil {
+		return err
+	}
+	return c.readLoop()
+}
+
+// leave takes the connection out of everything that knows it.
+func (c *conn) leave() {
+	c.tally.flush(c.b.m)
+	if c.sess != nil {
+		c.sess.detach(c)
+	}
+	c.b.forget(c)
+	c.mu.Lock()
+	cause := c.cause
+	c.mu.Unlock()
+	c.b.m.ended(cause)
+	c.b.notice(c, "connection ended", cause)
+}
+
+// drain waits until all that was handed in is committed and acknowledged.
+func (c *conn) drain() {
+	c.waitFor(func() bool { return c.head == c.tail })
+}
+
+func (c *conn) awaitEnd() {
+	c.waitFor(func() bool { return c.ending })
+}
+
+func (c *conn) waitFor(done func() bool) {
+	late := time.AfterFunc(c.b.cfg.ShutdownTimeout, func() { c.end(errStopping) })
+	defer late.Stop()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for !done() && !c.ending {
+		c.cond.Wait()
+	}
+}
+
+// readLoop reads and handles packets until the connection ends. It never returns nil.
+func (c *conn) readLoop() error {
+	c.buf = make([]byte, readMin)
+	c.lastSeen = c.opened
+	for {
+		n, err := c.split()
+		if err != nil {
+			return err
+		}
+		now := time.Now()
+		switch {
+		case c.r == c.w:
+			c.begun = time.Time{}
+		case n > 0 || c.begun.IsZero():
+			c.begun = now
+		}
+		if n > 0 {
+			c.lastSeen = now
+		}
+		if err := c.fillBuffer(now); err != nil {
+			return err
+		}
+	}
+}
+
+// split handles the whole packets that lie in the buffer and returns their number.
+func (c *conn) split() (n int, err error) {
+	for c.r < c.w {
+		switch {
+		case c.ended.Load():
+			return n, errEnded
+		case c.halted.Load():
+			return n, errStopping
+		}
+		t, _, _, size, ok, err := mqtt.PeekHeader(c.buf[c.r:c.w])
+		switch {
+		case c.sess == nil && t != mqtt.TypeConnect:
+			return n, fmt.Errorf("first packet is not CONNECT but %v", t) // MQTT-3.1.0-1: no answer
+		case err != nil:
+			return n, err
+		case ok && size > c.b.cfg.MaxPacket:
+			return n, &refusal{mqtt.PacketTooLarge, fmt.Sprintf("%v of %d bytes", t, size)}
+		case !ok || c.w-c.r < size:
+			return n, nil
+		}
+		frame := c.buf[c.r : c.r+size]
+		c.r += size
+		n++
+		if err := c.handle(t, frame); err != nil {
+			return n, err
+		}
+	}
+	return n, nil
+}
+
+// handle handles one packet. frame is valid only during the call.
+func (c *conn) handle(t mqtt.Type, frame []byte) error {
+	if c.sess == nil {
+		return c.connect(frame)
+	}
+	switch t {
+	case mqtt.TypePublish:
+		return c.publish(frame)
+	case mqtt.TypePuback, mqtt.TypePubrec, mqtt.TypePubrel, mqtt.TypePubcomp:
+		var a mqtt.Ack
+		if err := mqtt.ParseAck(frame, c.version, &a); err != nil {
+			return err
+		}
+		if t == mqtt.TypePubrel {
+			return c.release2(&a)
+		}
+		return c.sess.answered(c, &a)
+	case mqtt.TypeSubscribe:
+		return c.subscribe(frame)
+	case mqtt.TypeUnsubscribe:
+		return c.unsubscribe(frame)
+	}
+	if err := mqtt.ValidateFromClient(frame, c.version); err != nil {
+		return err
+	}
+	switch t {
+	case mqtt.TypePingreq:
+		c.mu.Lock()
+		c.appendLocked(func(b []byte) []byte { return mqtt.AppendPingresp(b) })
+		c.mu.Unlock()
+		c.dirty = true
+		return nil
+	case mqtt.TypeDisconnect:
+		return c.disconnect(frame)
+	}
+	return fmt.Errorf("packet %v was let through", t) // ValidateFromClient refuses all others
+}
+
+func (c *conn) disconnect(frame []byte) error {
+	d, err := mqtt.ParseDisconnect(frame, c.version, mqtt.FromClient)
+	if err != nil {
+		return err
+	}
+	if d.HasSessionExpiry && d.SessionExpiry > 0 && c.sess.ends() {
+		// MQTT 5.0 §3.14.2.2.2: 0 in CONNECT cannot become more in DISCONNECT
+		return &refusal{mqtt.ProtocolError, "session expiry interval of DISCONNECT was 0 in CONNECT"}
+	}
+	c.goodbye = d
+	return errGoodbye
+}
+
+// fillBuffer waits for more bytes.
+func (c *conn) fillBuffer(now time.Time) error {
+	c.tally.flush(c.b.m)
+	if err := c.flushBeforeWait(); err != nil {
+		return err
+	}
+	most := readMax
+	if c.nested {
+		most = readMaxTS
+	}
+	if c.r > 0 {
+		c.w = copy(c.buf, c.buf[c.r:c.w])
+		c.r = 0
+	}
+	if c.w == len(c.buf) {
+		// One packet that is larger than the buffer: grow by what has come, never by what
+		// its length claims.
+		c.grow(2 * len(c.buf))
+	}
+	for {
+		c.shrink = time.Time{}
+		if len(c.buf) > readMin && c.w == 0 && !c.nested {
+			c.shrink = now.Add(shrinkIn)
+		}
+		n, err := c.read(c.nc, c.buf[c.w:])
+		if errors.Is(err, errIdle) {
+			c.buf = make([]byte, readMin)
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		c.w += n
+		if c.w == len(c.buf) && len(c.buf) < most {
+			c.grow(min(4*len(c.buf), most))
+		}
+		return nil
+	}
+}
+
+func (c *conn) grow(size int) {
+	buf := make([]byte, size)
+	copy(buf, c.buf[:c.w])
+	c.buf = buf
+}
+
+// errIdle wakes fillBuffer to give a large buffer back.
+var errIdle = errors.New("idle")
+
+// read reads from nc, which is sock or stands on it, under the deadlines that hold now. They
+// are set lazily: an earlier deadline of the socket is left alone and looked at when it
+// strikes, so that a busy connection sets none.
+func (c *conn) read(nc io.Reader, p []byte) (int, error) {
+	for {
+		due := c.due()
+		wake := due
+		if !c.shrink.IsZero() && (wake.IsZero() || c.shrink.Before(wake)) {
+			wake = c.shrink
+		}
+		if !wake.IsZero() && (c.armed.IsZero() || wake.Before(c.armed)) {
+			c.arm(wake)
+		}
+		// After arm, which may have undone a wake-up: end and halt set these first.
+		switch {
+		case c.ended.Load():
+			return 0, errEnded
+		case c.halted.Load():
+			return 0, errStopping
+		}
+		n, err := nc.Read(p)
+		switch {
+		case n > 0:
+			return n, nil
+		case err == nil:
+			continue
+		case !errors.Is(err, os.ErrDeadlineExceeded):
+			return 0, err
+		}
+		now := time.Now()
+		switch {
+		case c.ended.Load():
+			return 0, errEnded
+		case c.halted.Load():
+			return 0, errStopping
+		case !due.IsZero() && !now.Before(due):
+			return 0, c.overdue()
+		case !c.shrink.IsZero() && !now.Before(c.shrink):
+			c.arm(due)
+			return 0, errIdle
+		}
+		c.arm(wake)
+	}
+}
+
+func (c *conn) arm(t time.Time) {
+	c.armed = t
+	_ = c.sock.SetReadDeadline(t) // fails on a closed socket only, as the next read does
+}
+
+// due tells when the connection is given up if nothing more comes; zero: never.
+func (c *conn) due() time.Time {
+	if c.sess == nil {
+		return c.opened.Add(c.b.cfg.ConnectTimeout)
+	}
+	var due time.Time
+	if c.keepAlive > 0 {
+		due = c.lastSeen.Add(c.keepAlive)
+	}
+	if !c.begun.IsZero() {
+		if t := c.begun.Add(c.b.cfg.PacketTimeout); due.IsZero() || t.Before(due) {
+			due = t
+		}
+	}
+	return due
+}
+
+func (c *conn) overdue() error {
+	switch {
+	case c.sess == nil:
+		return fmt.Errorf("no CONNECT within %v: %w", c.b.cfg.ConnectTimeout, errTimeout)
+	case c.keepAlive > 0 && time.Since(c.lastSeen) >= c.keepAlive:
+		return &refusal{mqtt.KeepAliveTimeout, fmt.Sprintf("no packet within %v", c.keepAlive)} // MQTT-3.1.2-22
+	}
+	return &refusal{mqtt.UnspecifiedError, fmt.Sprintf("packet not complete within %v", c.b.cfg.PacketTimeout)}
+}
+
+// flushBeforeWait has this goroutine's answers written, and waits while the peer does not read them.
+func (c *conn) flushBeforeWait() error {
+	if !c.dirty {
+		return nil
+	}
+	c.dirty = false
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.startFlushLocked()
+	for c.out != nil && len(c.out.b) > outHigh && !c.ending {
+		c.cond.Wait()
+	}
+	return nil
+}
+
+// Write side.
+
+// appendLocked adds packets to out. It starts nothing: flushes come in groups.
+func (c *conn) appendLocked(add func([]byte) []byte) {
+	if c.ending {
+		return
+	}
+	if c.out == nil {
+		c.out = outbufs.Get().(*outbuf)
+	}
+	c.out.b = add(c.out.b)
+	if len(c.out.b) > c.b.cfg.MaxOutboundBytes {
+		c.endLocked(errSlow)
+	}
+}
+
+func (c *conn) startFlushLocked() {
+	if c.flushing || c.dead {
+		return
+	}
+	if c.out == nil && !c.ending && (!c.wantFill || !c.established) {
+		return
+	}
+	c.flushing = true
+	c.b.wg.Add(1) // never from zero: serve or a flush is counted while the connection is not dead
+	go c.flush()
+}
+
+// flush writes what is in out, takes more from the session while it has some, and ends when
+// there is nothing left. It closes the socket of a connection that is ending.
+func (c *conn) flush() {
+	defer c.b.wg.Done()
+	for {
+		c.mu.Lock()
+		if c.out == nil && c.wantFill && c.established && !c.ending {
+			c.wantFill = false
+			c.mu.Unlock()
+			c.sess.fill(c)
+			continue
+		}
+		o := c.out
+		c.out = nil
+		if o == nil {
+			c.flushing = false
+			closing := c.ending && !c.dead
+			if closing {
+				c.dead = true
+			}
+			c.mu.Unlock()
+			if closing {
+				c.close()
+			}
+			return
+		}
+		timeout := c.b.cfg.WriteTimeout
+		if c.ending {
+			timeout = closeIn
+		}
+		c.cond.Broadcast() // room in out
+		c.mu.Unlock()
+
+		_ = c.nc.SetWriteDeadline(time.Now().Add(timeout))
+		n, err := c.nc.Write(o.b)
+		c.b.m.sentBytes.Add(float64(n))
+		if cap(o.b) <= outHigh {
+			o.b = o.b[:0]
+			outbufs.Put(o)
+		}
+		if err != nil {
+			if errors.Is(err, os.ErrDeadlineExceeded) {
+				err = errSlow
+			}
+			c.mu.Lock()
+			c.out = nil // what was cut off makes the rest worthless
+			c.endLocked(err)
+			c.out = nil
+			c.mu.Unlock()
+		}
+	}
+}
+
+func (c *conn) close() {
+	_ = c.sock.SetWriteDeadline(time.Now().Add(closeIn)) // TLS and websocket say goodbye
+	c.nc.Close()
+	c.sock.Close()
+}
+
+// end ends the connection for the reason err; only the first call counts. What is already in
+// out is written, with a DISCONNECT after it where MQTT 5 has one, then the socket is closed.
+// It never blocks.
+func (c *conn) end(err error) {
+	c.mu.Lock()
+	c.endLocked(err)
+	c.mu.Unlock()
+}
+
+func (c *conn) endLocked(err error) {
+	if c.ending {
+		return
+	}
+	if reason, told := reasonOf(err); told && c.established && c.version == mqtt.V5 { // 3.1.1 has none from servers
+		if c.out == nil {
+			c.out = outbufs.Get().(*outbuf)
+		}
+		c.out.b = mqtt.AppendDisconnect(c.out.b, c.version, reason, "")
+	}
+	c.ending, c.cause = true, err
+	c.ended.Store(true)
+	_ = c.sock.SetReadDeadline(past)
+	_ = c.sock.SetWriteDeadline(time.Now().Add(closeIn))
+	c.cond.Broadcast()
+	c.startFlushLocked()
+}
+
+// halt makes serve stop taking packets in; what is handed in is still acknowledged.
+func (c *conn) halt() {
+	c.halted.Store(true)
+	_ = c.sock.SetReadDeadline(past)
+	c.mu.Lock()
+	c.cond.Broadcast()
+	c.mu.Unlock()
+}

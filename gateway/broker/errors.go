@@ -1,0 +1,72 @@
+package broker
+
+import (
+	"errors"
+
+	"holdfast/internal/mqtt"
+)
+
+// ErrQuota in the error of an Intake says that the message was refused because something is
+// full. An MQTT 5 client is told 0x97, quota exceeded, instead of 0x80, unspecified error.
+var ErrQuota = errors.New("quota exceeded")
+
+// Errors for Authorizer.Connect to wrap: they choose what CONNACK says. Any other error is
+// answered as ErrNotAuthorized.
+var (
+	ErrBadCredentials = errors.New("bad user name or password") // MQTT 5: 0x86; 3.1.1: return code 4
+	ErrNotAuthorized  = errors.New("not authorized")            // 0x87; 5
+	ErrBadClientID    = errors.New("client id not valid")       // 0x85; 2
+	ErrUnavailable    = errors.New("service unavailable")       // 0x88; 3
+)
+
+// What ends a connection besides the peer's own doing. None of them leaves the package.
+var (
+	errStopping  = errors.New("gateway is shutting down")
+	errEnded     = errors.New("connection is closed")
+	errGoodbye   = errors.New("client disconnected")
+	errNoWords   = errors.New("refused a publish, which MQTT 3.1.1 cannot say")
+	errCommit    = errors.New("commit did not succeed")
+	errSlow      = errors.New("peer does not read what it is sent")
+	errTakenOver = errors.New("another connection took the session over")
+)
+
+// refusal is an error with the reason that the peer is told.
+type refusal struct {
+	reason mqtt.Reason
+	text   string
+}
+
+func (r *refusal) Error() string { return r.text + ": " + r.reason.String() }
+
+// reasonOf gives the reason for which err ends a connection; told is false if the peer is
+// told nothing.
+func reasonOf(err error) (reason mqtt.Reason, told bool) {
+	var (
+		broken  *mqtt.Error
+		refused *refusal
+	)
+	switch {
+	case errors.As(err, &broken):
+		return broken.Reason, true
+	case errors.As(err, &refused):
+		return refused.reason, true
+	case errors.Is(err, errStopping):
+		return mqtt.ServerShuttingDown, true
+	case errors.Is(err, errTakenOver):
+		return mqtt.SessionTakenOver, true
+	}
+	return 0, false
+}
+
+// connectReason gives the CONNACK reason for an error of Authorizer.Connect.
+func connectReason(err error) mqtt.Reason {
+	switch {
+	case errors.Is(err, ErrBadCredentials):
+		return mqtt.BadUsernameOrPassword
+	case errors.Is(err, ErrBadClientID):
+		return mqtt.ClientIDNotValid
+	case errors.Is(err, ErrUnavailable):
+		return mqtt.ServerUnavailable
+	}
+	return mqtt.NotAuthorized
+}

@@ -1,0 +1,245 @@
+package broker
+
+import (
+	"time"
+
+	"holdfast/internal/mqtt"
+)
+
+// queued is a message on its way to one client.
+type queued struct {
+	message *message
+	qos     byte
+	retain  bool
+	ids     []uint32 // subscription identifiers; shared with others, never changed
+}
+
+// flight is a QoS 1 or 2 message that was sent and is not yet answered to the end.
+type flight struct {
+	queued
+	id       uint16
+	received bool // PUBREC came: PUBREL is what is sent again
+}
+
+// queue is a first in, first out queue.
+type queue struct {
+	items []queued
+	head  int
+	bytes int
+}
+
+func (q *queue) len() int { return len(q.items) - q.head }
+
+func (q *queue) push(x queued) {
+	if q.head > 32 && q.head > len(q.items)/2 {
+		n := copy(q.items, q.items[q.head:])
+		clear(q.items[n:])
+		q.items, q.head = q.items[:n], 0
+	}
+	q.items = append(q.items, x)
+	q.bytes += x.message.size()
+}
+
+func (q *queue) front() *queued { return &q.items[q.head] }
+
+func (q *queue) pop() {
+	q.bytes -= q.items[q.head].message.size()
+	q.items[q.head] = queued{}
+	q.head++
+	if q.head == len(q.items) {
+		*q = queue{} // an idle client keeps no room
+	}
+}
+
+// deliver queues a message for the client. A queue that is full takes nothing more: what waits
+// keeps its order and has no hole, and the newest is dropped and counted.
+func (s *session) deliver(x queued) {
+	s.mu.Lock()
+	c := s.conn
+	reason := ""
+	switch {
+	case s.gone:
+		reason = dropGone
+	case c == nil && x.qos == 0:
+		reason = dropOffline // MQTT 5.0 §4.1: QoS 0 need not wait for a client
+	case s.queue.len() >= s.b.cfg.MaxSessionQueue,
+		s.queue.len() > 0 && s.queue.bytes+x.message.size() > s.b.cfg.MaxSessionQueueBytes:
+		reason = dropQueueFull
+	default:
+		s.queue.push(x)
+	}
+	s.mu.Unlock()
+	if reason != "" {
+		s.b.m.dropped(reason)
+		return
+	}
+	s.b.m.queued.Inc()
+	if c != nil {
+		c.deliver()
+	}
+}
+
+// deliver has flush ask the session for messages.
+func (c *conn) deliver() {
+	c.mu.Lock()
+	c.wantFill = true
+	c.startFlushLocked()
+	c.mu.Unlock()
+}
+
+// fill moves messages from the queue into c's out, as many as the client's receive maximum and
+// one write allow: first those of an earlier connection, with DUP (MQTT-4.4.0-1), then new ones.
+func (s *session) fill(c *conn) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.conn != c {
+		return
+	}
+	now := time.Now()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for !c.ending {
+		if c.out != nil && len(c.out.b) > outHigh {
+			c.wantFill = true
+			return
+		}
+		switch {
+		case s.resend < len(s.flights):
+			if s.unacked >= c.sendMax {
+				return
+			}
+			s.sendLocked(c, &s.flights[s.resend], now, true)
+			s.resend++
+			s.unacked++
+		case s.queue.len() > 0:
+			x := *s.queue.front()
+			if x.qos > 0 && s.unacked >= c.sendMax {
+				return
+			}
+			s.queue.pop()
+			s.b.m.queued.Dec()
+			if _, over := x.message.expired(now); over {
+				s.b.m.dropped(dropExpired)
+				continue
+			}
+			f := flight{queued: x}
+			if x.qos > 0 {
+				f.id = s.nextIDLocked()
+			}
+			if !s.sendLocked(c, &f, now, false) {
+				s.b.m.dropped(dropTooLarge) // MQTT-3.1.2-25: as if it had been sent
+				continue
+			}
+			if x.qos > 0 {
+				s.flights = append(s.flights, f)
+				s.resend = len(s.flights)
+				s.unacked++
+			}
+		default:
+			return
+		}
+	}
+}
+
+// sendLocked puts a message, or the PUBREL of one, into out. It says no if the message is
+// larger than the client takes.
+func (s *session) sendLocked(c *conn, f *flight, now time.Time, again bool) bool {
+	if f.received {
+		c.appendLocked(func(b []byte) []byte {
+			return mqtt.AppendAck(b, mqtt.TypePubrel, f.id, c.version, mqtt.Success)
+		})
+		return true
+	}
+	p := f.message.pub
+	p.QoS, p.Retain, p.ID, p.Dup = f.qos, f.retain, f.id, again
+	p.SubscriptionIDs = f.ids
+	p.Expiry, _ = f.message.expired(now)
+	if c.maxPacket > 0 && mqtt.PublishSize(c.version, &p) > int(c.maxPacket) {
+		return false
+	}
+	c.appendLocked(func(b []byte) []byte { return mqtt.AppendPublish(b, c.version, &p) })
+	s.b.m.sent[f.qos].Inc()
+	return true
+}
+
+// nextIDLocked gives a packet id that is not in use. There always is one: no client has 65,535
+// messages in flight.
+func (s *session) nextIDLocked() uint16 {
+	for {
+		s.lastID++
+		if s.lastID != 0 && s.flightLocked(s.lastID) < 0 {
+			return s.lastID
+		}
+	}
+}
+
+func (s *session) flightLocked(id uint16) int {
+	for i := range s.flights {
+		if s.flights[i].id == id {
+			return i
+		}
+	}
+	return -1
+}
+
+// answered handles PUBACK, PUBREC and PUBCOMP of the client.
+func (s *session) answered(c *conn, a *mqtt.Ack) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.conn != c {
+		return errTakenOver
+	}
+	i := s.flightLocked(a.ID)
+	var f *flight
+	if i >= 0 {
+		f = &s.flights[i]
+	}
+	done := false
+	switch a.Type {
+	case mqtt.TypePuback:
+		done = f != nil && f.qos == 1
+	case mqtt.TypePubrec:
+		switch {
+		case f == nil || f.qos != 2:
+			// Unknown, as after a restart of the gateway: the client is let go on.
+			reason := mqtt.Success
+			if c.version == mqtt.V5 {
+				reason = mqtt.PacketIDNotFound
+			}
+			s.pubrelLocked(c, a.ID, reason)
+		case a.Reason.Failed():
+			done = true // MQTT 5.0 §4.3.3: the message is refused and its id free
+		default:
+			f.received = true
+			s.pubrelLocked(c, a.ID, mqtt.Success)
+		}
+	case mqtt.TypePubcomp:
+		done = f != nil && f.received
+	}
+	if !done {
+		return nil
+	}
+	if a.Reason.Failed() {
+		s.b.m.dropped(dropRefused)
+	}
+	s.flights = append(s.flights[:i], s.flights[i+1:]...)
+	s.flights[:cap(s.flights)][len(s.flights)] = flight{}
+	if i < s.resend {
+		s.resend--
+		s.unacked--
+	}
+	if len(s.flights) == 0 {
+		s.flights = nil
+	}
+	if s.resend < len(s.flights) || s.queue.len() > 0 {
+		c.deliver()
+	}
+	return nil
+}
+
+func (s *session) pubrelLocked(c *conn, id uint16, reason mqtt.Reason) {
+	c.mu.Lock()
+	c.appendLocked(func(b []byte) []byte { return mqtt.AppendAck(b, mqtt.TypePubrel, id, c.version, reason) })
+	c.mu.Unlock()
+	c.dirty = true // answered runs on serve
+}
