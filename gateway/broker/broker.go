@@ -102,11 +102,11 @@ func (b *Broker) Listen() error {
 	return nil
 }
 
-// Addrs gives the addresses that Listen bound, by the names of the listeners.
-func (b *Broker) Addrs() map[string]net.Addr {
-	addrs := map[string]net.Addr{}
-	for _, s := range b.sockets {
-		addrs[s.Name] = s.ln.Addr()
+// Addrs gives the addresses that Listen bound, in the order of the configuration.
+func (b *Broker) Addrs() []net.Addr {
+	addrs := make([]net.Addr, len(b.sockets))
+	for i, s := range b.sockets {
+		addrs[i] = s.ln.Addr()
 	}
 	return addrs
 }

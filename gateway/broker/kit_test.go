@@ -212,7 +212,7 @@ func (r *rig) restart() {
 	r.start()
 }
 
-func (r *rig) addr() string { return r.b.Addrs()["lan"].String() }
+func (r *rig) addr() string { return r.b.Addrs()[0].String() }
 
 // metric gives the sum of a metric over its labels, or of the one label value that is asked for.
 func (r *rig) metric(name string, label ...string) float64 {
