@@ -90,7 +90,7 @@ func drainBridge(ctx context.Context, e *env, c config, lines ...string) drainRe
 }
 
 func measureDrain(ctx context.Context, c config, s *section) error {
-	var batch, passthrough, bridge sample
+	var batch, passthrough, bridge, tuned sample
 	var batchBytes, bridgeBytes sample
 	for range c.rounds {
 		for _, f := range []func(e *env){
@@ -105,6 +105,9 @@ func measureDrain(ctx context.Context, c config, s *section) error {
 				r := drainBridge(ctx, e, c)
 				bridge, bridgeBytes = append(bridge, r.perSecond), append(bridgeBytes, r.bytes)
 			},
+			func(e *env) {
+				tuned = append(tuned, drainBridge(ctx, e, c, "max_inflight_messages 1000").perSecond)
+			},
 		} {
 			if err := round(c.dir, f); err != nil {
 				return err
@@ -114,8 +117,9 @@ func measureDrain(ctx context.Context, c config, s *section) error {
 	what := thousands(int64(c.backlog)) + " messages to a local mosquitto"
 	s.rows = []row{
 		{what: what + ", `batch`", value: batch, unit: "msg/s", target: atLeast(200_000, "")},
-		{what: what + ", `batch`", value: batch, unit: "msg/s", than: "mosquitto's bridge, 1,000 in flight", against: bridge},
-		{what: what + ", `passthrough`", value: passthrough, unit: "msg/s", than: "mosquitto's bridge, 1,000 in flight", against: bridge, target: atLeast(1, "×")},
+		{what: what + ", `batch`", value: batch, unit: "msg/s", than: "mosquitto's bridge", against: bridge},
+		{what: what + ", `passthrough`", value: passthrough, unit: "msg/s", than: "mosquitto's bridge", against: bridge, target: atLeast(1, "×")},
+		{what: what + ", `passthrough`", value: passthrough, unit: "msg/s", than: "mosquitto's bridge with max_inflight_messages 1000 (default: 20)", against: tuned, target: atLeast(1, "×")},
 		{what: "bytes up the wire while draining, `batch`", value: batchBytes, unit: "B per message", than: "mosquitto's bridge", against: bridgeBytes, target: atMost(0.25, "×")},
 	}
 	return nil

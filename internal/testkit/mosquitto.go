@@ -36,7 +36,6 @@ func StartMosquitto(t T, lines ...string) *Mosquitto {
 		"log_type error", "log_type warning", "log_type notice", "log_type information",
 		"persistence_location " + dir + "/",
 		"max_queued_messages 0", // no limit, where its default of 1,000 would drop
-		"max_inflight_messages 1000",
 	}, lines...), "\n")
 	if os.Getuid() == 0 {
 		conf += "\nuser root" // else it gives up its rights and cannot write into the folder
