@@ -18,7 +18,20 @@ func dataKey(seq uint64) []byte {
 	return binary.BigEndian.AppendUint64([]byte{kv.PrefixData, 1}, seq)
 }
 
-// TestDamageIsPassedOverCountedAndAnnounced spoils chunks of ten records each.
+// chunkStarts returns the first sequence of each chunk in the first configured lane, and the end.
+func chunkStarts(t *testing.T, r *rig) (starts []uint64) {
+	t.Helper()
+	err := r.store.Scan([]byte{kv.PrefixData, 1}, func(k, _ []byte) error {
+		starts = append(starts, binary.BigEndian.Uint64(k[2:]))
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return append(starts, r.Lanes()[1].Accepted.Messages+1)
+}
+
+// TestDamageIsPassedOverCountedAndAnnounced spoils chunks of some ten records each.
 func TestDamageIsPassedOverCountedAndAnnounced(t *testing.T) {
 	flip := func(t *testing.T, r *rig, seq uint64) kv.Op {
 		v, ok, err := r.store.Get(dataKey(seq))
@@ -28,23 +41,17 @@ func TestDamageIsPassedOverCountedAndAnnounced(t *testing.T) {
 		v[len(v)/2] ^= 1
 		return kv.Op{Key: dataKey(seq), Value: v}
 	}
+	// Each spoils the chunks from..to-1, counted from the lane's first; negative ones from its last.
 	cases := map[string]struct {
-		spoil func(t *testing.T, r *rig) []kv.Op
-		lost  []int
+		from, to int
+		spoil    func(t *testing.T, r *rig, seq uint64) kv.Op
 	}{
-		"flipped": {func(t *testing.T, r *rig) []kv.Op { return []kv.Op{flip(t, r, 21)} }, seq(20, 30)},
-		"missing": {func(*testing.T, *rig) []kv.Op { return []kv.Op{{Key: dataKey(31), Delete: true}} }, seq(30, 40)},
-		"first":   {func(t *testing.T, r *rig) []kv.Op { return []kv.Op{flip(t, r, 1)} }, seq(0, 10)},
-		"last":    {func(*testing.T, *rig) []kv.Op { return []kv.Op{{Key: dataKey(91), Delete: true}} }, seq(90, 100)},
-		"empty": {func(*testing.T, *rig) []kv.Op {
-			return []kv.Op{{Key: dataKey(51), Value: []byte{}}}
-		}, seq(50, 60)},
-		"all": {func(t *testing.T, r *rig) (ops []kv.Op) {
-			for s := uint64(1); s < 100; s += 10 {
-				ops = append(ops, flip(t, r, s))
-			}
-			return ops
-		}, seq(0, 100)},
+		"flipped": {2, 3, flip},
+		"missing": {3, 4, func(_ *testing.T, _ *rig, seq uint64) kv.Op { return kv.Op{Key: dataKey(seq), Delete: true} }},
+		"first":   {0, 1, flip},
+		"last":    {-1, 0, func(_ *testing.T, _ *rig, seq uint64) kv.Op { return kv.Op{Key: dataKey(seq), Delete: true} }},
+		"empty":   {5, 6, func(_ *testing.T, _ *rig, seq uint64) kv.Op { return kv.Op{Key: dataKey(seq), Value: []byte{}} }},
+		"all":     {0, 0, flip},
 	}
 	for name, c := range cases {
 		for _, ack := range []string{"late", "at once"} {
@@ -54,9 +61,21 @@ func TestDamageIsPassedOverCountedAndAnnounced(t *testing.T) {
 				for i := range 10 {
 					r.put("telemetry", i*10, i*10+10)
 				}
-				if err := r.store.ApplyWait(c.spoil(t, r)); err != nil {
+				starts := chunkStarts(t, r)
+				chunks := len(starts) - 1
+				from, to := (c.from+chunks)%chunks, c.to
+				if to <= from {
+					to = chunks
+				}
+				var ops []kv.Op
+				for _, seq := range starts[from:to] {
+					ops = append(ops, c.spoil(t, r, seq))
+				}
+				if err := r.store.ApplyWait(ops); err != nil {
 					t.Fatal(err)
 				}
+				first, last := starts[from], starts[to]-1
+				lost := last - first + 1
 				rep, err := r.Verify(nil)
 				if err != nil || len(rep.Problems) == 0 {
 					t.Fatalf("verify found nothing: %+v, %v", rep, err)
@@ -83,15 +102,14 @@ func TestDamageIsPassedOverCountedAndAnnounced(t *testing.T) {
 					}
 				}
 				rd.Resolve(end, spool.Delivered)
-				lost := len(c.lost)
 				a := r.account("cloud", "telemetry")
-				if a.Evicted.Messages != uint64(lost) || a.Delivered.Messages != uint64(100-lost) || a.Pending.Messages != 0 {
+				if a.Evicted.Messages != lost || a.Delivered.Messages != 100-lost || a.Pending.Messages != 0 {
 					t.Fatalf("account %+v", a)
 				}
 				if ack == "late" {
 					var want []int
 					for i := range 100 {
-						if i < c.lost[0] || i > c.lost[lost-1] {
+						if i+1 < int(first) || i+1 > int(last) {
 							want = append(want, i)
 						}
 					}
@@ -103,7 +121,7 @@ func TestDamageIsPassedOverCountedAndAnnounced(t *testing.T) {
 					t.Fatal(err)
 				}
 				g := gaps(t, r)
-				want := fmt.Sprintf(`"first":%d,"last":%d,"count":%d`, c.lost[0]+1, c.lost[lost-1]+1, lost)
+				want := fmt.Sprintf(`"first":%d,"last":%d,"count":%d`, first, last, lost)
 				if len(g) != 1 || !strings.Contains(g[0], want) || !strings.Contains(g[0], `"reason":"damaged"`) {
 					t.Fatalf("announced %v, want %s", g, want)
 				}

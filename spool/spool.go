@@ -44,7 +44,9 @@ type LaneConfig struct {
 // Config of a spool.
 type Config struct {
 	Gateway string // the gateway's id, for announcements
-	Lanes   []LaneConfig
+	// GapTopic is the topic under which gaps are announced upstream.
+	GapTopic string
+	Lanes    []LaneConfig
 	// Upstreams names the upstreams that messages wait for, and their lanes (nil: all). What other
 	// upstreams left behind in the store no longer holds anything back. A nil map keeps them all,
 	// which is what tools want that only look.
@@ -395,7 +397,7 @@ func (s *Spool) announce(g *kv.Group, l *lane, upstream string, from, to Positio
 	}
 	s.lanes[0].append(g, &Record{
 		Received: s.cfg.Now().UnixMilli(),
-		Topic:    []byte("gw/" + s.cfg.Gateway + "/evt/gap"),
+		Topic:    []byte(s.cfg.GapTopic),
 		Flags:    FlagQoS1,
 		Payload:  payload,
 		Props:    &Props{ContentType: "application/json", Upstream: upstream},
