@@ -97,7 +97,6 @@ func (b *Broker) Listen() error {
 			return err
 		}
 		b.sockets = append(b.sockets, s)
-		b.log.Info("listening", "listener", s.Name, "protocol", s.Protocol, "address", s.ln.Addr().String())
 	}
 	return nil
 }

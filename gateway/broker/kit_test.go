@@ -1,11 +1,11 @@
 package broker_test
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"math/rand/v2"
 	"net"
 	"os"
@@ -471,4 +471,5 @@ func numbers(n int) []string {
 
 func join(s []string) string { return strings.Join(s, " ") }
 
-var _ = bytes.Equal
+
+var quiet = slog.New(slog.DiscardHandler)
