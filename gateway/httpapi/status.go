@@ -73,11 +73,14 @@ type Upstream struct {
 	ParkedMessages  uint64 `json:"parked_messages"`
 }
 
-// Broker is what the devices' side is doing.
+// Broker is what the devices' side is doing at this moment.
 type Broker struct {
-	Listeners []Listener `json:"listeners"`
-	// Counters are those of the broker; see docs/operations.md.
-	Counters any `json:"counters,omitempty"`
+	Listeners     []Listener `json:"listeners"`
+	Connections   int        `json:"connections"` // open ones, those without a CONNECT included
+	Sessions      int        `json:"sessions"`    // of connected and of offline clients
+	Subscriptions int        `json:"subscriptions"`
+	Retained      int        `json:"retained"` // messages
+	RetainedBytes int        `json:"retained_bytes"`
 }
 
 // Listener is one address that devices connect to.

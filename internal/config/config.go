@@ -15,20 +15,21 @@ import (
 	"go.yaml.in/yaml/v3"
 
 	"holdfast/bridge"
+	"holdfast/gateway/broker"
 	"holdfast/spool"
 )
 
 // Config is what a file says, with defaults where it says nothing. Paths are absolute, or relative
 // to the working directory if the file was named so.
 type Config struct {
-	Gateway   Gateway         `yaml:"gateway"`
-	Listeners []Listener      `yaml:"listeners"`
-	Devices   Devices         `yaml:"devices"`
-	Spool     Spool           `yaml:"spool"`
-	Routes    []Route         `yaml:"routes"`
-	Upstreams []bridge.Config `yaml:"upstreams"`
-	HTTP      HTTP            `yaml:"http"`
-	Log       Log             `yaml:"log"`
+	Gateway   Gateway           `yaml:"gateway"`
+	Listeners []broker.Listener `yaml:"listeners"`
+	Devices   Devices           `yaml:"devices"`
+	Spool     Spool             `yaml:"spool"`
+	Routes    []Route           `yaml:"routes"`
+	Upstreams []bridge.Config   `yaml:"upstreams"`
+	HTTP      HTTP              `yaml:"http"`
+	Log       Log               `yaml:"log"`
 }
 
 // Gateway is who this gateway is and where it keeps what it must not lose.
@@ -122,7 +123,7 @@ func (c *Config) fill() {
 		c.Gateway.ID = hostID()
 	}
 	if c.Listeners == nil {
-		c.Listeners = []Listener{{Name: "local", Protocol: "mqtt", Address: "127.0.0.1:1883"}}
+		c.Listeners = []broker.Listener{{Name: "local", Protocol: "mqtt", Address: "127.0.0.1:1883"}}
 	}
 	if c.Spool.Lanes == nil {
 		c.Spool.Lanes = []spool.LaneConfig{

@@ -12,6 +12,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"holdfast/bridge"
+	"holdfast/gateway/broker"
 	"holdfast/internal/config"
 	"holdfast/spool"
 )
@@ -52,7 +53,7 @@ func TestDefaultsAreThoseOfTheManual(t *testing.T) {
 	got := parse(t, minimal)
 	want := &config.Config{
 		Gateway:   config.Gateway{ID: "gw1", DataDir: "/var/lib/holdfast"},
-		Listeners: []config.Listener{{Name: "local", Protocol: "mqtt", Address: "127.0.0.1:1883"}},
+		Listeners: []broker.Listener{{Name: "local", Protocol: "mqtt", Address: "127.0.0.1:1883"}},
 		Devices:   config.Devices{Anonymous: true},
 		Spool: config.Spool{
 			Durability: "fsync", SyncInterval: 100 * time.Millisecond, DiskReserve: 64 << 20,
@@ -130,9 +131,9 @@ log: { level: debug, format: json }
 `)
 	want := &config.Config{
 		Gateway: config.Gateway{ID: "ward-3-east", DataDir: "/etc/holdfast/data"},
-		Listeners: []config.Listener{
+		Listeners: []broker.Listener{
 			{Name: "lan", Protocol: "mqtt", Address: "127.0.0.1:1883"},
-			{Name: "tls", Protocol: "mqtts", Address: "0.0.0.0:8883", TLS: config.ListenerTLS{
+			{Name: "tls", Protocol: "mqtts", Address: "0.0.0.0:8883", TLS: broker.TLS{
 				Cert: "/etc/holdfast/c.pem", Key: "/etc/holdfast/k.pem", ClientCA: "/ca.pem", RequireClientCert: true}},
 			{Name: "web", Protocol: "ws", Address: "127.0.0.1:8083"},
 		},

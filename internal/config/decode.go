@@ -238,7 +238,7 @@ func (d *decoder) hint(name, path string, t reflect.Type) string {
 	for _, f := range fieldsOf(t) {
 		keys = append(keys, f.key)
 	}
-	if near := nearest(name, keys); near != "" {
+	if near := Nearest(name, keys); near != "" {
 		return fmt.Sprintf(": did you mean %q?", near)
 	}
 	if homes := d.homes[name]; len(homes) > 0 && len(homes) <= 3 && !slices.Contains(homes, path) {
@@ -341,8 +341,8 @@ func show(path, value string) string {
 	return strconv.Quote(value) + " "
 }
 
-// nearest gives the word that a typing error away from name, or "".
-func nearest(name string, words []string) string {
+// Nearest gives the word that is a typing error away from name, or "".
+func Nearest(name string, words []string) string {
 	best, bestAt := "", max(1, len(name)/3)+1
 	for _, w := range words {
 		if n := distance(strings.ToLower(name), w); n < bestAt {

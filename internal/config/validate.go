@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"holdfast/bridge"
+	"holdfast/gateway/broker"
 	"holdfast/internal/mqtt"
 	"holdfast/spool"
 )
@@ -67,7 +68,7 @@ func (d *decoder) oneOf(path, value string, allowed ...string) bool {
 		d.problem(path, "is missing: %s", hint)
 		return false
 	}
-	if near := nearest(value, allowed); near != "" {
+	if near := Nearest(value, allowed); near != "" {
 		hint = fmt.Sprintf("did you mean %q? It %s", near, hint)
 	}
 	d.problem(path, "%s%s", separate(show(path, value)), hint)
@@ -248,7 +249,7 @@ func (d *decoder) take(taken []bound, b bound, address string) []bound {
 	return append(taken, b)
 }
 
-func (d *decoder) checkListenerTLS(path string, l *Listener, known, secure bool) {
+func (d *decoder) checkListenerTLS(path string, l *broker.Listener, known, secure bool) {
 	t := &l.TLS
 	switch {
 	case !known:
@@ -370,7 +371,7 @@ func (d *decoder) lane(c *Config, path, name string, also ...string) bool {
 		d.problem(path, "is missing: write one of %s", strings.Join(allowed, ", "))
 	default:
 		hint := ""
-		if near := nearest(name, allowed); near != "" {
+		if near := Nearest(name, allowed); near != "" {
 			hint = fmt.Sprintf("did you mean %q? ", near)
 		}
 		d.problem(path, "there is no lane %s: %sspool.lanes has %s", strings.TrimSuffix(show(path, name), " "), hint,

@@ -1,0 +1,103 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"regexp"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"holdfast/spool"
+)
+
+func (p *program) printJSON(v any) error {
+	enc := json.NewEncoder(p.stdout)
+	enc.SetIndent("", "  ")
+	return enc.Encode(v)
+}
+
+// printJSONLine is for lists that may be long.
+func (p *program) printJSONLine(v any) error { return json.NewEncoder(p.stdout).Encode(v) }
+
+// table prints rows with their columns under each other, the first row being their names. Columns of
+// figures are aligned to the right.
+func (p *program) table(rows ...[]string) {
+	for col := range rows[0] {
+		width, figures := 0, true
+		for n, r := range rows {
+			width = max(width, len(r[col]))
+			figures = figures && (n == 0 || figure.MatchString(r[col]))
+		}
+		for _, r := range rows {
+			if figures && len(rows) > 1 {
+				r[col] = strings.Repeat(" ", width-len(r[col])) + r[col]
+			}
+		}
+	}
+	w := tabwriter.NewWriter(p.stdout, 0, 0, 2, ' ', 0)
+	for _, r := range rows {
+		fmt.Fprintln(w, strings.TrimRight(strings.Join(r, "\t"), "\t "))
+	}
+	_ = w.Flush()
+}
+
+var figure = regexp.MustCompile(`^[0-9.]+( [KMG]?i?B)?$|^none$`)
+
+func bytesText[T int64 | uint64](n T) string {
+	switch {
+	case n >= 1<<30:
+		return fmt.Sprintf("%.1f GiB", float64(n)/(1<<30))
+	case n >= 1<<20:
+		return fmt.Sprintf("%.1f MiB", float64(n)/(1<<20))
+	case n >= 1<<10:
+		return fmt.Sprintf("%.1f KiB", float64(n)/(1<<10))
+	}
+	return fmt.Sprintf("%d B", n)
+}
+
+func ago(t time.Time) string {
+	if t.IsZero() {
+		return "never"
+	}
+	return time.Since(t).Round(time.Second).String()
+}
+
+// printLanes shows what each lane holds; live also what only a running gateway knows.
+func (p *program) printLanes(lanes []spool.LaneStat, live bool) {
+	rows := [][]string{{"LANE", "ACCEPTED", "KEPT", "SIZE"}}
+	if live {
+		rows[0] = append(rows[0], "LIMIT", "REFUSED", "SHED")
+	}
+	for _, l := range lanes {
+		row := []string{l.Name, fmt.Sprint(l.Accepted.Messages), fmt.Sprint(l.Kept.Messages), bytesText(l.Kept.Bytes)}
+		if live {
+			limit := "none"
+			if l.MaxBytes > 0 {
+				limit = bytesText(l.MaxBytes)
+			}
+			row = append(row, limit, fmt.Sprint(l.Refused), fmt.Sprint(l.Shed))
+		}
+		rows = append(rows, row)
+	}
+	p.table(rows...)
+}
+
+// printAccounts shows where the messages are, for each upstream and lane.
+func (p *program) printAccounts(accounts []spool.Account, balanced bool) {
+	rows := [][]string{{"UPSTREAM", "LANE", "ACCEPTED", "DELIVERED", "EXPIRED", "EVICTED", "PARKED", "PENDING"}}
+	for _, a := range accounts {
+		up := a.Upstream
+		if up == "" {
+			up = "(none)"
+		}
+		n := func(c spool.Count) string { return fmt.Sprint(c.Messages) }
+		rows = append(rows, []string{up, a.Lane, n(a.Accepted), n(a.Delivered), n(a.Expired), n(a.Evicted), n(a.Parked), n(a.Pending)})
+	}
+	p.table(rows...)
+	if balanced {
+		fmt.Fprintln(p.stdout, "balanced: every accepted message is in exactly one account")
+	} else {
+		fmt.Fprintln(p.stdout, "NOT BALANCED: accepted is not the sum of the others; please report this")
+	}
+}

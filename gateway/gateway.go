@@ -1,0 +1,397 @@
+// Package gateway puts the parts together: devices publish to the broker, the intake hands their
+// messages to the spool, bridges drain the spool upstream. It is the one package that knows them all.
+package gateway
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"slices"
+	"sync/atomic"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+
+	"holdfast/bridge"
+	"holdfast/bridge/mqttup"
+	"holdfast/bridge/wire"
+	"holdfast/gateway/broker"
+	"holdfast/gateway/httpapi"
+	"holdfast/internal/config"
+	"holdfast/internal/kv"
+	"holdfast/internal/lifecycle"
+	"holdfast/spool"
+)
+
+// An orderly stop takes at most 10 s: the parts' times below, one after the other.
+const (
+	brokerShutdown = 4 * time.Second // for what is handed in to commit and be acknowledged
+	bridgeDrain    = 3 * time.Second // for open acks; the rest stays spooled
+	partSlack      = 500 * time.Millisecond
+)
+
+// ErrStore says that the store failed: nothing is acknowledged any more, and only another start, which
+// reads what the disk really has, can go on.
+var ErrStore = errors.New("store failed")
+
+// Options of a gateway.
+type Options struct {
+	Config  *config.Config
+	Version string
+	Log     *slog.Logger
+}
+
+// Gateway is one whole gateway. Make it with New, then call Run once, or Close.
+type Gateway struct {
+	cfg     *config.Config
+	version string
+	log     *slog.Logger
+	started time.Time
+
+	dir      *dataDir
+	store    *kv.Store
+	spool    *spool.Spool
+	broker   *broker.Broker
+	addrs    []net.Addr // of the listeners, in the order of the configuration
+	bridges  []*bridge.Bridge
+	http     *httpapi.Server // nil: none
+	registry *prometheus.Registry
+	clock    *clock
+
+	fatal chan error // cap 1: the store failed
+	state atomic.Int32
+}
+
+// States, for Ready.
+const (
+	starting int32 = iota
+	running
+	stopping
+)
+
+// New opens the store and the spool, which is recovery and the same after a clean stop and after a
+// crash, and binds every address, so that what is taken already is told before anything runs. It logs
+// one line a part. On an error everything is given back.
+func New(ctx context.Context, o Options) (*Gateway, error) {
+	g := &Gateway{
+		cfg: o.Config, version: o.Version, log: o.Log, started: time.Now(),
+		registry: prometheus.NewRegistry(),
+		clock:    newClock(),
+		fatal:    make(chan error, 1),
+	}
+	// A store that fails while it is opened never comes back from its write: then the process ends
+	// with that goroutine in it.
+	opened := make(chan error, 1)
+	go func() { opened <- g.open(ctx) }()
+	select {
+	case err := <-opened:
+		if err != nil {
+			return nil, errors.Join(err, g.Close())
+		}
+		return g, nil
+	case err := <-g.fatal:
+		return nil, fmt.Errorf("%w: %w", ErrStore, err)
+	}
+}
+
+func (g *Gateway) open(ctx context.Context) error {
+	if err := g.registry.Register(collectors.NewGoCollector()); err != nil {
+		return fmt.Errorf("register metrics: %w", err)
+	}
+	if err := g.registry.Register(collectors.NewProcessCollector(collectors.ProcessCollectorOpts{})); err != nil {
+		return fmt.Errorf("register metrics: %w", err)
+	}
+	g.log.Info("gateway starts", "gateway", g.cfg.Gateway.ID, "version", g.version, "pid", os.Getpid())
+	for _, step := range []func(context.Context) error{g.openStore, g.openBroker, g.openBridges, g.openHTTP} {
+		if err := step(ctx); err != nil {
+			return err
+		}
+	}
+	newMetrics(g.registry, g)
+	return nil
+}
+
+func (g *Gateway) openStore(context.Context) (err error) {
+	if g.dir, err = openDataDir(g.cfg.Gateway.DataDir, true); err != nil {
+		return err
+	}
+	begin := time.Now()
+	durability := kv.Fsync
+	if g.cfg.Spool.Durability == config.Interval {
+		durability = kv.Interval
+	}
+	g.store, err = kv.Open(g.dir.store(), kv.Options{
+		Durability:   durability,
+		SyncInterval: g.cfg.Spool.SyncInterval,
+		Log:          g.log.With("part", "store"),
+		Metrics:      g.registry,
+		Fatal:        g.storeFailed,
+	})
+	if err != nil {
+		return err
+	}
+	g.log.Info("store open", "data_dir", g.dir.path, "durability", g.cfg.Spool.Durability, "size_bytes", g.store.DiskBytes(),
+		"took_ms", time.Since(begin).Milliseconds())
+	if free := diskFree(g.dir.path); free != 0 && free < uint64(g.cfg.Spool.DiskReserve) {
+		g.log.Warn("disk has less space than spool.disk_reserve", "free_bytes", free, "reserve_bytes", g.cfg.Spool.DiskReserve)
+	}
+
+	begin = time.Now()
+	upstreams := map[string][]string{}
+	for _, u := range g.cfg.Upstreams {
+		upstreams[u.Name] = u.Lanes
+	}
+	g.spool, err = spool.Open(g.store, spool.Config{
+		Gateway:   g.cfg.Gateway.ID,
+		GapTopic:  wire.GapTopic(g.cfg.Gateway.ID),
+		Lanes:     g.cfg.Spool.Lanes,
+		Upstreams: upstreams,
+		Log:       g.log.With("part", "spool"),
+		Metrics:   g.registry,
+	})
+	if err != nil {
+		return err
+	}
+	var kept spool.Count
+	for _, l := range g.spool.Lanes() {
+		kept.Messages += l.Kept.Messages
+		kept.Bytes += l.Kept.Bytes
+	}
+	g.log.Info("spool open", "epoch", g.spool.Epoch(), "lanes", len(g.cfg.Spool.Lanes), "kept_messages", kept.Messages,
+		"kept_bytes", kept.Bytes, "took_ms", time.Since(begin).Milliseconds())
+	return nil
+}
+
+func (g *Gateway) openBroker(context.Context) error {
+	in, err := newIntake(g.spool, g.cfg.Routes, g.clock)
+	if err != nil {
+		return err
+	}
+	auth := authorizer{anonymous: g.cfg.Devices.Anonymous}
+	cfg := broker.Config{Listeners: g.cfg.Listeners, ShutdownTimeout: brokerShutdown}
+	if g.broker, err = broker.New(cfg, g.store, in, auth, g.log.With("part", "broker"), g.registry); err != nil {
+		return err
+	}
+	if err := g.broker.Listen(); err != nil {
+		return err
+	}
+	g.addrs = g.broker.Addrs()
+	for i, a := range g.addrs {
+		l := g.cfg.Listeners[i]
+		g.log.Info("listener open", "listener", l.Name, "protocol", l.Protocol, "address", a.String())
+	}
+	return nil
+}
+
+func (g *Gateway) openBridges(context.Context) error {
+	for _, u := range g.cfg.Upstreams {
+		u.Tuning.DrainTimeout = bridgeDrain
+		up, err := mqttup.FromConfig(u, g.cfg.Gateway.ID, g.spool.Epoch(), g.version)
+		if err != nil {
+			return fmt.Errorf("upstream %q: %w", u.Name, err)
+		}
+		log := g.log.With("part", "bridge", "upstream", u.Name)
+		b, err := bridge.New(u, g.cfg.Gateway.ID, g.spool, up, log, g.registry)
+		if err != nil {
+			return err
+		}
+		g.bridges = append(g.bridges, b)
+		lanes := u.Lanes
+		if lanes == nil {
+			lanes = []string{"all"}
+		}
+		g.log.Info("upstream configured", "upstream", u.Name, "url", u.URL, "format", u.Format, "lanes", lanes)
+	}
+	if len(g.bridges) == 0 {
+		g.log.Info("no upstream configured: messages are kept by the limits of their lanes")
+	}
+	return nil
+}
+
+func (g *Gateway) openHTTP(ctx context.Context) error {
+	if g.cfg.HTTP.Address == "" {
+		return nil
+	}
+	g.http = httpapi.New(httpapi.Config{Address: g.cfg.HTTP.Address}, g, g.registry, g.log.With("part", "http"), g.registry)
+	if err := g.http.Listen(ctx); err != nil {
+		return err
+	}
+	g.log.Info("http open", "address", g.http.Addr().String())
+	return nil
+}
+
+// storeFailed is the store's Fatal: it must not wait for anything.
+func (g *Gateway) storeFailed(err error) {
+	select {
+	case g.fatal <- err:
+	default:
+	}
+}
+
+// Run works until ctx ends, and then stops in order: first the broker, so that what devices have
+// handed in is committed and acknowledged, then the bridges, which wait a moment for open acks, then
+// HTTP, then the store. It returns nil if it was asked to stop and all went well. If the store fails it
+// returns at once and stops nothing: every further step could acknowledge what is not on disk.
+func (g *Gateway) Run(ctx context.Context) error {
+	done := make(chan error, 1)
+	go func() { done <- g.run(ctx) }()
+	select {
+	case err := <-done:
+		return err
+	case err := <-g.fatal:
+		g.state.Store(stopping)
+		return fmt.Errorf("%w: %w", ErrStore, err)
+	}
+}
+
+func (g *Gateway) run(ctx context.Context) error {
+	var parts []lifecycle.Part // the last one up is the first one down
+	if g.http != nil {
+		parts = append(parts, lifecycle.Part{Name: "http", Run: g.http.Run, Grace: time.Second})
+	}
+	var bridges []lifecycle.Part
+	for i, b := range g.bridges {
+		name := "bridge to " + g.cfg.Upstreams[i].Name
+		bridges = append(bridges, lifecycle.Part{Name: name, Run: b.Run, Grace: bridgeDrain + partSlack})
+	}
+	parts = append(parts,
+		lifecycle.Group("bridges", bridges...),
+		lifecycle.Part{Name: "ledger", Run: g.watchLedger, Grace: partSlack},
+		lifecycle.Part{Name: "broker", Run: g.broker.Run, Grace: brokerShutdown + partSlack},
+		lifecycle.Part{Name: "gateway", Run: g.beReady, Grace: partSlack},
+	)
+	err := lifecycle.Run(ctx, parts...)
+	if errors.Is(err, lifecycle.ErrStuck) {
+		return err // somebody still holds the store: leave it to crash recovery
+	}
+	return errors.Join(err, g.Close())
+}
+
+// beReady is up while everything else is.
+func (g *Gateway) beReady(ctx context.Context) error {
+	g.state.Store(running)
+	var addresses []string
+	for _, a := range g.addrs {
+		addresses = append(addresses, a.String())
+	}
+	g.log.Info("ready", "listeners", addresses, "took_ms", time.Since(g.started).Milliseconds())
+	<-ctx.Done()
+	g.state.Store(stopping)
+	g.log.Info("gateway stops")
+	return nil
+}
+
+// Close gives back what New took, for a gateway that is not run. Twice is no harm.
+func (g *Gateway) Close() error {
+	var err error
+	if g.http != nil {
+		err = errors.Join(err, g.http.Close())
+	}
+	if g.broker != nil {
+		err = errors.Join(err, g.broker.Close())
+	}
+	if g.spool != nil {
+		err = errors.Join(err, g.spool.Close())
+	}
+	if g.store != nil {
+		err = errors.Join(err, g.store.Close())
+	}
+	if g.dir != nil {
+		err = errors.Join(err, g.dir.Close())
+	}
+	return err
+}
+
+// Addrs gives the addresses of the listeners, in the order of the configuration.
+func (g *Gateway) Addrs() []net.Addr { return g.addrs }
+
+// HTTPAddr gives the address of the API, nil without one.
+func (g *Gateway) HTTPAddr() net.Addr {
+	if g.http == nil {
+		return nil
+	}
+	return g.http.Addr()
+}
+
+// Ready implements httpapi.Source.
+func (g *Gateway) Ready() error {
+	switch g.state.Load() {
+	case running:
+		return nil
+	case stopping:
+		return errors.New("gateway is stopping")
+	default:
+		return errors.New("gateway is starting")
+	}
+}
+
+// Status implements httpapi.Source.
+func (g *Gateway) Status() httpapi.Status {
+	_, unsynced := g.clock.read()
+	st := httpapi.Status{
+		Version:   g.version,
+		Gateway:   g.cfg.Gateway.ID,
+		Epoch:     g.spool.Epoch(),
+		DataDir:   g.dir.path,
+		PID:       os.Getpid(),
+		StartedAt: g.started,
+		UptimeS:   int64(time.Since(g.started).Seconds()),
+		ClockSync: !unsynced,
+		Store:     httpapi.Store{Bytes: g.store.DiskBytes(), FreeBytes: diskFree(g.dir.path)},
+		Broker:    httpapi.Broker{Listeners: []httpapi.Listener{}},
+		Lanes:     g.spool.Lanes(),
+		Upstreams: []httpapi.Upstream{},
+		Ledger:    httpapi.NewLedger(g.spool.Accounts()),
+	}
+	if err := g.Ready(); err != nil {
+		st.NotReady = err.Error()
+	} else {
+		st.Ready = true
+	}
+	b := g.broker.Stats()
+	st.Broker.Connections, st.Broker.Sessions, st.Broker.Subscriptions = b.Connections, b.Sessions, b.Subscriptions
+	st.Broker.Retained, st.Broker.RetainedBytes = b.Retained, b.RetainedBytes
+	for i, a := range g.addrs {
+		l := g.cfg.Listeners[i]
+		st.Broker.Listeners = append(st.Broker.Listeners, httpapi.Listener{Name: l.Name, Protocol: l.Protocol, Address: a.String()})
+	}
+	for _, b := range g.bridges {
+		s := b.Status()
+		st.Upstreams = append(st.Upstreams, httpapi.Upstream{
+			Name: s.Name, URL: s.URL, Format: s.Format, State: string(s.State), Connected: s.Connected, Since: s.Since,
+			RetryAt: s.RetryAt, Attempts: s.Attempts, LastError: s.LastError, LastAck: s.LastAck, InFlight: s.InFlight,
+			Sends: s.Sends, SentMessages: s.SentMessages, SentBytes: s.SentBytes, AckedMessages: s.AckedMessages,
+			ExpiredMessages: s.ExpiredMessages, ParkedMessages: s.ParkedMessages,
+		})
+	}
+	return st
+}
+
+// watchLedger holds the accounts against themselves once a minute. They cannot be out of balance
+// unless Holdfast itself is wrong, and then somebody should know before the cloud notices.
+func (g *Gateway) watchLedger(ctx context.Context) error {
+	tick := time.NewTicker(time.Minute)
+	defer tick.Stop()
+	var told []string
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+		for _, a := range g.spool.Accounts() {
+			key := a.Upstream + "/" + a.Lane
+			if a.Balanced() || slices.Contains(told, key) {
+				continue
+			}
+			told = append(told, key) // it will not heal
+			g.log.Error("ledger does not balance: please report this", "upstream", a.Upstream, "lane", a.Lane,
+				"accepted", a.Accepted, "delivered", a.Delivered, "expired", a.Expired, "evicted", a.Evicted, "parked", a.Parked,
+				"pending", a.Pending)
+		}
+	}
+}

@@ -1,0 +1,85 @@
+package gateway
+
+import (
+	"errors"
+	"fmt"
+
+	"holdfast/gateway/broker"
+	"holdfast/internal/config"
+	"holdfast/internal/kv"
+	"holdfast/spool"
+)
+
+// appender is what an Intake needs of a spool.
+type appender interface {
+	Lane(name string) (spool.Lane, bool)
+	Append(lane spool.Lane, r *spool.Record, ops []kv.Op, done kv.Done, token uint64, shed bool) error
+}
+
+// Intake takes what devices publish: a lane by the routes, the receive time, and into the spool. It
+// implements broker.Intake. Many goroutines may call it at once; it keeps nothing of what it is given
+// and allocates nothing.
+type Intake struct {
+	spool  appender
+	routes *routes[spool.Lane]
+	clock  *clock
+}
+
+func newIntake(sp appender, table []config.Route, c *clock) (*Intake, error) {
+	lane := func(name string) (spool.Lane, error) {
+		if name == config.LaneNone {
+			return spool.LaneNone, nil
+		}
+		l, ok := sp.Lane(name)
+		if !ok {
+			return 0, fmt.Errorf("lane %q: %w", name, spool.ErrNoLane)
+		}
+		return l, nil
+	}
+	rs := make([]route[spool.Lane], len(table))
+	all := false
+	for i, r := range table {
+		l, err := lane(r.Lane)
+		if err != nil {
+			return nil, fmt.Errorf("route %q: %w", r.Match, err)
+		}
+		rs[i] = route[spool.Lane]{r.Match, l}
+		all = all || r.Match == "#"
+	}
+	rest, err := lane(config.DefaultLane)
+	if err != nil {
+		if !all {
+			return nil, fmt.Errorf("messages that no route matches: %w", err)
+		}
+		rest = spool.LaneNone // only topics that begin with '$' get here, and devices publish none
+	}
+	compiled, err := newRoutes(rs, rest)
+	if err != nil {
+		return nil, err
+	}
+	return &Intake{spool: sp, routes: compiled, clock: c}, nil
+}
+
+// Publish hands m in, together with ops. What comes after is told to done; an error means that
+// nothing was taken. It waits while the store is behind, but not with QoS 0, which is the first to go
+// under overload.
+func (i *Intake) Publish(m *broker.Message, ops []kv.Op, done kv.Done, token uint64) error {
+	now, unsynced := i.clock.read()
+	m.Record.Received = now
+	if unsynced {
+		m.Record.Flags |= spool.FlagClockUnsynced
+	}
+	err := i.spool.Append(i.routes.match(m.Record.Topic), &m.Record, ops, done, token, m.QoS == 0)
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, spool.ErrFull):
+		return fmt.Errorf("%w: %w", broker.ErrQuota, err)
+	case errors.Is(err, spool.ErrBusy):
+		return errShed
+	}
+	return err
+}
+
+// errShed is made once: shedding is for the moments when there is too much to do.
+var errShed = fmt.Errorf("%w: %w", broker.ErrQuota, spool.ErrBusy)

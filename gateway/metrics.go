@@ -1,0 +1,54 @@
+package gateway
+
+import "github.com/prometheus/client_golang/prometheus"
+
+// newMetrics registers what is about the gateway as a whole; the parts bring their own.
+func newMetrics(reg prometheus.Registerer, g *Gateway) {
+	info := prometheus.NewGauge(prometheus.GaugeOpts{
+		Name:        "holdfast_gateway_info",
+		Help:        "Always 1; the labels say which gateway and which version of Holdfast this is.",
+		ConstLabels: prometheus.Labels{"gateway": g.cfg.Gateway.ID, "version": g.version},
+	})
+	info.Set(1)
+	reg.MustRegister(
+		info,
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Name: "holdfast_gateway_ready",
+			Help: "1 while every listener accepts. 0 for long: see the log.",
+		}, func() float64 {
+			if g.Ready() != nil {
+				return 0
+			}
+			return 1
+		}),
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Name: "holdfast_gateway_ledger_unbalanced",
+			Help: "Accounts in which accepted is not the sum of delivered, expired, evicted, parked and pending. Anything but 0 is a defect.",
+		}, func() float64 {
+			n := 0
+			for _, a := range g.spool.Accounts() {
+				if !a.Balanced() {
+					n++
+				}
+			}
+			return float64(n)
+		}),
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Name: "holdfast_gateway_clock_synced",
+			Help: "1 if the kernel says that something keeps its clock right. 0: receive times may be wrong, and messages carry a flag that says so.",
+		}, func() float64 {
+			if _, unsynced := g.clock.read(); unsynced {
+				return 0
+			}
+			return 1
+		}),
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Name: "holdfast_gateway_store_bytes",
+			Help: "What the store takes on disk. Rising: messages wait for their upstream.",
+		}, func() float64 { return float64(g.store.DiskBytes()) }),
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Name: "holdfast_gateway_disk_free_bytes",
+			Help: "What is free on the file system of data_dir; 0: not known.",
+		}, func() float64 { return float64(diskFree(g.dir.path)) }),
+	)
+}
