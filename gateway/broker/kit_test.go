@@ -473,3 +473,38 @@ func join(s []string) string { return strings.Join(s, " ") }
 
 
 var quiet = slog.New(slog.DiscardHandler)
+
+// held keeps commits back until they are let go.
+type held struct {
+	mu    sync.Mutex
+	dones []func(error)
+	open  bool
+}
+
+func (h *held) deliver(done func(error)) {
+	h.mu.Lock()
+	if !h.open {
+		h.dones = append(h.dones, done)
+		h.mu.Unlock()
+		return
+	}
+	h.mu.Unlock()
+	done(nil)
+}
+
+func (h *held) len() int {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return len(h.dones)
+}
+
+// release ends the commits that wait with err; with open also all later ones.
+func (h *held) release(err error, open bool) {
+	h.mu.Lock()
+	dones := h.dones
+	h.dones, h.open = nil, open
+	h.mu.Unlock()
+	for _, d := range dones {
+		d(err)
+	}
+}
