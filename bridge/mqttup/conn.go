@@ -239,9 +239,12 @@ func (c *conn) fail(err error) error {
 	c.mu.Lock()
 	c.endLocked(err)
 	err = c.err
+	closing := c.closing
 	c.mu.Unlock()
 	_ = c.Conn.SetReadDeadline(time.Unix(1, 0)) // wakes a read that waits; flush closes
-	c.tcp.interrupt()
+	if !closing { // else the last words are on their way, for lastWrite at most
+		c.tcp.interrupt()
+	}
 	return err
 }
 
