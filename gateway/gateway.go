@@ -194,7 +194,7 @@ func (g *Gateway) openBridges(context.Context) error {
 		if err != nil {
 			return fmt.Errorf("upstream %q: %w", u.Name, err)
 		}
-		log := g.log.With("part", "bridge", "upstream", u.Name)
+		log := g.log.With("part", "bridge") // it names the upstream itself
 		b, err := bridge.New(u, g.cfg.Gateway.ID, g.spool, up, log, g.registry)
 		if err != nil {
 			return err
