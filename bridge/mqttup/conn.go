@@ -242,7 +242,7 @@ func (c *conn) fail(err error) error {
 	closing := c.closing
 	c.mu.Unlock()
 	_ = c.Conn.SetReadDeadline(time.Unix(1, 0)) // wakes a read that waits; flush closes
-	if !closing { // else the last words are on their way, for lastWrite at most
+	if !closing {                               // else the last words are on their way, for lastWrite at most
 		c.tcp.interrupt()
 	}
 	return err
