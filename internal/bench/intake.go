@@ -26,7 +26,7 @@ type started struct {
 func nobody(e *env) string { return testkit.FreeAddr(e) }
 
 func gatewayYAML(upstream, format string) string {
-	y := "log: { level: warn, format: text }\n"
+	y := "log: { level: info, format: text }\n"
 	if upstream != "" {
 		y += fmt.Sprintf("upstreams:\n  - { name: cloud, url: %q, format: %s, commands: false }\n", "mqtt://"+upstream, format)
 	}
