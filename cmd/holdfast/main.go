@@ -43,6 +43,7 @@ func commands() []command {
 		configCheckCommand,
 		configPrintCommand,
 		statusCommand,
+		cloudTailCommand,
 		spoolStatCommand,
 		spoolPeekCommand,
 		spoolVerifyCommand,

@@ -1,0 +1,278 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"os/exec"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"holdfast/bridge/cloud"
+	"holdfast/bridge/mqttup"
+	"holdfast/gateway/broker"
+	"holdfast/internal/kv"
+)
+
+// demoCloud is the demo's upstream: a broker, and a receiver that subscribes to it.
+type demoCloud struct {
+	store    *kv.Store
+	broker   *broker.Broker
+	address  string
+	receiver *cloud.Receiver
+}
+
+// newDemoCloud makes an upstream broker out of the gateway's own. It keeps nothing but sessions, in dir.
+func newDemoCloud(dir string, log *slog.Logger) (_ *demoCloud, err error) {
+	c := &demoCloud{receiver: cloud.New(cloud.Config{})}
+	c.store, err = kv.Open(dir, kv.Options{Durability: kv.Interval, SyncInterval: time.Second, Log: log, Fatal: func(err error) {
+		log.Error("upstream's store failed", "err", err)
+	}})
+	if err != nil {
+		return nil, err
+	}
+	c.broker, err = broker.New(broker.Config{
+		Listeners: []broker.Listener{{Name: "upstream", Protocol: "mqtt", Address: "127.0.0.1:0"}},
+		MaxPacket: 1 << 20, MaxSessionQueue: 1 << 20, MaxSessionQueueBytes: 256 << 20,
+	}, c.store, openIntake{c.store}, openDoor{}, log, nil)
+	if err == nil {
+		err = c.broker.Listen()
+	}
+	if err != nil {
+		return nil, errors.Join(err, c.store.Close())
+	}
+	c.address = c.broker.Addrs()[0].String()
+	return c, nil
+}
+
+// run serves until ctx ends, and hands what the receiver makes of each publish to each. up is
+// called once the receiver has subscribed.
+func (c *demoCloud) run(ctx context.Context, up func(), each func([]cloud.Delivery)) error {
+	brokerCtx, stopBroker := context.WithCancel(context.WithoutCancel(ctx))
+	defer stopBroker()
+	served := make(chan error, 1)
+	go func() { served <- c.broker.Run(brokerCtx) }()
+	var broken error
+	o := mqttup.Options{URL: "mqtt://" + c.address, ClientID: "demo-receiver", OnUp: up}
+	err := mqttup.Subscribe(ctx, o, []string{"gw/#"}, func(topic string, payload []byte) {
+		deliveries, err := c.receiver.Receive(topic, payload)
+		if err != nil {
+			broken = errors.Join(broken, err)
+			return
+		}
+		each(deliveries)
+	})
+	stopBroker()
+	return errors.Join(err, broken, <-served, c.store.Close())
+}
+
+// openIntake takes every message and stores none: local subscribers get it, and that is all.
+type openIntake struct{ store *kv.Store }
+
+// Publish implements broker.Intake.
+func (i openIntake) Publish(_ *broker.Message, ops []kv.Op, done kv.Done, token uint64) error {
+	return i.store.Apply(ops, done, token)
+}
+
+// openDoor lets everybody on this machine in.
+type openDoor struct{}
+
+// Connect implements broker.Authorizer.
+func (openDoor) Connect(*broker.ConnectInfo) error { return nil }
+
+// MayPublish implements broker.Authorizer.
+func (openDoor) MayPublish(string, []byte) bool { return true }
+
+// MaySubscribe implements broker.Authorizer.
+func (openDoor) MaySubscribe(string, string) bool { return true }
+
+// uplink is the line between gateway and upstream: a TCP proxy that can be cut.
+type uplink struct {
+	ln     net.Listener
+	target string
+	bytes  atomic.Int64 // passed on, both ways
+
+	mu    sync.Mutex
+	down  bool
+	conns map[net.Conn]bool // both ends of each connection
+	wg    sync.WaitGroup
+}
+
+func newUplink(target string) (*uplink, error) {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return nil, err
+	}
+	u := &uplink{ln: ln, target: target, conns: map[net.Conn]bool{}}
+	u.wg.Go(u.accept)
+	return u, nil
+}
+
+func (u *uplink) accept() {
+	for {
+		near, err := u.ln.Accept()
+		if err != nil {
+			return
+		}
+		far, err := net.Dial("tcp", u.target)
+		if err != nil {
+			near.Close()
+			continue
+		}
+		if !u.keep(near, far) {
+			continue
+		}
+		for _, way := range [][2]net.Conn{{near, far}, {far, near}} {
+			u.wg.Go(func() {
+				_, _ = io.Copy(io.MultiWriter(way[1], counter{&u.bytes}), way[0])
+				near.Close()
+				far.Close()
+				u.mu.Lock()
+				delete(u.conns, way[0])
+				u.mu.Unlock()
+			})
+		}
+	}
+}
+
+// keep notes a connection, or ends it while the line is down.
+func (u *uplink) keep(near, far net.Conn) bool {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if u.down {
+		near.Close()
+		far.Close()
+		return false
+	}
+	u.conns[near], u.conns[far] = true, true
+	return true
+}
+
+// set cuts the line or mends it.
+func (u *uplink) set(down bool) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	u.down = down
+	if down {
+		for c := range u.conns {
+			c.Close()
+		}
+	}
+}
+
+// Close ends the line and joins.
+func (u *uplink) Close() error {
+	err := u.ln.Close()
+	u.set(true)
+	u.wg.Wait()
+	return err
+}
+
+type counter struct{ n *atomic.Int64 }
+
+func (c counter) Write(b []byte) (int, error) {
+	c.n.Add(int64(len(b)))
+	return len(b), nil
+}
+
+// child is the gateway's process.
+type child struct {
+	cmd   *exec.Cmd
+	log   *readyLog
+	ended chan struct{} // closed when the process is gone
+}
+
+// startChild starts exe and waits until it says that it is ready.
+func startChild(ctx context.Context, exe string, args []string, logFile string) (*child, error) {
+	file, err := os.OpenFile(logFile, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	c := &child{cmd: exec.Command(exe, args...), log: &readyLog{file: file, ready: make(chan struct{})}, ended: make(chan struct{})}
+	c.cmd.Stdout, c.cmd.Stderr = c.log, c.log
+	if err := c.cmd.Start(); err != nil {
+		return nil, errors.Join(err, file.Close())
+	}
+	go func() {
+		_ = c.cmd.Wait() // how it ended stands in ProcessState
+		file.Close()
+		close(c.ended)
+	}()
+	limit := time.NewTimer(20 * time.Second)
+	defer limit.Stop()
+	select {
+	case <-c.log.ready:
+		return c, nil
+	case <-c.ended:
+		return nil, fmt.Errorf("the gateway ended at once (%v); its log is %s", c.cmd.ProcessState, logFile)
+	case <-limit.C:
+		err = fmt.Errorf("the gateway was not ready after 20 s; its log is %s", logFile)
+	case <-ctx.Done():
+		err = ctx.Err()
+	}
+	c.kill()
+	return nil, err
+}
+
+// kill is kill -9.
+func (c *child) kill() {
+	_ = c.cmd.Process.Kill() // it may be gone already
+	<-c.ended
+}
+
+// stop asks the process to end and waits for it.
+func (c *child) stop() error {
+	_ = c.cmd.Process.Signal(os.Interrupt) // it may be gone already
+	limit := time.NewTimer(15 * time.Second)
+	defer limit.Stop()
+	select {
+	case <-c.ended:
+	case <-limit.C:
+		c.kill()
+		return errors.New("the gateway did not stop within 15 s")
+	}
+	if !c.cmd.ProcessState.Success() {
+		return fmt.Errorf("the gateway ended with %v", c.cmd.ProcessState)
+	}
+	return nil
+}
+
+// readyLog writes a log to its file and watches for the line that says ready. Only the process's one
+// copying goroutine writes.
+type readyLog struct {
+	file  io.Writer
+	line  []byte
+	ready chan struct{}
+	said  bool
+}
+
+func (l *readyLog) Write(b []byte) (int, error) {
+	for part := range bytes.Lines(b) {
+		l.line = append(l.line, part...)
+		if l.line[len(l.line)-1] != '\n' {
+			break
+		}
+		if !l.said && bytes.Contains(l.line, []byte(" msg=ready")) {
+			l.said = true
+			close(l.ready)
+		}
+		l.line = l.line[:0]
+	}
+	return l.file.Write(b)
+}
+
+// freePort is a loopback port that nobody listens on. The gateway gets it by configuration, because its devices
+// find it there again after a restart.
+func freePort() (string, error) {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return "", err
+	}
+	return ln.Addr().String(), ln.Close()
+}
