@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -15,6 +16,7 @@ import (
 	"go.uber.org/goleak"
 
 	"holdfast/bridge/cloud"
+	firmwaresim "holdfast/firmware-sim"
 	"holdfast/internal/mqtt"
 	"holdfast/internal/testkit"
 )
@@ -95,16 +97,19 @@ func startUpstream(t *testing.T) *upstream {
 	return u
 }
 
-// inbox is the cloud: it takes what arrives upstream through the receiver that drops repeats by id, and keeps it in
-// the order of arrival.
+// inbox is the cloud: it takes what arrives upstream through the receiver that drops repeats by id.
 type inbox struct {
-	mu       sync.Mutex
 	receiver *cloud.Receiver
-	arrived  []cloud.Delivery // messages seen for the first time
+
+	mu       sync.Mutex
+	arrivals map[string]*firmwaresim.Arrivals // of simulated devices, by the prefix of their ids; see fleet
+	others   []cloud.Delivery                 // messages of other devices, in the order of arrival
 	errors   []error
 }
 
-func newInbox() *inbox { return &inbox{receiver: cloud.New(cloud.Config{})} }
+func newInbox() *inbox {
+	return &inbox{receiver: cloud.New(cloud.Config{}), arrivals: map[string]*firmwaresim.Arrivals{}}
+}
 
 func (b *inbox) subscribe(t *testing.T, addr string) {
 	t.Helper()
@@ -138,21 +143,34 @@ func (b *inbox) take(topic string, payload []byte) {
 		b.errors = append(b.errors, err)
 	}
 	for _, d := range all {
-		if d.Kind == cloud.Message {
-			b.arrived = append(b.arrived, d)
+		if d.Kind != cloud.Message {
+			continue
 		}
+		p, err := firmwaresim.ParsePayload(d.Message.Payload)
+		if err != nil {
+			b.others = append(b.others, d)
+			continue
+		}
+		if d.Gateway != "" && d.Message.Device != p.Device {
+			b.errors = append(b.errors, fmt.Errorf("message of device %s says it is of %s", p.Device, d.Message.Device))
+		}
+		prefix, _, _ := strings.Cut(p.Device, "-")
+		if b.arrivals[prefix] == nil {
+			b.arrivals[prefix] = firmwaresim.NewArrivals()
+		}
+		b.arrivals[prefix].Add(p.Device, p.Stream, p.N)
 	}
 }
 
-// messages returns what arrived so far, in order, and fails t if something could not be read.
+// messages returns what arrived so far of devices that are not simulated, in order, and fails t if something could not be read.
 func (b *inbox) messages(t *testing.T) []cloud.Delivery {
 	t.Helper()
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	for _, err := range b.errors {
-		t.Errorf("upstream got something unreadable: %v", err)
+		t.Errorf("upstream got something wrong: %v", err)
 	}
-	return b.arrived[:len(b.arrived):len(b.arrived)]
+	return b.others[:len(b.others):len(b.others)]
 }
 
 // balanced asks the gateway for its ledger and fails t if an account does not add up.
