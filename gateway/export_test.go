@@ -1,6 +1,14 @@
 package gateway
 
-import "time"
+import (
+	"time"
+
+	"github.com/cockroachdb/pebble/v2/vfs"
+
+	"holdfast/gateway/broker"
+	"holdfast/internal/config"
+	"holdfast/internal/kv"
+)
 
 // Matcher compiles filters as routes and gives the place of the first that matches, -1 for none.
 func Matcher(filters ...string) (func(topic []byte) int, error) {
@@ -22,3 +30,20 @@ func Clock(now func() time.Time, synced func() bool) func() (ms int64, unsynced 
 
 // SystemClock is the clock as a gateway has it.
 func SystemClock() func() (ms int64, unsynced bool) { return newClock().read }
+
+// NewIntake makes an intake of a spool and routes.
+func NewIntake(sp appender, table []config.Route) (*Intake, error) {
+	return newIntake(sp, table, newClock())
+}
+
+// NewAuthorizer makes the authorizer of a configuration.
+func NewAuthorizer(anonymous bool) broker.Authorizer { return authorizer{anonymous} }
+
+// OpenDataDir makes and locks a data directory, as a gateway does.
+func OpenDataDir(path string) (interface{ Close() error }, error) { return openDataDir(path, true) }
+
+// WithFS has the store of the gateways that o makes use fs.
+func WithFS(o Options, fs vfs.FS) Options {
+	o.storeOptions = func(k *kv.Options) { k.FS = fs }
+	return o
+}

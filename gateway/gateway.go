@@ -43,6 +43,8 @@ type Options struct {
 	Config  *config.Config
 	Version string
 	Log     *slog.Logger
+
+	storeOptions func(*kv.Options) // for tests; nil: none
 }
 
 // Gateway is one whole gateway. Make it with New, then call Run once, or Close.
@@ -62,6 +64,8 @@ type Gateway struct {
 	registry *prometheus.Registry
 	clock    *clock
 
+	storeOptions func(*kv.Options)
+
 	fatal chan error // cap 1: the store failed
 	state atomic.Int32
 }
@@ -79,9 +83,10 @@ const (
 func New(ctx context.Context, o Options) (*Gateway, error) {
 	g := &Gateway{
 		cfg: o.Config, version: o.Version, log: o.Log, started: time.Now(),
-		registry: prometheus.NewRegistry(),
-		clock:    newClock(),
-		fatal:    make(chan error, 1),
+		registry:     prometheus.NewRegistry(),
+		clock:        newClock(),
+		storeOptions: o.storeOptions,
+		fatal:        make(chan error, 1),
 	}
 	// A store that fails while it is opened never comes back from its write: then the process ends
 	// with that goroutine in it.
@@ -124,13 +129,17 @@ func (g *Gateway) openStore(context.Context) (err error) {
 	if g.cfg.Spool.Durability == config.Interval {
 		durability = kv.Interval
 	}
-	g.store, err = kv.Open(g.dir.store(), kv.Options{
+	opts := kv.Options{
 		Durability:   durability,
 		SyncInterval: g.cfg.Spool.SyncInterval,
 		Log:          g.log.With("part", "store"),
 		Metrics:      g.registry,
 		Fatal:        g.storeFailed,
-	})
+	}
+	if g.storeOptions != nil {
+		g.storeOptions(&opts)
+	}
+	g.store, err = kv.Open(g.dir.store(), opts)
 	if err != nil {
 		return err
 	}
