@@ -47,6 +47,7 @@ type Bridge struct {
 	topics, deviceTopics, systemTopics topics
 	acks                               []ack
 	lastAck                            time.Duration // when the last ack of this session came
+	newestAcked                        uint64        // order number of the newest send that was acked
 	quietErr                           string        // the error that was logged last and has not changed
 }
 
@@ -111,13 +112,14 @@ func NewFrom(cfg Config, gateway, epoch string, src Source, up Upstream, log *sl
 	}
 	shares := make([]int, len(readers))
 	for i, r := range readers {
-		l := &lane{Reader: r, name: r.Lane(), rank: i, format: cfg.Format, ratio: 1, topic: wire.DataTopic(gateway, r.Lane())}
+		shares[i] = r.Share()
+		l := &lane{Reader: r, name: r.Lane(), rank: i, format: cfg.Format, lastSend: -cfg.Tuning.BatchLinger, ratio: 1, topic: wire.DataTopic(gateway, r.Lane())}
 		if l.name == spool.SystemLane {
 			l.format = FormatPassthrough // announcements are for anyone to read
+			shares[i] = 0                // it goes first and is promised nothing
 		}
 		b.lanes = append(b.lanes, l)
 		b.laneCount = append(b.laneCount, m.lane(l.name))
-		shares[i] = r.Share()
 	}
 	b.turns = newSchedule(shares)
 	if cfg.Format == FormatBatch {
@@ -246,8 +248,9 @@ func (b *Bridge) session(ctx context.Context, sess Session) (healthy time.Durati
 		healthy = b.now() - since // nothing left undone
 	case b.lastAck > since:
 		healthy = b.lastAck - since
-	case errors.Is(err, ErrPeerClosed):
-		b.kicked()
+	}
+	if errors.Is(err, ErrPeerClosed) {
+		b.kicked(b.lastAck > since)
 	}
 	b.takeBack()
 	return healthy, err
@@ -263,22 +266,40 @@ func (b *Bridge) takeBack() {
 }
 
 // kicked notes which send an upstream left unacked when it ended the connection.
-func (b *Bridge) kicked() {
+func (b *Bridge) kicked(acked bool) {
 	f, lane := b.window.head()
 	if f == nil {
 		return
 	}
-	b.suspicion.kicked(lane, f.end.Seq-uint64(f.records))
-	if b.suspicion.probing() {
+	sent := make([]uint64, len(b.lanes))
+	for i, l := range b.lanes {
+		sent[i] = l.sentUpTo
+	}
+	alone := b.suspicion.probing()
+	b.suspicion.kicked(lane, f.end.Seq-uint64(f.records), acked, sent)
+	if alone {
 		l := b.lanes[lane]
 		l.singleTo = max(l.singleTo, f.end.Seq)
 	}
 }
 
+// probe ends the suspicion when all that was under it is through.
+func (b *Bridge) probe() {
+	if !b.suspicion.probing() || b.window.sends > 0 {
+		return
+	}
+	for i, l := range b.lanes {
+		if l.count > 0 && b.suspicion.suspects(i, l.pos.Seq) {
+			return
+		}
+	}
+	b.suspicion.clear()
+}
+
 // convict parks the record at the front of a lane's stage.
 func (b *Bridge) convict(l *lane) piece {
 	kicks := b.suspicion.kicks
-	b.suspicion.acked()
+	b.suspicion.kicks = 0
 	n, err := spool.ParseRecord(l.raw, &b.record)
 	if err != nil {
 		n = len(l.raw)
@@ -327,7 +348,7 @@ func (b *Bridge) drain(ctx context.Context, sess Session) error {
 		case <-tick.C:
 			b.metrics.window.Set(float64(b.pace.limit))
 			patience := b.cfg.Tuning.AckTimeout + b.pace.patience(b.window.bytes)
-			if dog.stalled(b.now(), b.window.oldest(), sess.Progress(), b.lastAck, patience) {
+			if dog.stalled(b.now(), b.window.oldest(), b.newestAcked, sess.Progress(), patience) {
 				return fmt.Errorf("%w for %v with %d sends unacked", ErrStalled, patience.Round(time.Millisecond), b.window.sends)
 			}
 		case <-sess.Done():
@@ -372,6 +393,7 @@ func (b *Bridge) pump(sess Session) (collect time.Duration, err error) {
 				collect = left
 			}
 		}
+		b.probe()
 		waiting := func(i int) bool { return b.lanes[i].count > 0 && b.lingers(b.lanes[i], want, now) == 0 }
 		i := b.turns.pick(waiting, b.fits)
 		if i < 0 {
@@ -438,7 +460,7 @@ func (b *Bridge) pass(i int, p piece) error {
 
 func (b *Bridge) send(sess Session, i int, p piece, now time.Duration, waiting func(int) bool) error {
 	l, f := b.lanes[i], p.flight
-	f.sent = now
+	f.sent, f.ahead = now, b.window.bytes+f.size
 	p.message.Token = b.window.takeOff(i, f)
 	if err := sess.Send(p.message); err != nil {
 		if !IsPermanent(err) {
@@ -494,13 +516,12 @@ func (b *Bridge) takeAcks() error {
 		case f == nil:
 			b.metrics.stray.Inc()
 		case a.err == nil:
-			b.pace.acked(now-f.sent, f.size, f.order, b.window.order, b.window.bytes)
+			b.pace.acked(now-f.sent, f.size, f.ahead, f.order, b.window.order, b.window.bytes)
 			b.metrics.latency.Observe((now - f.sent).Seconds())
 			b.laneCount[i].acked.Add(float64(f.records))
 			b.counts.acked.Add(uint64(f.records))
 			b.window.land(i, f, spool.Delivered)
-			b.suspicion.acked()
-			b.lastAck = now
+			b.lastAck, b.newestAcked = now, max(b.newestAcked, f.order)
 		case IsPermanent(a.err):
 			b.lastAck = now
 			if err := b.refused(i, f, a.err); err != nil {
@@ -593,20 +614,19 @@ func (in *inbox) take(used []ack) []ack {
 // ack: its time begins anew while bytes move, unless something sent after it has been acked, because then its own
 // bytes have arrived long ago.
 type watchdog struct {
-	oldest    uint64
-	moved     time.Duration // when it became the oldest, or bytes last moved
-	progress  uint64
-	overtaken bool
+	oldest   uint64
+	moved    time.Duration // when it became the oldest, or bytes last moved
+	progress uint64
 }
 
-func (d *watchdog) stalled(now time.Duration, oldest, progress uint64, lastAck, patience time.Duration) bool {
-	switch {
-	case oldest == 0, oldest != d.oldest:
-		*d = watchdog{oldest: oldest, moved: now, progress: progress}
+// stalled is asked now and then. oldest and acked are the order numbers of the oldest send without an ack (0: none)
+// and of the newest with one.
+func (d *watchdog) stalled(now time.Duration, oldest, acked, progress uint64, patience time.Duration) bool {
+	if oldest == 0 || oldest != d.oldest {
+		*d = watchdog{oldest, now, progress}
 		return false
-	case lastAck > d.moved:
-		d.overtaken = true
-	case !d.overtaken && progress != d.progress:
+	}
+	if progress != d.progress && acked < oldest {
 		d.moved, d.progress = now, progress
 	}
 	return now-d.moved > patience

@@ -3,16 +3,16 @@ package bridge
 // schedule shares the link among the lanes: strictly by priority, on top of a share that each
 // lane with something to send gets at least.
 //
-// While others send, a lane that waits earns credit, its share of their bytes. A lane with
-// a quantum of credit is owed a turn and comes before those of higher priority; what it sends is
-// taken off. So an alarm out of the blue goes first, for nobody earns while the alarm lane is
-// silent; and a flood of alarms leaves each lane below it the share that was promised.
+// Credit says how far a lane is behind its share of what was sent while it waited, or, below zero, ahead of it.
+// The lane of the highest priority goes, unless it is a quantum ahead and another is a quantum
+// behind: that one is owed a turn. So an alarm out of the blue goes first whatever the others are owed, for it has taken
+// nothing from them; and a flood of alarms leaves each lane below it the share that was promised.
 type schedule struct {
 	share  []float64 // of the link, by lane; together at most 1
-	credit []float64 // bytes
+	credit []float64 // bytes, within ±4 quanta
 }
 
-// quantum is how many bytes a lane is behind before it is served out of turn.
+// quantum is how many bytes of inequality are nobody's concern.
 const quantum = 64 << 10
 
 func newSchedule(shares []int) *schedule {
@@ -33,28 +33,37 @@ func newSchedule(shares []int) *schedule {
 func (s *schedule) pick(waiting func(lane int) bool, fits func(lane int, owed bool) bool) int {
 	first := -1
 	for i := range s.share {
-		if !waiting(i) {
-			s.credit[i] = min(s.credit[i], 0) // nobody saves up while he has nothing to send
-			continue
-		}
-		if s.credit[i] >= quantum && fits(i, true) {
+		switch {
+		case !waiting(i):
+		case first < 0:
+			if first = i; s.credit[i] > -quantum { // not ahead: nobody comes before it
+				if fits(i, false) {
+					return i
+				}
+				return -1 // what is below finds less room
+			}
+		case s.credit[i] >= quantum && fits(i, true):
 			return i
 		}
-		if first < 0 && fits(i, false) {
-			first = i
-		}
 	}
-	return first
+	if first >= 0 && fits(first, false) {
+		return first
+	}
+	return -1
 }
 
 // sent books a send of the lane.
 func (s *schedule) sent(lane, size int, waiting func(lane int) bool) {
 	for i := range s.share {
-		if i == lane || waiting(i) {
-			s.credit[i] = min(s.credit[i]+s.share[i]*float64(size), 2*quantum)
+		switch {
+		case i == lane:
+			s.credit[i] = max(s.credit[i]-(1-s.share[i])*float64(size), -4*quantum)
+		case waiting(i):
+			s.credit[i] = min(s.credit[i]+s.share[i]*float64(size), 4*quantum)
+		default: // nobody saves up while he has nothing to send, and what was taken is forgiven
+			s.credit[i] = min(s.credit[i]+float64(size), 0)
 		}
 	}
-	s.credit[lane] = max(s.credit[lane]-float64(size), -quantum)
 }
 
 // room is how much of a window of n a lane of this rank may fill (0 is the first of ranks). The

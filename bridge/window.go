@@ -35,6 +35,7 @@ type flight struct {
 	records int
 	size    int           // bytes it holds in the window
 	sent    time.Duration // by the bridge's clock
+	ahead   int           // bytes in flight when it was sent, its own included
 	order   uint64        // of the send among all lanes
 	landed  bool
 	outcome spool.Outcome
