@@ -21,7 +21,6 @@ type device struct {
 	fleet   *Fleet
 	id      string
 	number  int
-	seed    uint64
 	profile *profile
 	topics  [][]byte // by stream
 	qos     []byte   // by stream
@@ -53,6 +52,7 @@ type device struct {
 	limit   int      // of wire, on this connection
 	maxQoS  byte     // of this connection
 	now     time.Duration
+	source  source
 	payload []byte
 	packet  mqtt.Publish
 
@@ -80,8 +80,8 @@ const (
 // counts of one device; Fleet.Snapshot adds them up.
 type counts struct {
 	published, qos0, acked, refused, dropped, abandoned, resent uint64
-	connects, refusals, crashes, breaks                   uint64
-	bytes                                                 uint64
+	connects, refusals, crashes, breaks                         uint64
+	bytes                                                       uint64
 }
 
 // sustained is how long a connection without an acknowledgement must last for the next
@@ -180,7 +180,7 @@ func (d *device) drop(s *sample) {
 
 // send queues a PUBLISH. Under mu.
 func (d *device) send(s *sample, id uint16, dup bool) bool {
-	d.payload = appendPayload(d.payload[:0], d.id, d.seed, d.profile, int(s.stream), s.n, s.ts, d.fleet.cfg.Size)
+	d.payload = appendPayload(d.payload[:0], d.id, &d.source, d.profile, int(s.stream), s.n, s.ts, d.fleet.cfg.Size)
 	d.packet = mqtt.Publish{Dup: dup, QoS: min(d.qos[s.stream], d.maxQoS), ID: id, Topic: d.topics[s.stream], Payload: d.payload}
 	if d.packet.QoS == 0 {
 		d.packet.ID = 0
@@ -328,7 +328,7 @@ func (d *device) onClose(c *mqtt.Client, err error) {
 	if d.client != c {
 		return
 	}
-	if !errors.Is(err, errLinkLost) {
+	if d.link == nil || !d.link.failing() {
 		d.fleet.fault("connection lost: "+kind(err), d.id, err)
 	}
 	d.offline(0)

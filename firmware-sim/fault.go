@@ -52,6 +52,13 @@ func (l *link) fail(how fault, r *random) {
 	}
 }
 
+// failing says whether fail was called.
+func (l *link) failing() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.cut > 0 || l.ghost
+}
+
 // reset lets the close that follows be a reset.
 func (l *link) reset() {
 	if tcp, ok := l.Conn.(*net.TCPConn); ok {

@@ -89,7 +89,7 @@ func (f *Fleet) newDevice(i int) *device {
 		d.free = append(d.free, uint16(f.cfg.Window-1-k))
 	}
 	d.random = random(f.cfg.Seed ^ uint64(f.cfg.First+i)*0xd1342543de82ef95)
-	d.seed = d.next()
+	d.source.seed = d.next()
 	d.turn = int(d.next() % uint64(len(p.turns)))
 	d.connectAt = time.Duration(float64(i) / f.cfg.ConnectRate * float64(time.Second))
 	d.due = d.connectAt
@@ -314,9 +314,9 @@ func (a *agenda) Pop() any {
 type Snapshot struct {
 	Elapsed        time.Duration `json:"elapsed_ns"`
 	Devices        int           `json:"devices"`
-	Connected      int           `json:"connected"` // devices
-	Sampled        uint64        `json:"sampled"`   // made by the devices
-	Published      uint64        `json:"published"` // sent at least once
+	Connected      int           `json:"connected"`      // devices
+	Sampled        uint64        `json:"sampled"`        // made by the devices
+	Published      uint64        `json:"published"`      // sent at least once
 	QoS0           uint64        `json:"published_qos0"` // of Published: without an acknowledgement
 	Acknowledged   uint64        `json:"acknowledged"`
 	Refused        uint64        `json:"refused"`           // by the server, with a reason

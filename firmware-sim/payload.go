@@ -80,9 +80,9 @@ func number(b []byte) (x uint64, rest []byte, ok bool) {
 }
 
 // appendPayload appends the payload of sample n of a stream. It depends on nothing but its
-// arguments, so that a resend, also after a crash, has the same bytes and flash needs to
-// keep no payloads. With size > 0 it has exactly that many bytes.
-func appendPayload(dst []byte, device string, seed uint64, p *profile, stream int, n uint64, ts int64, size int) []byte {
+// arguments (of src the seed), so that a resend, also after a crash, has the same bytes and
+// flash needs to keep no payloads. With size > 0 it has exactly that many bytes.
+func appendPayload(dst []byte, device string, src *source, p *profile, stream int, n uint64, ts int64, size int) []byte {
 	start := len(dst)
 	dst = append(dst, keyDevice...)
 	dst = append(dst, device...)
@@ -93,13 +93,13 @@ func appendPayload(dst []byte, device string, seed uint64, p *profile, stream in
 	dst = append(dst, keyTS...)
 	dst = strconv.AppendInt(dst, ts, 10)
 	head := len(dst)
-	r := random(seed ^ n*0x9e3779b97f4a7c15 ^ uint64(stream)<<56)
-	dst = p.streams[stream].values(dst, source{seed: seed, ts: ts, random: &r})
+	src.ts, src.random = ts, random(src.seed^n*0x9e3779b97f4a7c15^uint64(stream)<<56)
+	dst = p.streams[stream].values(dst, src)
 	if size > 0 {
 		if len(dst)-start >= size {
 			dst = dst[:head] // too small for the values
 		}
-		dst = p.fill(dst, size-(len(dst)-start)-1, &r)
+		dst = p.fill(dst, size-(len(dst)-start)-1, &src.random)
 	}
 	return append(dst, '}')
 }

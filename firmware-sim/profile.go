@@ -21,14 +21,14 @@ type stream struct {
 	name   string
 	qos    byte
 	weight int // turns in a round
-	values func(dst []byte, s source) []byte
+	values func(dst []byte, s *source) []byte
 }
 
-// source makes the values of one sample.
+// source makes the values of samples.
 type source struct {
 	seed uint64 // the device's
-	ts   int64
-	*random
+	ts   int64  // of the sample
+	random
 }
 
 // random is a splitmix64 generator: two instructions more than nothing, and seeded by any value.
@@ -65,7 +65,7 @@ var waveform = func() (t [1024]uint16) {
 // around gives a value in fixed-point units that swings about base: the device's own
 // offset (up to spread), a slow wave of this period and amplitude, and noise. Neighbouring
 // samples are near each other, as measured ones are.
-func (s source) around(base, spread, amplitude, period, noise int64) int64 {
+func (s *source) around(base, spread, amplitude, period, noise int64) int64 {
 	x := base + int64(s.seed%uint64(2*spread+1)) - spread
 	step := (s.ts*1024/(period*1000) + int64(s.seed>>20)) & 1023
 	x += amplitude * sine[step] / 1024
@@ -81,7 +81,7 @@ func member(dst []byte, name string, x int64, decimals int) []byte {
 
 var profiles = withTurns([]*profile{
 	{name: "vitals", app: "ward", waveform: "pleth", streams: []stream{
-		{name: "vitals", qos: 1, weight: 18, values: func(dst []byte, s source) []byte {
+		{name: "vitals", qos: 1, weight: 18, values: func(dst []byte, s *source) []byte {
 			dst = member(dst, "hr", s.around(74, 12, 6, 300, 2), 0)
 			dst = member(dst, "spo2", min(1000, s.around(972, 10, 6, 600, 3)), 1)
 			dst = member(dst, "resp", s.around(15, 3, 2, 120, 1), 0)
@@ -89,36 +89,36 @@ var profiles = withTurns([]*profile{
 			dst = member(dst, "sys", s.around(122, 14, 6, 900, 3), 0)
 			return member(dst, "dia", s.around(78, 9, 4, 900, 2), 0)
 		}},
-		{name: "alarm", qos: 2, weight: 1, values: func(dst []byte, s source) []byte {
+		{name: "alarm", qos: 2, weight: 1, values: func(dst []byte, s *source) []byte {
 			dst = append(dst, `,"code":"`...)
 			dst = append(dst, []string{"spo2_low", "hr_high", "lead_off", "resp_low"}[s.next()%4]...)
 			dst = append(dst, `"`...)
 			return member(dst, "level", 1+int64(s.next()%3), 0)
 		}},
-		{name: "status", qos: 0, weight: 1, values: func(dst []byte, s source) []byte {
+		{name: "status", qos: 0, weight: 1, values: func(dst []byte, s *source) []byte {
 			dst = member(dst, "battery", s.around(80, 15, 5, 36000, 0), 0)
 			return member(dst, "rssi", s.around(-61, 12, 3, 600, 3), 0)
 		}},
 	}},
 	{name: "vibration", app: "plant", waveform: "accel", streams: []stream{
-		{name: "vibration", qos: 1, weight: 17, values: func(dst []byte, s source) []byte {
+		{name: "vibration", qos: 1, weight: 17, values: func(dst []byte, s *source) []byte {
 			dst = member(dst, "rms", s.around(2310, 600, 250, 180, 60), 3)
 			dst = member(dst, "peak", s.around(7900, 1500, 900, 180, 400), 3)
 			dst = member(dst, "rpm", s.around(1482, 5, 4, 60, 2), 0)
 			return member(dst, "temp", s.around(614, 80, 30, 3600, 3), 1)
 		}},
-		{name: "bearing", qos: 1, weight: 2, values: func(dst []byte, s source) []byte {
+		{name: "bearing", qos: 1, weight: 2, values: func(dst []byte, s *source) []byte {
 			dst = member(dst, "bpfo", s.around(310, 80, 40, 3600, 12), 3)
 			dst = member(dst, "bpfi", s.around(220, 60, 30, 3600, 10), 3)
 			return member(dst, "kurtosis", s.around(312, 20, 15, 3600, 8), 2)
 		}},
-		{name: "alarm", qos: 2, weight: 1, values: func(dst []byte, s source) []byte {
+		{name: "alarm", qos: 2, weight: 1, values: func(dst []byte, s *source) []byte {
 			dst = append(dst, `,"code":"rms_high"`...)
 			return member(dst, "rms", s.around(7200, 300, 100, 180, 90), 3)
 		}},
 	}},
 	{name: "meter", app: "grid", waveform: "load", streams: []stream{
-		{name: "reading", qos: 1, weight: 9, values: func(dst []byte, s source) []byte {
+		{name: "reading", qos: 1, weight: 9, values: func(dst []byte, s *source) []byte {
 			// A meter only counts up: with time, at the device's own mean power.
 			watts := 250 + int64(s.seed%900)
 			dst = member(dst, "kwh", 4_000_000+int64(s.seed>>40%3_000_000)+(s.ts-1_600_000_000_000)/1000*watts/3600/1000, 3)
@@ -127,7 +127,7 @@ var profiles = withTurns([]*profile{
 			dst = member(dst, "hz", s.around(50000, 0, 12, 240, 6), 3)
 			return member(dst, "pf", min(100, s.around(94, 3, 2, 5400, 1)), 2)
 		}},
-		{name: "event", qos: 2, weight: 1, values: func(dst []byte, s source) []byte {
+		{name: "event", qos: 2, weight: 1, values: func(dst []byte, s *source) []byte {
 			dst = append(dst, `,"code":"`...)
 			dst = append(dst, []string{"cover", "sag", "swell", "tariff"}[s.next()%4]...)
 			return append(dst, '"')

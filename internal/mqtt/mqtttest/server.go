@@ -55,6 +55,7 @@ type conn struct {
 	net.Conn
 	v     mqtt.Version
 	write sync.Mutex
+	ended chan struct{} // closed when nothing of it is handled any more
 }
 
 // New starts a server on a free loopback port. It ends with the test.
@@ -125,7 +126,9 @@ func (s *Server) accept() {
 		}
 		s.wg.Go(func() {
 			defer raw.Close()
-			s.serve(&conn{Conn: raw})
+			c := &conn{Conn: raw, ended: make(chan struct{})}
+			defer close(c.ended)
+			s.serve(c)
 		})
 	}
 }
@@ -167,8 +170,11 @@ func (s *Server) serve(c *conn) {
 	}
 	id := connect.ClientID
 	s.mu.Lock()
-	if old := s.conns[id]; old != nil {
+	for old := s.conns[id]; old != nil; old = s.conns[id] {
 		_ = old.Close()
+		s.mu.Unlock()
+		<-old.ended // what it has already read comes before what the new one brings
+		s.mu.Lock()
 	}
 	ses := s.sessions[id]
 	answer.SessionPresent = ses != nil && !connect.CleanStart
