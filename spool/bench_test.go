@@ -50,7 +50,7 @@ func (w window) drain() {
 //
 //	go test -run - -bench Append -benchtime 300000x ./spool
 func BenchmarkAppend(b *testing.B) {
-	for _, n := range []int{1, 64, 1024} {
+	for _, n := range []int{1, 64, 1024, 10240} {
 		records := make([]*spool.Record, 4096)
 		for i := range records {
 			records[i] = telemetry(i)

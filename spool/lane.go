@@ -60,6 +60,7 @@ type tailChunk struct {
 	chunkMeta
 	raw []byte
 	blk *block // owns raw
+	mem int64  // bytes of memory it is counted with
 }
 
 // recentChunk says in which memtable a chunk was written.
@@ -77,16 +78,29 @@ type memtableMark struct {
 
 // block is a buffer of records. It is used again when neither the tail nor a reader holds it.
 type block struct {
+	pool   *blockPool
 	raw    []byte
 	chunks []chunkMeta // where to cut raw
 	refs   atomic.Int32
 }
 
-var blocks = sync.Pool{New: func() any { return &block{} }}
+// blockPool keeps a few blocks for the next commits. Unlike a sync.Pool it survives a garbage
+// collection, which under load comes more often than a block is used.
+type blockPool struct {
+	mu    sync.Mutex
+	free  []*block
+	usual int // decaying maximum of what a block had to hold
+}
 
-func newBlock() *block {
-	b := blocks.Get().(*block)
-	b.raw, b.chunks = b.raw[:0], b.chunks[:0]
+const maxFreeBlocks = 8
+
+func (p *blockPool) get() *block {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	b := &block{pool: p}
+	if n := len(p.free); n > 0 {
+		b, p.free = p.free[n-1], p.free[:n-1]
+	}
 	b.refs.Store(1)
 	return b
 }
@@ -94,15 +108,23 @@ func newBlock() *block {
 func (b *block) retain() { b.refs.Add(1) }
 
 func (b *block) release() {
-	if b.refs.Add(-1) == 0 {
-		blocks.Put(b)
+	if b.refs.Add(-1) > 0 || b.pool == nil {
+		return
+	}
+	p := b.pool
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.usual = max(len(b.raw), p.usual-p.usual/64)
+	if len(p.free) < maxFreeBlocks && cap(b.raw) <= 4*p.usual+64<<10 {
+		b.raw, b.chunks = b.raw[:0], b.chunks[:0]
+		p.free = append(p.free, b)
 	}
 }
 
 // fit returns a block of about the size of its records, so that a quiet lane's tail does not hold
 // buffers that a burst once needed.
 func (b *block) fit() *block {
-	if cap(b.raw) < 16<<10 || len(b.raw) >= cap(b.raw)/2 {
+	if cap(b.raw) < 16<<10 || len(b.raw) >= cap(b.raw)/8 {
 		return b
 	}
 	small := &block{raw: append([]byte(nil), b.raw...), chunks: append([]chunkMeta(nil), b.chunks...)}
@@ -114,7 +136,7 @@ func (b *block) fit() *block {
 // append adds r to what gathers and returns its sequence. The caller holds the commit lock.
 func (l *lane) append(g *kv.Group, r *Record) uint64 {
 	if l.open == nil {
-		l.open = newBlock()
+		l.open = l.s.blocks.get()
 	}
 	b := l.open
 	before := len(b.raw)
@@ -166,12 +188,13 @@ func (l *lane) commit(b *block, end Position, memtable uint64) {
 		l.recent = append(l.recent, recentChunk{m.First.Seq, m.End().Seq, m.RawLen, memtable})
 	}
 	if l.waiting() {
-		raw := b.raw
+		raw, slack := b.raw, int64(cap(b.raw)-len(b.raw))
 		for _, m := range b.chunks {
 			b.retain()
-			l.tail = append(l.tail, tailChunk{m, raw[:m.RawLen:m.RawLen], b})
-			l.tailBytes += int64(m.RawLen)
-			raw = raw[m.RawLen:]
+			c := tailChunk{m, raw[:m.RawLen:m.RawLen], b, int64(m.RawLen) + slack}
+			l.tail = append(l.tail, c)
+			l.tailBytes += c.mem
+			raw, slack = raw[m.RawLen:], 0
 		}
 		l.trimTail()
 	}
@@ -192,7 +215,7 @@ func (l *lane) waiting() bool {
 func (l *lane) trimTail() {
 	n := 0
 	for n < len(l.tail) && (l.tail[n].End().Seq <= l.head.Seq || l.tailBytes > l.s.tailMax) {
-		l.tailBytes -= int64(l.tail[n].RawLen)
+		l.tailBytes -= l.tail[n].mem
 		l.tail[n].blk.release()
 		n++
 	}

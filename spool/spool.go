@@ -98,6 +98,7 @@ type Spool struct {
 	lanes []*lane // by Lane; system is 0
 	names map[string]Lane
 
+	blocks    blockPool
 	mu        sync.Mutex // guards what is committed: see the package comment
 	consumers []*Consumer
 	free      []*sealed // to be used again

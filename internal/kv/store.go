@@ -95,7 +95,7 @@ func Open(dir string, o Options) (*Store, error) {
 	if err := s.checkFormat(); err != nil {
 		return nil, errors.Join(err, db.Close())
 	}
-	s.open = &Group{s: s, batch: db.NewBatch()}
+	s.open = s.newGroup()
 	s.done.Add(2)
 	go s.commitLoop()
 	go s.completeLoop()
@@ -123,7 +123,9 @@ type Group struct {
 	batch  *pebble.Batch
 	size   int // bytes gathered, the participant's included
 	dones  []completion
+	usual  int // decaying maximum of the batch's size
 	sealed any
+	empty  bool // nothing to write
 	began  time.Time
 	// memtable is the one that took the batch: read right after it was applied, by the only writer.
 	memtable uint64
@@ -357,9 +359,8 @@ func (s *Store) seal() (*Group, bool) {
 	next := s.spare
 	s.spare = nil
 	if next == nil {
-		next = &Group{s: s}
+		next = s.newGroup()
 	}
-	next.batch = s.db.NewBatch()
 	s.open = next
 	s.room.Broadcast()
 	return g, s.closed
@@ -374,8 +375,7 @@ func (s *Store) write(g *Group) {
 	if err == nil {
 		if g.batch.Empty() {
 			// Nothing to store: the group only waits for its place in the order.
-			g.batch.Close()
-			g.batch = nil
+			g.empty = true
 		} else {
 			if s.opt.Durability == Fsync {
 				err = s.db.ApplyNoSyncWait(g.batch, pebble.Sync)
@@ -446,7 +446,7 @@ func (s *Store) completeLoop() {
 }
 
 func (s *Store) complete(g *Group) {
-	if g.batch != nil && s.opt.Durability == Fsync && s.failure() == nil {
+	if !g.empty && s.opt.Durability == Fsync && s.failure() == nil {
 		start := time.Now()
 		if err := g.batch.SyncWait(); err != nil {
 			s.fail(fmt.Errorf("sync group commit: %w", err))
@@ -479,21 +479,34 @@ func (s *Store) synced(start time.Time) {
 // SyncTime is a moving average of how long an fsync takes, 0 before the first.
 func (s *Store) SyncTime() time.Duration { return time.Duration(s.syncNS.Load()) }
 
+// recycle keeps a group and its buffers for the next commit but one. usual forgets a burst: buffers
+// four times larger than what commits of late needed are let go.
 func (s *Store) recycle(g *Group) {
-	if g.batch != nil && s.failure() == nil {
+	if s.failure() != nil {
+		return // its batch may still be in Pebble's hands
+	}
+	size := g.batch.Len()
+	g.usual = max(size, g.usual-g.usual/64)
+	if cap(g.batch.Repr()) > 4*g.usual+64<<10 || cap(g.dones) > 4<<10+g.usual/16 {
 		g.batch.Close()
+		g = s.newGroup()
+	} else {
+		g.batch.Reset()
+		clear(g.dones)
+		g.dones = g.dones[:0]
+		g.sealed, g.size, g.empty = nil, 0, false
 	}
-	clear(g.dones)
-	g.dones = g.dones[:0]
-	if cap(g.dones) > 16<<10 {
-		g.dones = nil // a burst's table is not kept for ever
-	}
-	g.batch, g.sealed, g.size = nil, nil, 0
 	s.mu.Lock()
+	defer s.mu.Unlock()
 	if s.spare == nil {
 		s.spare = g
+		return
 	}
-	s.mu.Unlock()
+	g.batch.Close()
+}
+
+func (s *Store) newGroup() *Group {
+	return &Group{s: s, batch: s.db.NewBatch(pebble.WithMaxRetainedSizeBytes(2 * MaxGroupBytes))}
 }
 
 func (s *Store) failure() error {
