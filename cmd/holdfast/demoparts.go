@@ -97,12 +97,20 @@ type uplink struct {
 	ln     net.Listener
 	target string
 	bytes  atomic.Int64 // passed on, both ways
+	wg     sync.WaitGroup
 
-	mu    sync.Mutex
-	down  bool
+	mu    sync.Mutex // guards what follows
+	state lineState
 	conns map[net.Conn]bool // both ends of each connection
-	wg    sync.WaitGroup
 }
+
+type lineState int
+
+const (
+	lineUp   lineState = iota
+	lineMute           // what comes from the upstream is lost
+	lineDown           // no connections
+)
 
 func newUplink(target string) (*uplink, error) {
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
@@ -118,25 +126,16 @@ func (u *uplink) accept() {
 	for {
 		near, err := u.ln.Accept()
 		if err != nil {
-			return
+			return // closed
 		}
 		far, err := net.Dial("tcp", u.target)
 		if err != nil {
 			near.Close()
 			continue
 		}
-		if !u.keep(near, far) {
-			continue
-		}
-		for _, way := range [][2]net.Conn{{near, far}, {far, near}} {
-			u.wg.Go(func() {
-				_, _ = io.Copy(io.MultiWriter(way[1], counter{&u.bytes}), way[0])
-				near.Close()
-				far.Close()
-				u.mu.Lock()
-				delete(u.conns, way[0])
-				u.mu.Unlock()
-			})
+		if u.keep(near, far) {
+			u.wg.Go(func() { u.pass(near, far, false) })
+			u.wg.Go(func() { u.pass(far, near, true) })
 		}
 	}
 }
@@ -145,7 +144,7 @@ func (u *uplink) accept() {
 func (u *uplink) keep(near, far net.Conn) bool {
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	if u.down {
+	if u.state == lineDown {
 		near.Close()
 		far.Close()
 		return false
@@ -154,12 +153,39 @@ func (u *uplink) keep(near, far net.Conn) bool {
 	return true
 }
 
-// set cuts the line or mends it.
-func (u *uplink) set(down bool) {
+// pass hands on one way of a connection until it ends, and then ends the other.
+func (u *uplink) pass(from, to net.Conn, down bool) {
+	buf := make([]byte, 32<<10)
+	for {
+		n, err := from.Read(buf)
+		if n > 0 && !(down && u.is(lineMute)) {
+			u.bytes.Add(int64(n))
+			if _, writeErr := to.Write(buf[:n]); writeErr != nil {
+				err = writeErr
+			}
+		}
+		if err != nil {
+			break
+		}
+	}
+	from.Close()
+	to.Close()
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	u.down = down
-	if down {
+	delete(u.conns, from)
+}
+
+func (u *uplink) is(s lineState) bool {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	return u.state == s
+}
+
+func (u *uplink) set(s lineState) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	u.state = s
+	if s == lineDown {
 		for c := range u.conns {
 			c.Close()
 		}
@@ -169,16 +195,9 @@ func (u *uplink) set(down bool) {
 // Close ends the line and joins.
 func (u *uplink) Close() error {
 	err := u.ln.Close()
-	u.set(true)
+	u.set(lineDown)
 	u.wg.Wait()
 	return err
-}
-
-type counter struct{ n *atomic.Int64 }
-
-func (c counter) Write(b []byte) (int, error) {
-	c.n.Add(int64(len(b)))
-	return len(b), nil
 }
 
 // child is the gateway's process.
@@ -196,6 +215,7 @@ func startChild(ctx context.Context, exe string, args []string, logFile string) 
 	}
 	c := &child{cmd: exec.Command(exe, args...), log: &readyLog{file: file, ready: make(chan struct{})}, ended: make(chan struct{})}
 	c.cmd.Stdout, c.cmd.Stderr = c.log, c.log
+	ownGroup(c.cmd)
 	if err := c.cmd.Start(); err != nil {
 		return nil, errors.Join(err, file.Close())
 	}

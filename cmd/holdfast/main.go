@@ -40,6 +40,7 @@ type command struct {
 func commands() []command {
 	return []command{
 		runCommand,
+		demoCommand,
 		configCheckCommand,
 		configPrintCommand,
 		statusCommand,
@@ -181,6 +182,7 @@ it once it is on disk, and sends it upstream until the upstream has it.
 	list(w, commands())
 	fmt.Fprint(w, `
 First steps:
+  holdfast demo                     devices, a cut uplink, a killed gateway, and the ledger at the end
   holdfast run                      a gateway for this machine only, in ./holdfast-data
   holdfast config print > gw.yaml   its configuration, to start from
 
