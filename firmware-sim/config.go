@@ -168,8 +168,8 @@ func parseBroker(raw string, config *tls.Config) (to target, err error) {
 		return to, errors.New("broker: not a URL of the form mqtt://host:port or mqtts://host:port")
 	}
 	port := u.Port()
-	switch {
-	case u.Scheme == "mqtts":
+	switch u.Scheme {
+	case "mqtts":
 		set(&port, "8883")
 		to.tls = config.Clone()
 		if to.tls == nil {

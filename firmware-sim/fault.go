@@ -40,6 +40,7 @@ func (l *link) fail(how fault, r *random) {
 	switch how {
 	case reset:
 		l.reset()
+	case hangUp: // closing does it
 	case midWrite:
 		l.mu.Lock()
 		l.cut = 0.01 + 0.98*r.float()
@@ -49,6 +50,8 @@ func (l *link) fail(how fault, r *random) {
 		l.ghost = true
 		l.mu.Unlock()
 		_ = l.SetDeadline(time.Unix(1, 0)) // the client's reader and writer end
+	default:
+		panic("there is no such fault")
 	}
 }
 

@@ -40,7 +40,7 @@ func run(t *testing.T, cfg firmwaresim.Config) (*firmwaresim.Fleet, firmwaresim.
 // sink is a server that notes what it acknowledges.
 func sink(t *testing.T) (*mqtttest.Server, *firmwaresim.Arrivals) {
 	a := firmwaresim.NewArrivals()
-	return mqtttest.New(t, mqtttest.Script{Publish: func(client string, p *mqtt.Publish) mqtttest.Answer {
+	return mqtttest.New(t, mqtttest.Script{Publish: func(_ string, p *mqtt.Publish) mqtttest.Answer {
 		if err := a.AddPayload(p.Payload); err != nil {
 			t.Error(err)
 		}
@@ -220,7 +220,7 @@ func TestFlashIsBounded(t *testing.T) {
 	}
 	go func() {
 		for f.Snapshot().Sampled < 5*300 && t.Context().Err() == nil {
-			time.Sleep(time.Millisecond)
+			<-time.After(time.Millisecond)
 		}
 		open.Store(true)
 	}()
@@ -299,7 +299,7 @@ func TestFleetAgainstMosquitto(t *testing.T) {
 		})
 		verdict := f.Ledger().Verify(arrived)
 		for deadline := time.Now().Add(5 * time.Second); verdict.Lost > 0 && time.Now().Before(deadline); verdict = f.Ledger().Verify(arrived) {
-			time.Sleep(10 * time.Millisecond)
+			<-time.After(10 * time.Millisecond)
 		}
 		t.Logf("\n%v%v", r, verdict)
 		if !verdict.OK() || r.Unacknowledged != 0 || r.Breaks == 0 || r.Crashes == 0 {

@@ -68,24 +68,42 @@ func TestVerify(t *testing.T) {
 		ok      bool
 		example string
 	}{
-		{name: "all well", made: 4, acked: []uint64{1, 2, 3, 4}, arrived: []uint64{1, 2, 3, 4}, ok: true,
-			want: firmwaresim.Verdict{Published: 4, Acknowledged: 4, Arrived: 4}},
-		{name: "acknowledged and lost", made: 4, acked: []uint64{1, 2, 3, 4}, arrived: []uint64{1, 4},
-			want: firmwaresim.Verdict{Published: 4, Acknowledged: 4, Arrived: 2, Lost: 2}, example: "d s n=2-3: acknowledged, not arrived"},
-		{name: "nothing arrived", made: 1, acked: []uint64{1},
-			want: firmwaresim.Verdict{Published: 1, Acknowledged: 1, Lost: 1}, example: "d s n=1: acknowledged"},
-		{name: "not acknowledged and not arrived", made: 3, acked: []uint64{1, 3}, arrived: []uint64{1, 3}, ok: true,
-			want: firmwaresim.Verdict{Published: 3, Acknowledged: 2, Arrived: 2}},
-		{name: "not acknowledged but arrived", made: 2, acked: []uint64{1}, arrived: []uint64{1, 2}, ok: true,
-			want: firmwaresim.Verdict{Published: 2, Acknowledged: 1, Arrived: 2}},
-		{name: "sent again", made: 3, acked: []uint64{1, 2, 3}, arrived: []uint64{1, 2, 1, 2, 3, 3}, ok: true,
-			want: firmwaresim.Verdict{Published: 3, Acknowledged: 3, Arrived: 3, Duplicates: 3}},
-		{name: "out of order", made: 3, acked: []uint64{1, 2, 3}, arrived: []uint64{1, 3, 2},
-			want: firmwaresim.Verdict{Published: 3, Acknowledged: 3, Arrived: 3, OutOfOrder: 1}, example: "d s n=2: arrived first after a later one"},
-		{name: "invented", made: 2, acked: []uint64{1, 2}, arrived: []uint64{1, 2, 3},
-			want: firmwaresim.Verdict{Published: 2, Acknowledged: 2, Arrived: 3, Unknown: 1}, example: "d s n=3: arrived, never sent"},
-		{name: "dropped on the device and yet there", made: 3, unsent: []uint64{2}, acked: []uint64{1, 3}, arrived: []uint64{1, 2, 3},
-			want: firmwaresim.Verdict{Published: 2, Acknowledged: 2, Arrived: 3, Unknown: 1}, example: "d s n=2: arrived, never sent"},
+		{
+			name: "all well", made: 4, acked: []uint64{1, 2, 3, 4}, arrived: []uint64{1, 2, 3, 4}, ok: true,
+			want: firmwaresim.Verdict{Published: 4, Acknowledged: 4, Arrived: 4},
+		},
+		{
+			name: "acknowledged and lost", made: 4, acked: []uint64{1, 2, 3, 4}, arrived: []uint64{1, 4},
+			want: firmwaresim.Verdict{Published: 4, Acknowledged: 4, Arrived: 2, Lost: 2}, example: "d s n=2-3: acknowledged, not arrived",
+		},
+		{
+			name: "nothing arrived", made: 1, acked: []uint64{1},
+			want: firmwaresim.Verdict{Published: 1, Acknowledged: 1, Lost: 1}, example: "d s n=1: acknowledged",
+		},
+		{
+			name: "not acknowledged and not arrived", made: 3, acked: []uint64{1, 3}, arrived: []uint64{1, 3}, ok: true,
+			want: firmwaresim.Verdict{Published: 3, Acknowledged: 2, Arrived: 2},
+		},
+		{
+			name: "not acknowledged but arrived", made: 2, acked: []uint64{1}, arrived: []uint64{1, 2}, ok: true,
+			want: firmwaresim.Verdict{Published: 2, Acknowledged: 1, Arrived: 2},
+		},
+		{
+			name: "sent again", made: 3, acked: []uint64{1, 2, 3}, arrived: []uint64{1, 2, 1, 2, 3, 3}, ok: true,
+			want: firmwaresim.Verdict{Published: 3, Acknowledged: 3, Arrived: 3, Duplicates: 3},
+		},
+		{
+			name: "out of order", made: 3, acked: []uint64{1, 2, 3}, arrived: []uint64{1, 3, 2},
+			want: firmwaresim.Verdict{Published: 3, Acknowledged: 3, Arrived: 3, OutOfOrder: 1}, example: "d s n=2: arrived first after a later one",
+		},
+		{
+			name: "invented", made: 2, acked: []uint64{1, 2}, arrived: []uint64{1, 2, 3},
+			want: firmwaresim.Verdict{Published: 2, Acknowledged: 2, Arrived: 3, Unknown: 1}, example: "d s n=3: arrived, never sent",
+		},
+		{
+			name: "dropped on the device and yet there", made: 3, unsent: []uint64{2}, acked: []uint64{1, 3}, arrived: []uint64{1, 2, 3},
+			want: firmwaresim.Verdict{Published: 2, Acknowledged: 2, Arrived: 3, Unknown: 1}, example: "d s n=2: arrived, never sent",
+		},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			a := firmwaresim.NewArrivals()

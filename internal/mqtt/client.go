@@ -305,7 +305,7 @@ func (c *Client) handle(frame []byte, p *Publish, a *Ack) error {
 		if t == TypePubrel {
 			delete(c.o.Received, a.ID)
 			if !c.o.ManualAck {
-				c.queueAck(TypePubcomp, a.ID, Success)
+				c.answer(TypePubcomp, a.ID)
 			}
 			return nil
 		}
@@ -313,7 +313,7 @@ func (c *Client) handle(frame []byte, p *Publish, a *Ack) error {
 			c.o.OnAck(c, a)
 		}
 		if t == TypePubrec && !a.Reason.Failed() {
-			c.queueAck(TypePubrel, a.ID, Success)
+			c.answer(TypePubrel, a.ID)
 		}
 		return nil
 	case TypeSuback, TypeUnsuback:
@@ -368,9 +368,13 @@ func (c *Client) deliver(p *Publish) error {
 	if p.QoS == 2 {
 		t = TypePubrec
 	}
-	c.queueAck(t, p.ID, Success)
+	c.answer(t, p.ID)
 	return nil
 }
+
+// answer queues what the protocol demands. It does nothing once DISCONNECT is queued, behind
+// which nothing may follow.
+func (c *Client) answer(t Type, id uint16) { _ = c.QueueAck(t, id, Success) }
 
 // fail notes why the client ends, the first reason only, and wakes who waits. Under mu.
 func (c *Client) fail(err error) error {
@@ -431,15 +435,13 @@ func (c *Client) Queue(p *Publish) error {
 
 // Ack sends an acknowledgement, or PUBREL.
 func (c *Client) Ack(t Type, id uint16, reason Reason) error {
-	err := c.queueAck(t, id, reason)
+	err := c.QueueAck(t, id, reason)
 	c.Flush()
 	return err
 }
 
 // QueueAck is Ack without the sending, which the next Flush does.
-func (c *Client) QueueAck(t Type, id uint16, reason Reason) error { return c.queueAck(t, id, reason) }
-
-func (c *Client) queueAck(t Type, id uint16, reason Reason) error {
+func (c *Client) QueueAck(t Type, id uint16, reason Reason) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if err := c.refuses(); err != nil {

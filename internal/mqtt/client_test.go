@@ -228,7 +228,7 @@ func TestClientIsDisconnected(t *testing.T) {
 }
 
 func TestClientEndsWaitersWhenTheConnectionDoes(t *testing.T) {
-	s := mqtttest.New(t, mqtttest.Script{Frame: func(_ string, f []byte) bool { return false }})
+	s := mqtttest.New(t, mqtttest.Script{Frame: func(string, []byte) bool { return false }})
 	c := dial(t, s.Addr, mqtt.V5, mqtt.ClientOptions{})
 	if _, err := c.Subscribe(t.Context(), &mqtt.Subscribe{Filters: []mqtt.Subscription{{Filter: "a"}}}); !errors.Is(err, io.EOF) {
 		t.Errorf("subscribe: %v, want EOF", err)
@@ -326,7 +326,7 @@ func TestClientKeepsAlive(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		time.Sleep(10 * time.Minute)
+		<-time.After(10 * time.Minute) // of the bubble's time
 		synctest.Wait()
 		if n := pings.Load(); c.Err() != nil || n < 60 || n > 130 {
 			t.Fatalf("after 10 minutes: %d pings, %v", n, c.Err())
@@ -352,7 +352,7 @@ func TestClientNoticesASilentServerWhilePublishing(t *testing.T) {
 			t.Fatal(err)
 		}
 		for range 60 {
-			time.Sleep(time.Second)
+			<-time.After(time.Second) // of the bubble's time
 			if c.Publish(&mqtt.Publish{Topic: []byte("a")}) != nil {
 				break
 			}

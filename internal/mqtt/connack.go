@@ -105,6 +105,7 @@ func (c *Connack) parseProperties(r *reader) {
 			c.HasAuth, c.AuthMethod = true, string(x.Data)
 		case PropAuthData:
 			c.AuthData = clone(x.Data)
+		default: // user properties stay in Props
 		}
 	}
 	c.Props = clone(w.into(r))

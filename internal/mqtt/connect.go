@@ -177,6 +177,7 @@ func (c *Connect) parseProperties(r *reader) {
 			c.HasAuth, c.AuthMethod = true, string(x.Data)
 		case PropAuthData:
 			c.AuthData = clone(x.Data)
+		default: // user properties stay in Props
 		}
 	}
 	if w.err == nil && c.AuthData != nil && !c.HasAuth {
@@ -209,6 +210,7 @@ func (w *Will) parse(r *reader, v Version) {
 				w.ResponseTopic = clone(x.Data)
 			case PropCorrelationData:
 				w.Correlation = clone(x.Data)
+			default: // user properties stay in Props
 			}
 		}
 		w.Props = clone(walk.into(r))

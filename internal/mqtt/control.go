@@ -80,6 +80,7 @@ func (d *Disconnect) parseProperties(r *reader, from Side) {
 				w.fail(errDisconnectRef)
 			}
 			d.ServerReference = string(x.Data)
+		default: // user properties stay in Props
 		}
 	}
 	d.Props = clone(w.into(r))
@@ -146,6 +147,7 @@ func ParseAuth(frame []byte) (*Auth, error) {
 			a.Data = clone(x.Data)
 		case PropReasonString:
 			a.ReasonString = string(x.Data)
+		default: // user properties stay in Props
 		}
 	}
 	if w.err == nil && !a.HasMethod {

@@ -121,8 +121,9 @@ func zeroValue(id PropertyID) *Error {
 		return errPropPacketSize
 	case PropTopicAlias:
 		return errPropAlias
+	default:
+		return errPropSubID
 	}
-	return errPropSubID
 }
 
 // Property is one property of a packet.
@@ -229,6 +230,7 @@ func (r *reader) property() (x Property) {
 	case kindPair:
 		x.Name = r.text()
 		x.Data = r.text()
+	case kindNone: // refused above
 	}
 	if info.nonZero && x.Int == 0 && r.err == nil {
 		r.fail(zeroValue(x.ID))

@@ -103,6 +103,7 @@ func (p *Publish) parseProperties(r *reader, from Side) {
 				break
 			}
 			p.SubscriptionIDs = append(p.SubscriptionIDs, x.Int)
+		default: // user properties stay in Props
 		}
 	}
 	p.Props = w.into(r)

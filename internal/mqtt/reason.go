@@ -145,8 +145,9 @@ func (r Reason) ReturnCode() byte {
 		return 4
 	case NotAuthorized, Banned:
 		return 5
+	default:
+		return 0
 	}
-	return 0
 }
 
 // returnCodes are the reasons behind MQTT 3.1.1's CONNACK return codes.

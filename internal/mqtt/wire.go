@@ -67,32 +67,44 @@ func PeekHeader(b []byte) (t Type, flags byte, headerLen, size int, ok bool, err
 		return 0, 0, 0, 0, false, nil
 	}
 	t, flags = Type(b[0]>>4), b[0]&15
-	if e := firstByte[b[0]]; e != nil {
+	headerLen, size, e := peek(b)
+	if e != nil {
 		return t, flags, 0, 0, false, e
+	}
+	return t, flags, headerLen, size, headerLen > 0, nil
+}
+
+// peek gives 0, 0 while more bytes are needed.
+func peek(b []byte) (header, size int, err *Error) {
+	if len(b) == 0 {
+		return 0, 0, nil
+	}
+	if e := firstByte[b[0]]; e != nil {
+		return 0, 0, e
 	}
 	n := 0
 	for i := 1; i < len(b) && i <= 4; i++ {
 		n |= int(b[i]&0x7f) << (7 * (i - 1))
 		if b[i] < 0x80 {
-			return t, flags, i + 1, i + 1 + n, true, nil
+			return i + 1, i + 1 + n, nil
 		}
 	}
 	if len(b) > 4 {
-		return t, flags, 0, 0, false, errRemaining
+		return 0, 0, errRemaining
 	}
-	return t, flags, 0, 0, false, nil
+	return 0, 0, nil
 }
 
 // open checks the fixed header of frame, which must be exactly one packet of type t, and
 // gives a reader of what follows it.
 func open(frame []byte, t Type, v Version) (reader, *Error) {
-	got, _, header, size, ok, err := PeekHeader(frame)
+	header, size, err := peek(frame)
 	switch {
 	case err != nil:
-		return reader{}, err.(*Error)
-	case !ok || size != len(frame):
+		return reader{}, err
+	case header == 0 || size != len(frame):
 		return reader{}, errFrame
-	case got != t:
+	case Type(frame[0]>>4) != t:
 		return reader{}, errTypeWrong
 	case v == V5 && header > 2 && frame[header-1] == 0:
 		return reader{}, errVarintPadded

@@ -24,7 +24,7 @@ func Mosquitto(t testing.TB, lines ...string) (addr string) {
 		t.Skipf("needs Debian's mosquitto: %v (apt-get install mosquitto)", err)
 	}
 	// mosquitto cannot choose a port itself: take one that was free a moment ago.
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	l, err := new(net.ListenConfig).Listen(t.Context(), "tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -61,7 +61,7 @@ type conn struct {
 // New starts a server on a free loopback port. It ends with the test.
 func New(t testing.TB, script Script) *Server {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	l, err := new(net.ListenConfig).Listen(t.Context(), "tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -261,6 +261,7 @@ func (s *Server) handle(c *conn, id string, ses *session, frame []byte) bool {
 		out = mqtt.AppendPingresp(nil)
 	case mqtt.TypeDisconnect:
 		return false
+	default: // acknowledgements of what the test has sent
 	}
 	return len(out) == 0 || c.send(out) == nil
 }
