@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
 	"time"
 
@@ -205,7 +206,8 @@ func Parse(name string, data []byte) (c *Config, warnings Problems, err error) {
 func (d *decoder) result(c *Config) (*Config, Problems, error) {
 	d.problems.sort()
 	if d.problems.fatal() {
-		return nil, nil, d.problems
+		// Warnings about a file that is wrong are often about what is wrong: first things first.
+		return nil, nil, slices.DeleteFunc(d.problems, func(p Problem) bool { return p.Warning })
 	}
 	return c, d.problems, nil
 }

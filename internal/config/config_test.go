@@ -40,11 +40,12 @@ func problems(t *testing.T, text string) []string {
 	if !errors.As(err, &ps) {
 		t.Fatalf("error is %T, want Problems: %v", err, err)
 	}
-	var lines []string
-	for _, p := range ps {
-		if !p.Warning {
-			lines = append(lines, p.String())
+	lines := make([]string, len(ps))
+	for i, p := range ps {
+		if p.Warning {
+			t.Errorf("a warning among errors: %s", p)
 		}
+		lines[i] = p.String()
 	}
 	return lines
 }
@@ -473,7 +474,6 @@ upstreams:
 		`upstreams[0].password_file: the file cannot be read: no such file or directory`,
 		`upstreams[1].password_file: the file is empty`,
 		`upstreams[2].password_file: the file has more than one line`,
-		`warning: upstreams[3].password_file: every user of this machine can use the file (mode 0644): chmod 600 it`,
 		`upstreams[3].tls.ca: file "missing.pem" cannot be read: no such file or directory`,
 		`upstreams[5].password_file: the file is not a regular file`,
 	}
@@ -484,6 +484,25 @@ upstreams:
 	}
 	if strings.Contains(text, "hunter2") || strings.Contains(text, "upstreams[4]") || strings.Count(text, "\n")+1 != len(want) {
 		t.Errorf("problems:\n%s", text)
+	}
+}
+
+func TestASecretForEverybodyIsWarnedOf(t *testing.T) {
+	dir := t.TempDir()
+	secret, file := filepath.Join(dir, "pw"), filepath.Join(dir, "g.yaml")
+	text := minimal + "upstreams: [{ name: a, url: mqtts://h, username: u, password_file: pw }]\n"
+	if err := errors.Join(os.WriteFile(secret, []byte("x\n"), 0o600), os.WriteFile(file, []byte(text), 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	if _, warnings, err := config.Load(file); err != nil || len(warnings) != 0 {
+		t.Errorf("mode 0600: %v, %v", warnings, err)
+	}
+	if err := os.Chmod(secret, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	_, warnings, err := config.Load(file)
+	if err != nil || len(warnings) != 1 || !strings.Contains(warnings[0].Text, "(mode 0644): chmod 600 it") {
+		t.Errorf("mode 0644: %v, %v", warnings, err)
 	}
 }
 
