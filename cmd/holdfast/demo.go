@@ -144,11 +144,11 @@ func (d *demo) run(ctx context.Context) (_ *ledger, err error) {
 		return nil, err
 	}
 	d.say("upstream: a broker on %s, and a receiver that notes what arrives there", d.cloud.address)
-	if d.line, err = newUplink(d.cloud.address); err != nil {
+	if d.line, err = newUplink(ctx, d.cloud.address); err != nil {
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, d.line.Close()) }()
-	if err := d.configure(); err != nil {
+	if err := d.configure(ctx); err != nil {
 		return nil, err
 	}
 	if err := d.start(ctx); err != nil {
@@ -203,12 +203,12 @@ func plainBytes(topic, payload int) uint64 {
 }
 
 // configure writes the gateway's configuration.
-func (d *demo) configure() error {
+func (d *demo) configure(ctx context.Context) error {
 	var err error
-	if d.address, err = freePort(); err != nil {
+	if d.address, err = freePort(ctx); err != nil {
 		return err
 	}
-	httpAddress, err := freePort()
+	httpAddress, err := freePort(ctx)
 	if err != nil {
 		return err
 	}
@@ -228,8 +228,11 @@ log: { level: info, format: text }
 func (d *demo) configFile() string { return filepath.Join(d.dir, "gateway.yaml") }
 func (d *demo) logFile() string    { return filepath.Join(d.dir, "gateway.log") }
 
-func (d *demo) start(ctx context.Context) (err error) {
-	d.gateway, err = startChild(ctx, d.exe, []string{"run", "--config", d.configFile()}, d.logFile())
+func (d *demo) start(ctx context.Context) error {
+	c, err := startChild(ctx, d.exe, []string{"run", "--config", d.configFile()}, d.logFile())
+	if err == nil {
+		d.gateway = c
+	}
 	return err
 }
 

@@ -112,8 +112,8 @@ const (
 	lineDown           // no connections
 )
 
-func newUplink(target string) (*uplink, error) {
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
+func newUplink(ctx context.Context, target string) (*uplink, error) {
+	ln, err := listen(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -122,13 +122,18 @@ func newUplink(target string) (*uplink, error) {
 	return u, nil
 }
 
+func listen(ctx context.Context) (net.Listener, error) {
+	return new(net.ListenConfig).Listen(ctx, "tcp", "127.0.0.1:0")
+}
+
 func (u *uplink) accept() {
+	dialer := net.Dialer{Timeout: 5 * time.Second}
 	for {
 		near, err := u.ln.Accept()
 		if err != nil {
 			return // closed
 		}
-		far, err := net.Dial("tcp", u.target)
+		far, err := dialer.DialContext(context.Background(), "tcp", u.target)
 		if err != nil {
 			near.Close()
 			continue
@@ -158,7 +163,7 @@ func (u *uplink) pass(from, to net.Conn, down bool) {
 	buf := make([]byte, 32<<10)
 	for {
 		n, err := from.Read(buf)
-		if n > 0 && !(down && u.is(lineMute)) {
+		if n > 0 && (!down || !u.is(lineMute)) {
 			u.bytes.Add(int64(n))
 			if _, writeErr := to.Write(buf[:n]); writeErr != nil {
 				err = writeErr
@@ -213,7 +218,9 @@ func startChild(ctx context.Context, exe string, args []string, logFile string) 
 	if err != nil {
 		return nil, err
 	}
-	c := &child{cmd: exec.Command(exe, args...), log: &readyLog{file: file, ready: make(chan struct{})}, ended: make(chan struct{})}
+	// It must outlive ctx: stop and kill end it.
+	cmd := exec.CommandContext(context.WithoutCancel(ctx), exe, args...)
+	c := &child{cmd: cmd, log: &readyLog{file: file, ready: make(chan struct{})}, ended: make(chan struct{})}
 	c.cmd.Stdout, c.cmd.Stderr = c.log, c.log
 	ownGroup(c.cmd)
 	if err := c.cmd.Start(); err != nil {
@@ -246,9 +253,14 @@ func (c *child) kill() {
 	<-c.ended
 }
 
-// stop asks the process to end and waits for it.
+// stop asks the process to end and waits for it. One that is gone already is no error.
 func (c *child) stop() error {
-	_ = c.cmd.Process.Signal(os.Interrupt) // it may be gone already
+	select {
+	case <-c.ended:
+		return nil
+	default:
+	}
+	_ = c.cmd.Process.Signal(os.Interrupt) // it may end by itself right now
 	limit := time.NewTimer(15 * time.Second)
 	defer limit.Stop()
 	select {
@@ -289,8 +301,8 @@ func (l *readyLog) Write(b []byte) (int, error) {
 
 // freePort is a loopback port that nobody listens on. The gateway gets it by configuration, because its devices
 // find it there again after a restart.
-func freePort() (string, error) {
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
+func freePort(ctx context.Context) (string, error) {
+	ln, err := listen(ctx)
 	if err != nil {
 		return "", err
 	}
