@@ -28,7 +28,7 @@ var binary = sync.OnceValues(func() (string, error) {
 	if path := os.Getenv("HOLDFAST_BIN"); path != "" {
 		return path, nil
 	}
-	dir, err := os.MkdirTemp("", "holdfast-e2e-") //nolint:usetesting // shared by all tests of the process
+	dir, err := os.MkdirTemp("", "holdfast-e2e-")
 	if err != nil {
 		return "", err
 	}

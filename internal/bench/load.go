@@ -192,33 +192,33 @@ func runLoad(ctx context.Context, l load, d time.Duration) (loadResult, error) {
 }
 
 // paced sends at the load's rate, each connection in turn, whatever comes back.
-func (r *loadRun) paced(ctx context.Context, d time.Duration) (loadResult, error) {
+func (l *loadRun) paced(ctx context.Context, d time.Duration) (loadResult, error) {
 	begin := time.Now()
 	var sent int64
-	ids := make([]uint16, len(r.pubs))
-	for elapsed := time.Duration(0); elapsed < d && ctx.Err() == nil && r.err() == nil; elapsed = time.Since(begin) {
-		due := int64(elapsed.Seconds() * float64(r.rate))
+	ids := make([]uint16, len(l.pubs))
+	for elapsed := time.Duration(0); elapsed < d && ctx.Err() == nil && l.err() == nil; elapsed = time.Since(begin) {
+		due := int64(elapsed.Seconds() * float64(l.rate))
 		for ; sent < due; sent++ {
-			i := int(sent) % len(r.pubs)
-			p := r.pubs[i]
-			if ids[i]++; int(ids[i]) > r.window {
+			i := int(sent) % len(l.pubs)
+			p := l.pubs[i]
+			if ids[i]++; int(ids[i]) > l.window {
 				ids[i] = 1
 			}
-			if sent-r.acks() >= int64(r.window*len(r.pubs)) {
-				return loadResult{}, fmt.Errorf("rate of %d/s is more than is acknowledged", r.rate)
+			if sent-l.acks() >= int64(l.window*len(l.pubs)) {
+				return loadResult{}, fmt.Errorf("rate of %d/s is more than is acknowledged", l.rate)
 			}
-			r.send(p, ids[i], time.Now().UnixNano())
+			l.send(p, ids[i], time.Now().UnixNano())
 			p.client.Flush()
 		}
 		time.Sleep(time.Millisecond)
 	}
-	for deadline := time.Now().Add(10 * time.Second); r.acks() < sent && time.Now().Before(deadline) && r.err() == nil; {
+	for deadline := time.Now().Add(10 * time.Second); l.acks() < sent && time.Now().Before(deadline) && l.err() == nil; {
 		time.Sleep(2 * time.Millisecond)
 	}
-	if got := r.acks(); got != sent && r.err() == nil {
+	if got := l.acks(); got != sent && l.err() == nil {
 		return loadResult{}, fmt.Errorf("%d messages sent, %d acknowledged", sent, got)
 	}
-	return loadResult{acks: sent, perSecond: float64(sent) / d.Seconds()}, r.err()
+	return loadResult{acks: sent, perSecond: float64(sent) / d.Seconds()}, l.err()
 }
 
 // histogram of durations with eight steps for each doubling: 12 % at most from the truth.
