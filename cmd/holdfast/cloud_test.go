@@ -310,7 +310,13 @@ func TestCloudTailGoesOnWhereItEnded(t *testing.T) {
 	p.event(3, "dt/a", "3")
 	second := startTail(t, "--url", url, "--state", state, "--count", "1")
 	got := second.wait(0)
-	if len(got) != 2 || !strings.Contains(got[0], "DUPLICATE") || !strings.Contains(got[1], "#3") {
+	// The broker may not have heard the first's last acknowledgement: then it brings that publish once more.
+	for i, line := range got {
+		if last := i == len(got)-1; last != strings.Contains(line, "#3") || last == strings.Contains(line, "DUPLICATE") {
+			t.Fatalf("the second shows %q", got)
+		}
+	}
+	if len(got) < 2 {
 		t.Fatalf("the second shows %q", got)
 	}
 }
