@@ -124,6 +124,10 @@ func (g *Gateway) openStore(context.Context) (err error) {
 	if g.dir, err = openDataDir(g.cfg.Gateway.DataDir, true); err != nil {
 		return err
 	}
+	// Told before the store is opened: on a full disk that may take for ever.
+	if free := diskFree(g.dir.path); free != 0 && free < uint64(g.cfg.Spool.DiskReserve) {
+		g.log.Warn("disk has less space than spool.disk_reserve: free some", "free_bytes", free, "reserve_bytes", g.cfg.Spool.DiskReserve)
+	}
 	begin := time.Now()
 	durability := kv.Fsync
 	if g.cfg.Spool.Durability == config.Interval {
@@ -145,9 +149,6 @@ func (g *Gateway) openStore(context.Context) (err error) {
 	}
 	g.log.Info("store open", "data_dir", g.dir.path, "durability", g.cfg.Spool.Durability, "size_bytes", g.store.DiskBytes(),
 		"took_ms", time.Since(begin).Milliseconds())
-	if free := diskFree(g.dir.path); free != 0 && free < uint64(g.cfg.Spool.DiskReserve) {
-		g.log.Warn("disk has less space than spool.disk_reserve", "free_bytes", free, "reserve_bytes", g.cfg.Spool.DiskReserve)
-	}
 
 	begin = time.Now()
 	upstreams := map[string][]string{}
