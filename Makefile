@@ -16,7 +16,8 @@ E2E_CYCLES ?= 5
 E2E_SEED   ?=
 E2E_RUN    ?= .
 E2E_TIMEOUT ?= 20m
-CRASH_ROUNDS ?= 300
+CRASHES    ?= 300
+CRASH_SEED ?= 0
 BASE       ?= HEAD~1
 BENCH      ?= .
 COUNT      ?= 10
@@ -63,8 +64,8 @@ e2e: build ## the real binary under kill -9, bad links, hostile clients (E2E_CYC
 		go test -count=1 -v -timeout $(E2E_TIMEOUT) -run '$(E2E_RUN)' ./gateway/e2e/
 
 .PHONY: crash
-crash: ## power cuts in memory: clones of the store at random points (CRASH_ROUNDS=300)
-	CRASH_ROUNDS=$(CRASH_ROUNDS) go test -count=1 -timeout 20m -run 'Crash|PowerCut' ./spool/... ./internal/kv/... ./gateway/...
+crash: ## power cuts in memory: clones of the store at random moments (CRASHES=300 CRASH_SEED=…)
+	go test -count=1 -v -timeout 30m -run Crash ./spool -crashes=$(CRASHES) -crash-seed=$(CRASH_SEED)
 
 .PHONY: bench
 bench: build ## the figures of docs/benchmarks.md with their ratios, in one run (under 10 minutes)
