@@ -39,6 +39,7 @@ type conn struct {
 
 	lastRead atomic.Int64 // Unix ns
 	pingSent atomic.Int64 // Unix ns of an unanswered PINGREQ; 0: none
+	unacked  atomic.Int64 // PUBLISHes without a PUBACK
 }
 
 const (
@@ -131,7 +132,10 @@ func (c *conn) begin() error {
 			if err := c.guard.check(head[0], length); err != nil {
 				return err
 			}
-			if head[0]>>4 == 13 {
+			switch head[0] >> 4 {
+			case 4:
+				c.unacked.Add(-1)
+			case 13:
 				c.pingSent.Store(0)
 			}
 			c.frame = n + length
@@ -163,6 +167,9 @@ func plain(err error) error {
 
 // Write never blocks. p is copied.
 func (c *conn) Write(p []byte) (int, error) {
+	if len(p) == 0 {
+		return 0, nil
+	}
 	c.mu.Lock()
 	if c.err == nil && len(c.out)+len(p) > maxPending {
 		c.endLocked(fmt.Errorf("%w: %d bytes wait to be written", bridge.ErrStalled, len(c.out)))
@@ -174,7 +181,10 @@ func (c *conn) Write(p []byte) (int, error) {
 	idle := len(c.out) == 0
 	c.out = append(c.out, p...)
 	c.mu.Unlock()
-	if len(p) == 2 && p[0] == 0xC0 {
+	switch { // paho writes whole packets
+	case p[0]>>4 == 3 && p[0]&6 != 0:
+		c.unacked.Add(1)
+	case p[0] == 0xC0:
 		c.pingSent.CompareAndSwap(0, time.Now().UnixNano())
 	}
 	if idle {
@@ -224,7 +234,8 @@ func (c *conn) flush(stall time.Duration) {
 		case <-c.wake:
 		case <-c.over:
 		case now := <-watch.C:
-			if sent := c.pingSent.Load(); sent != 0 {
+			// While messages wait for acks the answer to a ping waits behind them, and the bridge watches.
+			if sent := c.pingSent.Load(); sent != 0 && c.unacked.Load() <= 0 {
 				last := max(sent, c.lastRead.Load(), c.tcp.lastMove())
 				if quiet := now.Sub(time.Unix(0, last)); quiet > stall {
 					_ = c.fail(fmt.Errorf("%w: ping not answered for %v", bridge.ErrStalled, quiet.Round(time.Millisecond)))

@@ -35,8 +35,7 @@ func openTransport(ctx context.Context, u *url.URL, o TLS, stall time.Duration) 
 		}
 	}
 	d := net.Dialer{
-		// A connection without traffic to a host that is gone ends within 30 s; one with unacknowledged
-		// bytes by TCP_USER_TIMEOUT within stall.
+		// A connection without traffic to a host that is gone ends within 30 s.
 		KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: 15 * time.Second, Interval: 5 * time.Second, Count: 3},
 		ControlContext: func(_ context.Context, _, _ string, c syscall.RawConn) error {
 			return setSocketOptions(c, stall)
@@ -116,11 +115,13 @@ type progressConn struct {
 }
 
 func (c *progressConn) Write(p []byte) (n int, err error) {
+	c.moved.Store(time.Now().UnixNano())
 	for {
 		c.mu.Lock()
-		until := time.Now().Add(c.stall)
+		// A look from time to time: the deadline of one write says nothing about when it last moved.
+		until := time.Now().Add(c.stall / 4)
 		hurried := !c.last.IsZero()
-		if hurried && c.last.Before(until) {
+		if hurried {
 			until = c.last
 		}
 		err := c.Conn.SetWriteDeadline(until)
@@ -134,7 +135,10 @@ func (c *progressConn) Write(p []byte) (n int, err error) {
 			c.written.Add(uint64(m))
 			c.moved.Store(time.Now().UnixNano())
 		}
-		if err == nil || hurried || m == 0 && !c.progressed() || !errors.Is(err, os.ErrDeadlineExceeded) {
+		if err == nil || hurried || !errors.Is(err, os.ErrDeadlineExceeded) {
+			return n, err
+		}
+		if time.Since(time.Unix(0, c.lastMove())) > c.stall {
 			return n, err
 		}
 	}

@@ -91,8 +91,10 @@ func FromConfig(c bridge.Config, gateway, epoch, version string) (*Upstream, err
 }
 
 // ClientID is the one that a gateway uses at an upstream: holdfast-{gateway}-{upstream}, kept to what every
-// broker takes. Where that would change or cut the names, a hash of them keeps it unique.
+// broker takes. Names that this would change or cut, or that another pair of names could lead to, get
+// a hash at the end.
 func ClientID(gateway, upstream string) string {
+	const most = 64
 	plain := "holdfast-" + gateway + "-" + upstream
 	id := strings.Map(func(r rune) rune {
 		switch {
@@ -101,12 +103,11 @@ func ClientID(gateway, upstream string) string {
 		}
 		return '_'
 	}, plain)
-	const most = 64
-	if id == plain && len(id) <= most && !strings.Contains(gateway+upstream, "--") {
+	if id == plain && len(id) <= most && !strings.Contains(upstream, "-") {
 		return id
 	}
 	sum := sha256.Sum256([]byte(gateway + "\x00" + upstream))
-	return id[:min(len(id), most-9)] + "-" + hex.EncodeToString(sum[:4])
+	return id[:min(len(id), most-9)] + "." + hex.EncodeToString(sum[:4])
 }
 
 func (o Options) withDefaults() Options {

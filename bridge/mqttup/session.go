@@ -98,8 +98,10 @@ func (s *session) Send(m bridge.Message) error {
 	if len(m.Payload) > s.o.MaxPayload {
 		return bridge.Permanent(fmt.Errorf("payload has %d bytes, the upstream is sent at most %d", len(m.Payload), s.o.MaxPayload))
 	}
-	if s.over.Load() {
+	select {
+	case <-s.conn.over:
 		return s.Err()
+	default:
 	}
 	s.mu.Lock()
 	s.queue = append(s.queue, m)

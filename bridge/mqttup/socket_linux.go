@@ -11,11 +11,12 @@ import (
 // link to stay busy; without a bound it takes megabytes, and writing says nothing about progress.
 const notSent = 128 << 10
 
-// setSocketOptions bounds how long bytes may stay unacknowledged on the wire, and how many wait for it.
+// setSocketOptions bounds how many bytes wait for the wire, and how long they may stay unacknowledged on it:
+// long enough that our own watch, which knows better words for it, comes first.
 func setSocketOptions(c syscall.RawConn, stall time.Duration) error {
 	var err error
 	if cerr := c.Control(func(fd uintptr) {
-		if err = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int(stall.Milliseconds())); err == nil {
+		if err = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int((2*stall + time.Second).Milliseconds())); err == nil {
 			err = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_NOTSENT_LOWAT, notSent)
 		}
 	}); cerr != nil {

@@ -1,0 +1,23 @@
+package mqttup
+
+import (
+	"net"
+	"time"
+)
+
+// ReadFrames reads all that a peer sends as paho would be given it, with a guard of a subscriber of n filters.
+func ReadFrames(transport net.Conn, filters, maxPublish int) (frames []byte, err error) {
+	c := newConn(transport, &progressConn{Conn: transport, stall: time.Second}, guard{maxPublish, filters}, time.Second)
+	defer func() {
+		_ = c.fail(errClosed)
+		<-c.flushed
+	}()
+	buf := make([]byte, 512)
+	for {
+		n, err := c.Read(buf)
+		frames = append(frames, buf[:n]...)
+		if err != nil {
+			return frames, err
+		}
+	}
+}
