@@ -260,6 +260,9 @@ func told(l line) string {
 
 func shortPayload(p []byte) string {
 	const most = 72
+	if len(p) == 0 {
+		return "(empty)"
+	}
 	if !utf8.Valid(p) {
 		return fmt.Sprintf("(%d bytes) %x", len(p), p[:min(len(p), most/4)])
 	}

@@ -185,7 +185,7 @@ func TestCloudTailShowsWhatArrives(t *testing.T) {
 	p.event(5, "dt/\x1b[31m", "\x00\xff")
 	p.gap(2, 3)
 	p.event(4, "dt/text", "it is "+strings.Repeat("warm ", 40))
-	p.event(6, "dt/end", "1")
+	p.event(6, "dt/end", "")
 	p.event(7, "dt/beyond", "1")
 
 	received := time.UnixMilli(1764000000000).Format("2006-01-02 15:04:05.000")
@@ -197,7 +197,7 @@ func TestCloudTailShowsWhatArrives(t *testing.T) {
 		received + "  ward-3      bed-07    telemetry  #5        dt/·[31m  (2 bytes) 00ff",
 		"  ward-3      -         telemetry  GAP: #2 to #3, 2 messages will not come, reason max_age",
 		received + "  ward-3      bed-07    telemetry  #4        dt/text  it is " + strings.Repeat("warm ", 13) + "w…  (late)",
-		received + "  ward-3      bed-07    telemetry  #6        dt/end  1",
+		received + "  ward-3      bed-07    telemetry  #6        dt/end  (empty)",
 	}
 	got := people.wait(0)
 	for i := range max(len(want), len(got)) {
@@ -228,7 +228,7 @@ func TestCloudTailShowsWhatArrives(t *testing.T) {
 		{"kind": "message", "seq": 5.0, "topic": "dt/\x1b[31m", "payload_base64": "AP8="},
 		{"kind": "gap", "first": 2.0, "last": 3.0, "count": 2.0, "reason": "max_age", "upstream": "cloud", "explained": 2.0},
 		{"kind": "message", "seq": 4.0, "late": true, "payload": "it is " + strings.Repeat("warm ", 40)},
-		{"kind": "message", "seq": 6.0, "payload": "1"},
+		{"kind": "message", "seq": 6.0, "payload": ""},
 	} {
 		if len(lines) <= i {
 			t.Fatalf("only %d lines", len(lines))
