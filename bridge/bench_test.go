@@ -4,10 +4,6 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
-	"net"
-	"os"
-	"os/exec"
-	"path/filepath"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -98,45 +94,6 @@ func (none) Next(int) (spool.Run, error)               { return spool.Run{}, nil
 func (none) Rewind()                                   {}
 func (none) Resolve(spool.Position, spool.Outcome)     {}
 func (none) Park(spool.Position, []byte, string) error { return nil }
-
-// mosquitto starts Debian's broker and returns its address.
-func mosquitto(tb testing.TB, config string) string {
-	tb.Helper()
-	const program = "/usr/sbin/mosquitto"
-	if _, err := os.Stat(program); err != nil {
-		tb.Skip("needs the mosquitto broker at " + program + " (apt-get install mosquitto)")
-	}
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		tb.Fatal(err)
-	}
-	addr := l.Addr().String()
-	_ = l.Close()
-	_, port, _ := net.SplitHostPort(addr)
-	file := filepath.Join(tb.TempDir(), "mosquitto.conf")
-	text := "listener " + port + " 127.0.0.1\nallow_anonymous true\nmax_queued_messages 0\nlog_type error\n" + config
-	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
-		tb.Fatal(err)
-	}
-	cmd := exec.Command(program, "-c", file)
-	if err := cmd.Start(); err != nil {
-		tb.Fatal(err)
-	}
-	tb.Cleanup(func() {
-		_ = cmd.Process.Kill()
-		_ = cmd.Wait()
-	})
-	for deadline := time.Now().Add(10 * time.Second); ; {
-		if c, err := net.Dial("tcp", addr); err == nil {
-			_ = c.Close()
-			return addr
-		}
-		if time.Now().After(deadline) {
-			tb.Fatal("mosquitto does not listen")
-		}
-		time.Sleep(10 * time.Millisecond)
-	}
-}
 
 // BenchmarkDrain drains b.N 256-byte messages into mosquitto.
 func BenchmarkDrain(b *testing.B) {
