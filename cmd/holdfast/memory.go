@@ -2,13 +2,17 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"log/slog"
 	"math"
 	"os"
 	"path/filepath"
+	"runtime"
 	"runtime/debug"
+	"runtime/metrics"
 	"strconv"
 	"strings"
+	"time"
 )
 
 // gcPercent keeps the heap of a gateway small: what lives is little and what is allocated per message
@@ -31,6 +35,48 @@ func tuneMemory(log *slog.Logger) {
 	limit := total / 2
 	debug.SetMemoryLimit(limit)
 	log.Debug("memory limit set", "limit_bytes", limit, "available_bytes", total)
+}
+
+// A gateway that has had a busy minute holds memory which it will not need for hours, and on a small
+// box somebody else does. The collector alone gives it back after several of its two-minute rounds.
+const (
+	trimEvery = 10 * time.Second
+	trimQuiet = 1 << 20  // bytes allocated within trimEvery: at most this much is quiet
+	trimWorth = 16 << 20 // bytes allocated since the last time: less is not worth a collection
+)
+
+// trimMemory gives memory back to the system each time that work has ended, until ctx ends.
+func trimMemory(ctx context.Context) {
+	sample := []metrics.Sample{{Name: "/gc/heap/allocs:bytes"}}
+	trim(ctx, func() uint64 {
+		metrics.Read(sample)
+		return sample[0].Value.Uint64()
+	}, func() {
+		runtime.GC() // what lies in pools survives one collection
+		debug.FreeOSMemory()
+	})
+}
+
+// trim calls free when little was allocated in the last interval and much since the last free.
+// allocated gives the bytes since the program began.
+func trim(ctx context.Context, allocated func() uint64, free func()) {
+	tick := time.NewTicker(trimEvery)
+	defer tick.Stop()
+	last, freed := allocated(), uint64(0)
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		now := allocated()
+		if now-last < trimQuiet && now-freed > trimWorth {
+			free()
+			now = allocated()
+			freed = now
+		}
+		last = now
+	}
 }
 
 // availableMemory is what this process may use at most: the machine's memory or its control

@@ -1,10 +1,42 @@
 package main
 
 import (
+	"context"
 	"os"
 	"path/filepath"
 	"testing"
+	"testing/synctest"
+	"time"
 )
+
+func TestMemoryGoesBackOnceAfterABusyTime(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithCancel(t.Context())
+		allocated, freed := uint64(1<<20), 0
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			trim(ctx, func() uint64 { return allocated }, func() { freed++ })
+		}()
+		for _, step := range []struct {
+			what  string
+			alloc uint64
+			want  int
+		}{
+			{"a start", 2 << 20, 0}, {"idle", 1000, 0}, {"busy", 100 << 20, 0}, {"busy still", 100 << 20, 0},
+			{"quiet", 1000, 1}, {"quiet still", 1000, 1}, {"a little", 3 << 20, 1}, {"quiet", 0, 1}, {"busy again", 50 << 20, 1}, {"quiet again", 0, 2},
+		} {
+			allocated += step.alloc
+			time.Sleep(trimEvery) // synctest's clock
+			synctest.Wait()
+			if freed != step.want {
+				t.Errorf("%s: freed %d times, want %d", step.what, freed, step.want)
+			}
+		}
+		cancel()
+		<-done
+	})
+}
 
 func TestAvailableMemory(t *testing.T) {
 	const meminfo = "MemTotal:        2048000 kB\nMemFree:         1 kB\n"

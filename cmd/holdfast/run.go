@@ -47,6 +47,7 @@ func runGateway(ctx context.Context, p *program, args []string) error {
 	tuneMemory(log)
 	ctx, stop := onSignals(ctx, log)
 	defer stop()
+	go trimMemory(ctx)
 
 	g, err := gateway.New(ctx, gateway.Options{Config: cfg, Version: thisVersion().Version, Log: log})
 	if err != nil {
