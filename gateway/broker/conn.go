@@ -29,7 +29,7 @@ const (
 // from the goroutine that completes commits: it only appends to out. What is in out is
 // written by flush, a goroutine that exists only while there is something to write.
 //
-// Lock order: session.life, session.mu, conn.mu, then fanout.mu or Broker.touchMu.
+// Lock order: session.life, conn.handing, session.mu, conn.mu, then fanout.mu or Broker.touchMu.
 type conn struct {
 	b        *Broker
 	listener *Listener
@@ -65,6 +65,11 @@ type conn struct {
 
 	ended  atomic.Bool // ending, for those without the lock
 	halted atomic.Bool // the gateway stops: take nothing more in
+
+	// handing is held by serve from the look at a QoS 2 packet id to the hand-in that follows
+	// from it. Whoever takes the session over passes through it once, so that nothing of the
+	// old connection is handed in among what comes on the new one. Before session.mu.
+	handing sync.Mutex
 
 	mu          sync.Mutex // guards what follows
 	cond        sync.Cond  // broadcast when room came free in ring or out, and at the end

@@ -58,7 +58,7 @@ func (c *conn) connect(frame []byte) error {
 		return fmt.Errorf("CONNECT refused, %v: %w", reason, err)
 	}
 	switch {
-	case k.AuthMethod != "":
+	case k.HasAuth:
 		return refuse(mqtt.BadAuthenticationMethod, errors.New("enhanced authentication is not supported"))
 	case len(c.id) > c.b.cfg.MaxClientID:
 		return refuse(mqtt.ClientIDNotValid, fmt.Errorf("client id of %d bytes", len(c.id)))

@@ -471,7 +471,6 @@ func numbers(n int) []string {
 
 func join(s []string) string { return strings.Join(s, " ") }
 
-
 var quiet = slog.New(slog.DiscardHandler)
 
 // held keeps commits back until they are let go.
@@ -508,3 +507,5 @@ func (h *held) release(err error, open bool) {
 		d(err)
 	}
 }
+
+var testDialer = net.Dialer{Timeout: patience}

@@ -134,45 +134,65 @@ func (c *conn) publish(frame []byte) error {
 		return c.refuse(token, p.QoS, refused)
 	}
 
-	ops := in.ops[:0]
 	if p.QoS == 2 {
-		verdict, stored, era := c.sess.received(c, p.ID, token)
-		switch verdict {
-		case rxNew:
-			if stored {
-				in.key = appendQoS2Key(in.key[:0], c.id, era, p.ID)
-				ops = append(ops, kv.Op{Key: in.key, Value: rowV1})
-			}
-		case rxRepeat: // MQTT-4.3.3-10: stored already
-			c.b.m.repeats.Inc()
-			c.dropMessage(token)
-			c.complete(token, mqtt.Success)
-			return nil
-		case rxWait: // the first is being committed: both are answered then
-			c.b.m.repeats.Inc()
-			c.dropMessage(token)
-			return nil
-		case rxFull:
-			return c.refuse(token, p.QoS, mqtt.QuotaExceeded)
-		case rxStale:
-			c.dropMessage(token)
-			return errTakenOver
-		}
+		return c.handIn2(in, topic, s.message, token)
 	}
-	if s.message != nil && s.message.keep {
-		ops = append(ops, s.message.retainedOp())
+	if err := c.handIn(in, topic, s.message, token, in.ops[:0]); err != nil {
+		return c.refuse(token, p.QoS, err.reason)
 	}
-	c.fillRecord(in, topic, p)
-	if err := c.b.intake.Publish(&in.msg, ops, c, token); err != nil {
-		reason := mqtt.UnspecifiedError
-		if errors.Is(err, ErrQuota) {
-			reason = mqtt.QuotaExceeded
-		}
+	return nil
+}
+
+// handIn hands the message in with ops and what its retained message needs.
+func (c *conn) handIn(in *inflow, topic []byte, m *message, token uint64, ops []kv.Op) *refusal {
+	if m != nil && m.keep {
+		ops = append(ops, m.retainedOp())
+	}
+	c.fillRecord(in, topic, &in.pub)
+	err := c.b.intake.Publish(&in.msg, ops, c, token)
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, ErrQuota):
 		c.b.notice(c, "publish refused", err)
-		if p.QoS == 2 {
-			c.sess.committed(c, p.ID, token, &refusal{reason, "publish refused"})
-		}
-		return c.refuse(token, p.QoS, reason)
+		return &refusal{mqtt.QuotaExceeded, "publish refused"}
+	}
+	c.b.notice(c, "publish refused", err)
+	return &refusal{mqtt.UnspecifiedError, "publish refused"}
+}
+
+// handIn2 is handIn for QoS 2: the packet id is stored with the message, and a repeat is not
+// stored again.
+func (c *conn) handIn2(in *inflow, topic []byte, m *message, token uint64) error {
+	id := in.pub.ID
+	c.handing.Lock()
+	defer c.handing.Unlock()
+	verdict, stored, era := c.sess.received(c, id, token)
+	switch verdict {
+	case rxNew:
+	case rxRepeat: // MQTT-4.3.3-10: stored already
+		c.b.m.repeats.Inc()
+		c.dropMessage(token)
+		c.complete(token, mqtt.Success)
+		return nil
+	case rxWait: // the first is being committed: both are answered then
+		c.b.m.repeats.Inc()
+		c.dropMessage(token)
+		return nil
+	case rxFull:
+		return c.refuse(token, 2, mqtt.QuotaExceeded)
+	case rxStale:
+		c.dropMessage(token)
+		return errTakenOver
+	}
+	ops := in.ops[:0]
+	if stored {
+		in.key = appendQoS2Key(in.key[:0], c.id, era, id)
+		ops = append(ops, kv.Op{Key: in.key, Value: rowV1})
+	}
+	if err := c.handIn(in, topic, m, token, ops); err != nil {
+		c.sess.committed(c, id, token, err)
+		return c.refuse(token, 2, err.reason)
 	}
 	return nil
 }

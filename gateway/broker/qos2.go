@@ -126,6 +126,8 @@ func (c *conn) release2(a *mqtt.Ack) error {
 	if err != nil {
 		return err
 	}
+	c.handing.Lock()
+	defer c.handing.Unlock()
 	s.mu.Lock()
 	e := s.rx[a.ID]
 	switch {
@@ -159,7 +161,6 @@ func (c *conn) release2(a *mqtt.Ack) error {
 		c.complete(token, mqtt.Success)
 		return nil
 	}
-	// Nothing but serve of the current connection writes this row, so its order is ours.
 	key := appendQoS2Key(nil, s.id, era, a.ID)
 	if err := c.b.store.Apply([]kv.Op{{Key: key, Delete: true}}, c, token); err != nil {
 		return err // no PUBCOMP: the client asks again

@@ -158,6 +158,8 @@ func (b *Broker) attach(c *conn, k *mqtt.Connect, expiry uint32, welcome func(pr
 	if old != nil {
 		b.m.takeovers.Inc()
 		old.end(errTakenOver)
+		old.handing.Lock()   // waits for the store at most, never for the old peer
+		old.handing.Unlock() //nolint:staticcheck // empty on purpose
 	}
 	for _, w := range wills {
 		b.publishWill(s.id, w)

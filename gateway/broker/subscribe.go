@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"slices"
 	"strings"
 	"sync/atomic"
 
@@ -145,7 +146,7 @@ func (s *session) judge(k *mqtt.Subscribe) map[string]mqtt.Reason {
 	room := s.b.cfg.MaxSubscriptions - len(s.subs)
 	var fresh []string
 	for _, f := range k.Filters {
-		if s.subLocked(f.Filter) < 0 {
+		if s.subLocked(f.Filter) < 0 && !slices.Contains(fresh, f.Filter) {
 			fresh = append(fresh, f.Filter)
 		}
 	}
