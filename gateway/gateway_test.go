@@ -450,9 +450,13 @@ func TestRecordsReadAsTheyAreWritten(t *testing.T) {
 	for name, r := range map[string]spool.Record{
 		"least": {},
 		"plain": {Received: 1795420443540, Device: []byte("dev1"), Topic: []byte("dt/a"), Flags: spool.FlagQoS1 | spool.FlagClockUnsynced, Payload: []byte{0, 1, 255}},
-		"full": {Received: -1, Device: []byte("ä"), Topic: []byte("t"), Flags: spool.FlagQoS2 | spool.FlagRetain | spool.FlagDup | spool.FlagWill,
-			Payload: make([]byte, 70_000), Props: &spool.Props{ContentType: "text/plain", ResponseTopic: "r", Correlation: []byte{1},
-				User: [][2]string{{"a", "b"}, {"a", ""}}, UTF8: true, Expiry: 1 << 31, Upstream: "cloud"}},
+		"full": {
+			Received: -1, Device: []byte("ä"), Topic: []byte("t"), Flags: spool.FlagQoS2 | spool.FlagRetain | spool.FlagDup | spool.FlagWill,
+			Payload: make([]byte, 70_000), Props: &spool.Props{
+				ContentType: "text/plain", ResponseTopic: "r", Correlation: []byte{1},
+				User: [][2]string{{"a", "b"}, {"a", ""}}, UTF8: true, Expiry: 1 << 31, Upstream: "cloud",
+			},
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			m, rest, err := wire.DecodeMessage(spool.AppendRecord(nil, &r))

@@ -23,11 +23,19 @@ func TestMemoryGoesBackOnceAfterABusyTime(t *testing.T) {
 			alloc uint64
 			want  int
 		}{
-			{"a start", 2 << 20, 0}, {"idle", 1000, 0}, {"busy", 100 << 20, 0}, {"busy still", 100 << 20, 0},
-			{"quiet", 1000, 1}, {"quiet still", 1000, 1}, {"a little", 3 << 20, 1}, {"quiet", 0, 1}, {"busy again", 50 << 20, 1}, {"quiet again", 0, 2},
+			{"a start", 2 << 20, 0},
+			{"idle", 1000, 0},
+			{"busy", 100 << 20, 0},
+			{"busy still", 100 << 20, 0},
+			{"quiet", 1000, 1},
+			{"quiet still", 1000, 1},
+			{"a little", 3 << 20, 1},
+			{"quiet", 0, 1},
+			{"busy again", 50 << 20, 1},
+			{"quiet again", 0, 2},
 		} {
 			allocated += step.alloc
-			time.Sleep(trimEvery) // synctest's clock
+			time.Sleep(trimEvery) //nolint:forbidigo // synctest's clock
 			synctest.Wait()
 			if freed != step.want {
 				t.Errorf("%s: freed %d times, want %d", step.what, freed, step.want)
@@ -46,16 +54,26 @@ func TestAvailableMemory(t *testing.T) {
 	}{
 		"nothing known": {nil, 0},
 		"machine":       {map[string]string{"proc/meminfo": meminfo, "proc/self/cgroup": "0::/\n"}, 2048000 << 10},
-		"no limit": {map[string]string{"proc/meminfo": meminfo, "proc/self/cgroup": "0::/system.slice/h.service\n",
-			"sys/fs/cgroup/system.slice/h.service/memory.max": "max\n"}, 2048000 << 10},
-		"own limit": {map[string]string{"proc/meminfo": meminfo, "proc/self/cgroup": "0::/system.slice/h.service\n",
-			"sys/fs/cgroup/system.slice/h.service/memory.max": "67108864\n"}, 64 << 20},
-		"limit above": {map[string]string{"proc/meminfo": meminfo, "proc/self/cgroup": "0::/system.slice/h.service\n",
-			"sys/fs/cgroup/system.slice/memory.max": "67108864\n", "sys/fs/cgroup/system.slice/h.service/memory.max": "max\n"}, 64 << 20},
-		"container, version 1": {map[string]string{"proc/meminfo": meminfo, "proc/self/cgroup": "7:memory:/docker/abc\n3:cpu,cpuacct:/docker/abc\n",
-			"sys/fs/cgroup/memory/memory.limit_in_bytes": "33554432\n"}, 32 << 20},
-		"limit larger than the machine": {map[string]string{"proc/meminfo": meminfo, "proc/self/cgroup": "7:memory:/x\n",
-			"sys/fs/cgroup/memory/x/memory.limit_in_bytes": "9223372036854771712\n"}, 2048000 << 10},
+		"no limit": {map[string]string{
+			"proc/meminfo": meminfo, "proc/self/cgroup": "0::/system.slice/h.service\n",
+			"sys/fs/cgroup/system.slice/h.service/memory.max": "max\n",
+		}, 2048000 << 10},
+		"own limit": {map[string]string{
+			"proc/meminfo": meminfo, "proc/self/cgroup": "0::/system.slice/h.service\n",
+			"sys/fs/cgroup/system.slice/h.service/memory.max": "67108864\n",
+		}, 64 << 20},
+		"limit above": {map[string]string{
+			"proc/meminfo": meminfo, "proc/self/cgroup": "0::/system.slice/h.service\n",
+			"sys/fs/cgroup/system.slice/memory.max": "67108864\n", "sys/fs/cgroup/system.slice/h.service/memory.max": "max\n",
+		}, 64 << 20},
+		"container, version 1": {map[string]string{
+			"proc/meminfo": meminfo, "proc/self/cgroup": "7:memory:/docker/abc\n3:cpu,cpuacct:/docker/abc\n",
+			"sys/fs/cgroup/memory/memory.limit_in_bytes": "33554432\n",
+		}, 32 << 20},
+		"limit larger than the machine": {map[string]string{
+			"proc/meminfo": meminfo, "proc/self/cgroup": "7:memory:/x\n",
+			"sys/fs/cgroup/memory/x/memory.limit_in_bytes": "9223372036854771712\n",
+		}, 2048000 << 10},
 		"rubbish": {map[string]string{"proc/meminfo": "MemTotal: many kB\n", "proc/self/cgroup": "::::\nx\n"}, 0},
 	} {
 		t.Run(name, func(t *testing.T) {

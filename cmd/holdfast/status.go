@@ -132,8 +132,10 @@ func (p *program) printStatus(st *httpapi.Status) {
 	} else {
 		rows = [][]string{{"UPSTREAM", "STATE", "FOR", "IN FLIGHT", "ACKED", "URL", "LAST ERROR"}}
 		for _, u := range st.Upstreams {
-			rows = append(rows, []string{u.Name, u.State, ago(u.Since), fmt.Sprint(u.InFlight), fmt.Sprint(u.AckedMessages), u.URL,
-				strings.ReplaceAll(u.LastError, "\n", "; ")})
+			rows = append(rows, []string{
+				u.Name, u.State, ago(u.Since), fmt.Sprint(u.InFlight), fmt.Sprint(u.AckedMessages), u.URL,
+				strings.ReplaceAll(u.LastError, "\n", "; "),
+			})
 		}
 		p.table(rows...)
 	}

@@ -83,12 +83,12 @@ func New(cfg Config, src Source, g prometheus.Gatherer, log *slog.Logger, reg pr
 	mux := http.NewServeMux()
 	for _, row := range table {
 		mux.Handle("GET "+row.path, s.guard(row.path, row.access, row.get))
-		mux.Handle(row.path, s.guard(row.path, open, func(w http.ResponseWriter, r *http.Request) {
+		mux.Handle(row.path, s.guard(row.path, open, func(w http.ResponseWriter, _ *http.Request) {
 			w.Header().Set("Allow", "GET, HEAD")
 			fail(w, http.StatusMethodNotAllowed, "method_not_allowed", fmt.Sprintf("%s takes GET", row.path))
 		}))
 	}
-	mux.Handle("/", s.guard("other", open, func(w http.ResponseWriter, r *http.Request) {
+	mux.Handle("/", s.guard("other", open, func(w http.ResponseWriter, _ *http.Request) {
 		fail(w, http.StatusNotFound, "not_found", "there is nothing here: try /api/v1/status, /metrics, /healthz or /readyz")
 	}))
 	s.handler = mux
@@ -151,7 +151,9 @@ func (s *Server) Run(ctx context.Context) error {
 	if err := srv.Shutdown(grace); err != nil {
 		_ = srv.Close() // cut who is still there
 	}
-	<-served
+	if err := <-served; !errors.Is(err, http.ErrServerClosed) && !errors.Is(err, net.ErrClosed) {
+		return fmt.Errorf("serve http on %s: %w", s.cfg.Address, err)
+	}
 	return nil
 }
 

@@ -135,7 +135,8 @@ log: { level: debug, format: json }
 		Listeners: []broker.Listener{
 			{Name: "lan", Protocol: "mqtt", Address: "127.0.0.1:1883"},
 			{Name: "tls", Protocol: "mqtts", Address: "0.0.0.0:8883", TLS: broker.TLS{
-				Cert: "/etc/holdfast/c.pem", Key: "/etc/holdfast/k.pem", ClientCA: "/ca.pem", RequireClientCert: true}},
+				Cert: "/etc/holdfast/c.pem", Key: "/etc/holdfast/k.pem", ClientCA: "/ca.pem", RequireClientCert: true,
+			}},
 			{Name: "web", Protocol: "ws", Address: "127.0.0.1:8083"},
 		},
 		Devices: config.Devices{Anonymous: true, AllowAnonymousOnNetwork: true},
@@ -182,94 +183,157 @@ func TestProblems(t *testing.T) {
 		want []string
 	}{
 		"unknown key, near": {"gatway: {}\n", []string{`g.yaml:1:1: gatway: unknown key: did you mean "gateway"?`}},
-		"unknown key, elsewhere": {"data_dir: /x\n",
-			[]string{`g.yaml:1:1: data_dir: unknown key here: it belongs to gateway`}},
-		"unknown key, far": {"log: { color: red }\n",
-			[]string{`g.yaml:1:8: log.color: unknown key: known here are level, format`}},
-		"doubled key": {"log: { level: info }\nhttp:\n  address: \"127.0.0.1:1\"\nlog: { level: warn }\n",
-			[]string{`g.yaml:4:1: log: is given twice, first on line 1: remove one`}},
-		"section is a value": {"log: info\n",
-			[]string{`g.yaml:1:6: log: is a single value, has to be a section with the keys level, format`}},
-		"list is a section": {"routes: { match: a }\n",
-			[]string{`g.yaml:1:9: routes: is a section, has to be a list: one entry a line, each after a dash`}},
+		"unknown key, elsewhere": {
+			"data_dir: /x\n",
+			[]string{`g.yaml:1:1: data_dir: unknown key here: it belongs to gateway`},
+		},
+		"unknown key, far": {
+			"log: { color: red }\n",
+			[]string{`g.yaml:1:8: log.color: unknown key: known here are level, format`},
+		},
+		"doubled key": {
+			"log: { level: info }\nhttp:\n  address: \"127.0.0.1:1\"\nlog: { level: warn }\n",
+			[]string{`g.yaml:4:1: log: is given twice, first on line 1: remove one`},
+		},
+		"section is a value": {
+			"log: info\n",
+			[]string{`g.yaml:1:6: log: is a single value, has to be a section with the keys level, format`},
+		},
+		"list is a section": {
+			"routes: { match: a }\n",
+			[]string{`g.yaml:1:9: routes: is a section, has to be a list: one entry a line, each after a dash`},
+		},
 		"value is a list": {"gateway: { id: [a] }\n", []string{`g.yaml:1:16: gateway.id: is a list, has to be a text`}},
-		"no value": {"gateway:\n  id:\n",
-			[]string{`g.yaml:2:6: gateway.id: has no value: write a text, or remove the key for its default`}},
-		"bool in quotes": {ok + "upstreams:\n  - { name: c, url: mqtt://127.0.0.1:1, commands: 'yes' }\n",
-			[]string{`g.yaml:4:51: upstreams[0].commands: "yes" has to be true or false, without quotes`}},
-		"number with a unit": {ok + "upstreams:\n  - { name: c, url: mqtt://127.0.0.1:1, window: 1k }\n",
-			[]string{`g.yaml:4:49: upstreams[0].window: "1k" has to be a whole number without quotes, unit or sign`}},
-		"size without unit": {ok + "spool: { disk_reserve: 64 }\n",
-			[]string{`g.yaml:3:24: spool.disk_reserve: "64" has no unit: write a size with its unit: 64KiB, 512MiB, 8GiB`}},
-		"size with a unit of two meanings": {ok + "spool: { disk_reserve: 64MB }\n",
-			[]string{`g.yaml:3:24: spool.disk_reserve: "64MB" unit "MB" is not taken, it is MiB here: write a size with its unit: 64KiB, 512MiB, 8GiB`}},
-		"duration without unit": {ok + "spool: { sync_interval: 100 }\n",
-			[]string{`g.yaml:3:25: spool.sync_interval: "100" has no unit: write a duration with its unit: 100ms, 30s, 5m, 72h, 7d`}},
-		"enum": {ok + "spool: { durability: fsnyc }\n",
-			[]string{`g.yaml:3:22: spool.durability: is "fsnyc": did you mean "fsync"? It has to be one of fsync, interval`}},
-		"line break in a name": {"gateway: { id: \"a\\nb\" }\n",
-			[]string{`g.yaml:1:16: gateway.id: has a line break or a control character: write it on one line`}},
-		"gateway id in a topic": {"gateway: { id: a/b }\n",
-			[]string{`g.yaml:1:16: gateway.id: "a/b" has to be 1 to 64 letters, digits, '-', '_' or '.', and begin with a letter or digit`}},
-		"two on one address": {ok + "listeners:\n  - { name: a, protocol: mqtt, address: \"127.0.0.1:1883\" }\n  - { name: b, protocol: ws, address: \"localhost:1883\" }\n",
-			[]string{`g.yaml:5:39: listeners[1].address: "localhost:1883" is taken by listeners[0].address already: two cannot listen on one address`}},
-		"listener and http on one address": {ok + "http: { address: \"127.0.0.1:1883\" }\n",
-			[]string{`g.yaml:3:18: http.address: "127.0.0.1:1883" is taken by listeners[0].address already: two cannot listen on one address`}},
-		"two of one name": {ok + "listeners:\n  - { name: a, protocol: mqtt, address: \"127.0.0.1:1\" }\n  - { name: a, protocol: ws, address: \"127.0.0.1:2\" }\n",
-			[]string{`g.yaml:5:13: listeners[1].name: "a" is the name of listeners[0] already`}},
-		"no port": {ok + "listeners:\n  - { name: a, protocol: mqtt, address: 127.0.0.1 }\n",
-			[]string{`g.yaml:4:41: listeners[0].address: "127.0.0.1" has to be host:port, such as 127.0.0.1:1883, [::1]:1883 or 0.0.0.0:8883 (all addresses)`}},
-		"no listener": {ok + "listeners: []\n",
-			[]string{`g.yaml:3:12: listeners: has no entry: devices need at least one; remove the key for one on 127.0.0.1:1883`}},
+		"no value": {
+			"gateway:\n  id:\n",
+			[]string{`g.yaml:2:6: gateway.id: has no value: write a text, or remove the key for its default`},
+		},
+		"bool in quotes": {
+			ok + "upstreams:\n  - { name: c, url: mqtt://127.0.0.1:1, commands: 'yes' }\n",
+			[]string{`g.yaml:4:51: upstreams[0].commands: "yes" has to be true or false, without quotes`},
+		},
+		"number with a unit": {
+			ok + "upstreams:\n  - { name: c, url: mqtt://127.0.0.1:1, window: 1k }\n",
+			[]string{`g.yaml:4:49: upstreams[0].window: "1k" has to be a whole number without quotes, unit or sign`},
+		},
+		"size without unit": {
+			ok + "spool: { disk_reserve: 64 }\n",
+			[]string{`g.yaml:3:24: spool.disk_reserve: "64" has no unit: write a size with its unit: 64KiB, 512MiB, 8GiB`},
+		},
+		"size with a unit of two meanings": {
+			ok + "spool: { disk_reserve: 64MB }\n",
+			[]string{`g.yaml:3:24: spool.disk_reserve: "64MB" unit "MB" is not taken, it is MiB here: write a size with its unit: 64KiB, 512MiB, 8GiB`},
+		},
+		"duration without unit": {
+			ok + "spool: { sync_interval: 100 }\n",
+			[]string{`g.yaml:3:25: spool.sync_interval: "100" has no unit: write a duration with its unit: 100ms, 30s, 5m, 72h, 7d`},
+		},
+		"enum": {
+			ok + "spool: { durability: fsnyc }\n",
+			[]string{`g.yaml:3:22: spool.durability: is "fsnyc": did you mean "fsync"? It has to be one of fsync, interval`},
+		},
+		"line break in a name": {
+			"gateway: { id: \"a\\nb\" }\n",
+			[]string{`g.yaml:1:16: gateway.id: has a line break or a control character: write it on one line`},
+		},
+		"gateway id in a topic": {
+			"gateway: { id: a/b }\n",
+			[]string{`g.yaml:1:16: gateway.id: "a/b" has to be 1 to 64 letters, digits, '-', '_' or '.', and begin with a letter or digit`},
+		},
+		"two on one address": {
+			ok + "listeners:\n  - { name: a, protocol: mqtt, address: \"127.0.0.1:1883\" }\n  - { name: b, protocol: ws, address: \"localhost:1883\" }\n",
+			[]string{`g.yaml:5:39: listeners[1].address: "localhost:1883" is taken by listeners[0].address already: two cannot listen on one address`},
+		},
+		"listener and http on one address": {
+			ok + "http: { address: \"127.0.0.1:1883\" }\n",
+			[]string{`g.yaml:3:18: http.address: "127.0.0.1:1883" is taken by listeners[0].address already: two cannot listen on one address`},
+		},
+		"two of one name": {
+			ok + "listeners:\n  - { name: a, protocol: mqtt, address: \"127.0.0.1:1\" }\n  - { name: a, protocol: ws, address: \"127.0.0.1:2\" }\n",
+			[]string{`g.yaml:5:13: listeners[1].name: "a" is the name of listeners[0] already`},
+		},
+		"no port": {
+			ok + "listeners:\n  - { name: a, protocol: mqtt, address: 127.0.0.1 }\n",
+			[]string{`g.yaml:4:41: listeners[0].address: "127.0.0.1" has to be host:port, such as 127.0.0.1:1883, [::1]:1883 or 0.0.0.0:8883 (all addresses)`},
+		},
+		"no listener": {
+			ok + "listeners: []\n",
+			[]string{`g.yaml:3:12: listeners: has no entry: devices need at least one; remove the key for one on 127.0.0.1:1883`},
+		},
 		"tls missing": {ok + "listeners:\n  - { name: a, protocol: mqtts, address: \"127.0.0.1:1\" }\n", []string{
 			`g.yaml:4:5: listeners[0].tls.cert: is missing: mqtts needs a certificate (PEM, with its chain)`,
-			`g.yaml:4:5: listeners[0].tls.key: is missing: mqtts needs the private key of the certificate (PEM)`}},
-		"tls for mqtt": {ok + "listeners:\n  - { name: a, protocol: mqtt, address: \"127.0.0.1:1\", tls: { cert: c, key: k } }\n",
-			[]string{`g.yaml:4:61: listeners[0].tls: is given for protocol mqtt, which is not encrypted: write protocol mqtts, or remove tls`}},
-		"client certificates of whom": {ok + "listeners:\n  - { name: a, protocol: mqtts, address: \"127.0.0.1:1\", tls: { cert: c, key: k, require_client_cert: true } }\n",
-			[]string{`g.yaml:4:102: listeners[0].tls.require_client_cert: needs client_ca: the certificates that devices' certificates are checked with`}},
-		"anonymous on the network": {ok + "listeners:\n  - { name: a, protocol: mqtt, address: \":1883\" }\n",
-			[]string{`g.yaml:4:41: listeners[0].address: ":1883" is reached by other machines, and devices.anonymous lets everybody in: listen on 127.0.0.1, or set devices.anonymous to false, or devices.allow_anonymous_on_network to true if the network itself keeps strangers out`}},
-		"shares": {ok + "spool:\n  lanes:\n    - { name: telemetry, share: 60 }\n    - { name: b, share: 50 }\n",
-			[]string{`g.yaml:5:5: spool.lanes: the shares add up to 110 percent: at most 100 can be promised`}},
-		"no share left": {ok + "spool:\n  lanes:\n    - { name: telemetry, share: 100 }\n    - { name: b }\n",
-			[]string{`g.yaml:6:7: spool.lanes[1].share: is missing, and the other lanes leave nothing of the 100 percent: lower theirs`}},
-		"reserved lane": {ok + "spool: { lanes: [{ name: telemetry }, { name: system }] }\n",
-			[]string{`g.yaml:3:47: spool.lanes[1].name: "system" is reserved: choose another name`}},
-		"small lane": {ok + "spool: { lanes: [{ name: telemetry, max_bytes: 1KiB }] }\n",
-			[]string{`g.yaml:3:48: spool.lanes[0].max_bytes: "1KiB" is less than 1MiB; 0 means no limit`}},
-		"when_full": {ok + "spool: { lanes: [{ name: telemetry, when_full: drop-oldest }] }\n",
-			[]string{`g.yaml:3:48: spool.lanes[0].when_full: is "drop-oldest": did you mean "drop_oldest"? It has to be one of drop_oldest, reject`}},
-		"no lane for the rest": {ok + "spool: { lanes: [{ name: a }] }\n",
-			[]string{`g.yaml: routes: messages that no route matches go to the lane telemetry, which spool.lanes does not have: name a lane so, or end the routes with { match: "#", lane: … }`}},
+			`g.yaml:4:5: listeners[0].tls.key: is missing: mqtts needs the private key of the certificate (PEM)`,
+		}},
+		"tls for mqtt": {
+			ok + "listeners:\n  - { name: a, protocol: mqtt, address: \"127.0.0.1:1\", tls: { cert: c, key: k } }\n",
+			[]string{`g.yaml:4:61: listeners[0].tls: is given for protocol mqtt, which is not encrypted: write protocol mqtts, or remove tls`},
+		},
+		"client certificates of whom": {
+			ok + "listeners:\n  - { name: a, protocol: mqtts, address: \"127.0.0.1:1\", tls: { cert: c, key: k, require_client_cert: true } }\n",
+			[]string{`g.yaml:4:102: listeners[0].tls.require_client_cert: needs client_ca: the certificates that devices' certificates are checked with`},
+		},
+		"anonymous on the network": {
+			ok + "listeners:\n  - { name: a, protocol: mqtt, address: \":1883\" }\n",
+			[]string{`g.yaml:4:41: listeners[0].address: ":1883" is reached by other machines, and devices.anonymous lets everybody in: listen on 127.0.0.1, or set devices.anonymous to false, or devices.allow_anonymous_on_network to true if the network itself keeps strangers out`},
+		},
+		"shares": {
+			ok + "spool:\n  lanes:\n    - { name: telemetry, share: 60 }\n    - { name: b, share: 50 }\n",
+			[]string{`g.yaml:5:5: spool.lanes: the shares add up to 110 percent: at most 100 can be promised`},
+		},
+		"no share left": {
+			ok + "spool:\n  lanes:\n    - { name: telemetry, share: 100 }\n    - { name: b }\n",
+			[]string{`g.yaml:6:7: spool.lanes[1].share: is missing, and the other lanes leave nothing of the 100 percent: lower theirs`},
+		},
+		"reserved lane": {
+			ok + "spool: { lanes: [{ name: telemetry }, { name: system }] }\n",
+			[]string{`g.yaml:3:47: spool.lanes[1].name: "system" is reserved: choose another name`},
+		},
+		"small lane": {
+			ok + "spool: { lanes: [{ name: telemetry, max_bytes: 1KiB }] }\n",
+			[]string{`g.yaml:3:48: spool.lanes[0].max_bytes: "1KiB" is less than 1MiB; 0 means no limit`},
+		},
+		"when_full": {
+			ok + "spool: { lanes: [{ name: telemetry, when_full: drop-oldest }] }\n",
+			[]string{`g.yaml:3:48: spool.lanes[0].when_full: is "drop-oldest": did you mean "drop_oldest"? It has to be one of drop_oldest, reject`},
+		},
+		"no lane for the rest": {
+			ok + "spool: { lanes: [{ name: a }] }\n",
+			[]string{`g.yaml: routes: messages that no route matches go to the lane telemetry, which spool.lanes does not have: name a lane so, or end the routes with { match: "#", lane: … }`},
+		},
 		"route": {ok + "routes:\n  - { match: a#, lane: alrm }\n  - { match: $share/g/a, lane: bulk }\n  - {}\n", []string{
 			`g.yaml:4:14: routes[0].match: "a#" is no topic filter: '+' stands for one whole level, '#' for all that follow and only at the end`,
 			`g.yaml:4:24: routes[0].lane: there is no lane "alrm": did you mean "alarm"? spool.lanes has alarm, telemetry, bulk, none`,
 			`g.yaml:5:14: routes[1].match: "$share/g/a" is a shared subscription: write the filter without $share and the group`,
 			`g.yaml:6:5: routes[2].match: is missing: write a topic filter, such as "alarm/#" or "dt/+/+/temperature"`,
-			`g.yaml:6:5: routes[2].lane: is missing: write one of alarm, telemetry, bulk, none`}},
+			`g.yaml:6:5: routes[2].lane: is missing: write one of alarm, telemetry, bulk, none`,
+		}},
 		"upstream url": {ok + "upstreams:\n  - { name: a, url: nats://h:1 }\n  - { name: b, url: tcp://h:1 }\n  - { name: c, url: h }\n  - { name: d }\n  - { name: e, url: \"mqtts://h:70000\" }\n  - { name: f, url: mqtts://h/topic }\n", []string{
 			`g.yaml:4:21: upstreams[0].url: nats upstreams are not in this version: write mqtts://host:8883 or mqtt://host:1883`,
 			`g.yaml:5:21: upstreams[1].url: scheme tcp is not taken: write mqtts://host:8883 or mqtt://host:1883`,
 			`g.yaml:6:21: upstreams[2].url: is not a URL: write mqtts://host:8883 or mqtt://host:1883`,
 			`g.yaml:7:5: upstreams[3].url: is missing: write mqtts://host:8883 or mqtt://host:1883`,
 			`g.yaml:8:21: upstreams[4].url: has a port that is not 1 to 65535: write mqtts://host:8883 or mqtt://host:1883`,
-			`g.yaml:9:21: upstreams[5].url: has something after the port: write mqtts://host:8883 or mqtt://host:1883`}},
+			`g.yaml:9:21: upstreams[5].url: has something after the port: write mqtts://host:8883 or mqtt://host:1883`,
+		}},
 		"upstream lanes": {ok + "upstreams:\n  - { name: a, url: mqtts://h, lanes: [alarm, nope, alarm, system] }\n  - { name: a, url: mqtts://h, lanes: [] }\n", []string{
 			`g.yaml:4:47: upstreams[0].lanes[1]: there is no lane "nope": spool.lanes has alarm, telemetry, bulk`,
 			`g.yaml:4:53: upstreams[0].lanes[2]: "alarm" is given twice: remove one`,
 			`g.yaml:4:60: upstreams[0].lanes[3]: the lane system goes to every upstream by itself: remove it`,
 			`g.yaml:5:13: upstreams[1].name: "a" is the name of upstreams[0] already`,
-			`g.yaml:5:39: upstreams[1].lanes: has no entry: write lanes, or remove the key for all`}},
+			`g.yaml:5:39: upstreams[1].lanes: has no entry: write lanes, or remove the key for all`,
+		}},
 		"upstream rest": {ok + "upstreams:\n  - { name: a, url: mqtt://127.0.0.1:9, tls: { ca: x }, topic_prefix: p, window: 0 }\n  - { name: b, url: mqtts://h, format: json, tls: { cert: x }, password_file: x }\n", []string{
 			`g.yaml:4:46: upstreams[0].tls: is given, but the url begins with mqtt://, which is not encrypted: write mqtts://, or remove tls`,
 			`g.yaml:4:71: upstreams[0].topic_prefix: is for format passthrough only: remove it, or change the format`,
 			`g.yaml:4:82: upstreams[0].window: has to be 1 to 16384: the sends that may wait for their acknowledgement`,
 			`g.yaml:5:40: upstreams[1].format: is "json": has to be one of batch, passthrough, cloudevents`,
 			`g.yaml:5:51: upstreams[1].tls.key: is missing: a certificate needs its private key`,
-			`g.yaml:5:79: upstreams[1].password_file: needs a username: MQTT 3.1.1 has no password without one`}},
-		"upstream is this gateway": {ok + "upstreams: [{ name: a, url: mqtt://localhost }]\n",
-			[]string{`g.yaml:3:29: upstreams[0].url: is listeners[0] of this gateway: every message would come back to it`}},
+			`g.yaml:5:79: upstreams[1].password_file: needs a username: MQTT 3.1.1 has no password without one`,
+		}},
+		"upstream is this gateway": {
+			ok + "upstreams: [{ name: a, url: mqtt://localhost }]\n",
+			[]string{`g.yaml:3:29: upstreams[0].url: is listeners[0] of this gateway: every message would come back to it`},
+		},
 		"tag":      {"gateway: { id: !secret abc }\n", []string{`g.yaml:1:16: gateway.id: YAML tags are not supported here: write the value alone`}},
 		"merge":    {"log: &l { level: info }\nhttp: { <<: *l }\n", []string{`g.yaml:2:9: http: merge keys (<<) are not supported: write the keys out`}},
 		"two docs": {"log: { level: info }\n---\nlog: { level: warn }\n", []string{`g.yaml:2:1: holds more than one document: remove the second '---'`}},
@@ -360,14 +424,20 @@ func TestSecretsAreNotEchoed(t *testing.T) {
 func TestWarnings(t *testing.T) {
 	for name, tc := range map[string]struct{ text, want string }{
 		"nobody": {"gateway: { id: g }\n", "g.yaml: warning: devices.anonymous: is false, and this version has no other way in: no device can connect"},
-		"plain network": {"gateway: { id: g }\ndevices: { anonymous: true, allow_anonymous_on_network: true }\nlisteners:\n  - { name: a, protocol: ws, address: \"0.0.0.0:1\" }\n",
-			"g.yaml:4:26: warning: listeners[0].protocol: ws on 0.0.0.0:1 is not encrypted: others on the network can read and change what devices send; wss is the encrypted one"},
-		"dead route": {minimal + "routes:\n  - { match: \"a/#\", lane: bulk }\n  - { match: a/b, lane: alarm }\n",
-			`g.yaml:5:14: warning: routes[1].match: "a/b" never matches: routes[0] comes first and takes it all`},
+		"plain network": {
+			"gateway: { id: g }\ndevices: { anonymous: true, allow_anonymous_on_network: true }\nlisteners:\n  - { name: a, protocol: ws, address: \"0.0.0.0:1\" }\n",
+			"g.yaml:4:26: warning: listeners[0].protocol: ws on 0.0.0.0:1 is not encrypted: others on the network can read and change what devices send; wss is the encrypted one",
+		},
+		"dead route": {
+			minimal + "routes:\n  - { match: \"a/#\", lane: bulk }\n  - { match: a/b, lane: alarm }\n",
+			`g.yaml:5:14: warning: routes[1].match: "a/b" never matches: routes[0] comes first and takes it all`,
+		},
 		"interval":    {minimal + "spool: { durability: interval }\n", "g.yaml:3:22: warning: spool.durability: interval: a power cut takes what was acknowledged in the last 100ms"},
 		"unread lane": {minimal + "upstreams: [{ name: a, url: mqtts://h, lanes: [alarm, bulk] }]\n", `g.yaml: warning: spool.lanes[1].name: lane "telemetry" goes to no upstream: its messages stay until max_age or max_bytes`},
-		"plain uplink": {minimal + "upstreams: [{ name: a, url: mqtt://h }]\n",
-			"g.yaml:3:29: warning: upstreams[0].url: mqtt:// is not encrypted: others on the way can read and change what is sent, the password too; mqtts:// is the encrypted one"},
+		"plain uplink": {
+			minimal + "upstreams: [{ name: a, url: mqtt://h }]\n",
+			"g.yaml:3:29: warning: upstreams[0].url: mqtt:// is not encrypted: others on the way can read and change what is sent, the password too; mqtts:// is the encrypted one",
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			_, warnings, err := config.Parse("g.yaml", []byte(tc.text))
@@ -393,8 +463,10 @@ func TestUnits(t *testing.T) {
 			t.Errorf("size %q = %d, want an error", s, got)
 		}
 	}
-	durations := map[string]time.Duration{"0": 0, "100ms": 100 * time.Millisecond, "30s": 30 * time.Second, "1h30m": 90 * time.Minute,
-		"7d": 168 * time.Hour, "1d12h": 36 * time.Hour, "1.5h": 90 * time.Minute, "250us": 250 * time.Microsecond, "720h": 720 * time.Hour}
+	durations := map[string]time.Duration{
+		"0": 0, "100ms": 100 * time.Millisecond, "30s": 30 * time.Second, "1h30m": 90 * time.Minute,
+		"7d": 168 * time.Hour, "1d12h": 36 * time.Hour, "1.5h": 90 * time.Minute, "250us": 250 * time.Microsecond, "720h": 720 * time.Hour,
+	}
 	for s, want := range durations {
 		if got, err := config.ParseDuration(s); err != nil || got != want {
 			t.Errorf("duration %q = %s, %v; want %s", s, got, err, want)
@@ -426,9 +498,21 @@ func TestCovers(t *testing.T) {
 		a, b string
 		want bool
 	}{
-		{"#", "a/b", true}, {"#", "+/a", true}, {"a/#", "a", true}, {"a/#", "a/b/#", true}, {"a/+", "a/b", true},
-		{"a/+", "a/+", true}, {"a/b", "a/+", false}, {"a/+", "a/#", false}, {"a/#", "#", false}, {"+/b", "a/b", true},
-		{"#", "$SYS/x", false}, {"+/x", "$SYS/x", false}, {"$SYS/#", "$SYS/x", true}, {"a", "a/b", false}, {"+", "a/b", false},
+		{"#", "a/b", true},
+		{"#", "+/a", true},
+		{"a/#", "a", true},
+		{"a/#", "a/b/#", true},
+		{"a/+", "a/b", true},
+		{"a/+", "a/+", true},
+		{"a/b", "a/+", false},
+		{"a/+", "a/#", false},
+		{"a/#", "#", false},
+		{"+/b", "a/b", true},
+		{"#", "$SYS/x", false},
+		{"+/x", "$SYS/x", false},
+		{"$SYS/#", "$SYS/x", true},
+		{"a", "a/b", false},
+		{"+", "a/b", false},
 	} {
 		if got := config.Covers(tc.a, tc.b); got != tc.want {
 			t.Errorf("covers(%q, %q) = %v, want %v", tc.a, tc.b, got, tc.want)

@@ -33,7 +33,7 @@ func (j *journal) part(name string, takes, grace time.Duration) lifecycle.Part {
 	return lifecycle.Part{Name: name, Grace: grace, Run: func(ctx context.Context) error {
 		<-ctx.Done()
 		j.note("stop " + name)
-		time.Sleep(takes) // synctest's clock
+		time.Sleep(takes) //nolint:forbidigo // synctest's clock
 		j.note("end " + name)
 		return nil
 	}}
@@ -102,7 +102,7 @@ func TestAStuckPartIsNamedAndTheRestStillStops(t *testing.T) {
 			t.Errorf("took %s", took)
 		}
 		j.want(t, "stop stuck", "stop below", "end below")
-		time.Sleep(2 * time.Hour) // it may still end, and nothing waits for it
+		time.Sleep(2 * time.Hour) //nolint:forbidigo // synctest's clock: it may still end, and nothing waits for it
 		synctest.Wait()
 	})
 }
