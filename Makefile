@@ -61,7 +61,7 @@ fuzz: ## every fuzz target for FUZZTIME each (20s)
 .PHONY: e2e
 e2e: build ## the real binary under kill -9, bad links, hostile clients (E2E_CYCLES=50: the long form)
 	HOLDFAST_E2E=1 HOLDFAST_BIN=$(CURDIR)/bin/holdfast E2E_CYCLES=$(E2E_CYCLES) E2E_SEED=$(E2E_SEED) \
-		go test -count=1 -v -timeout $(E2E_TIMEOUT) -run '$(E2E_RUN)' ./gateway/e2e/
+		go test -count=1 -v -parallel 8 -timeout $(E2E_TIMEOUT) -run '$(E2E_RUN)' ./gateway/e2e/
 
 .PHONY: crash
 crash: ## power cuts in memory: clones of the store at random moments (CRASHES=300 CRASH_SEED=…)
