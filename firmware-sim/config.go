@@ -17,10 +17,11 @@ import (
 // Config says what the fleet is and what it does. Broker is needed; the zero value of
 // everything else is a sensible choice.
 type Config struct {
-	// Broker is mqtt://host:port or mqtts://host:port; default ports are 1883 and 8883. A
-	// user and a password in it are those of every device.
+	// Broker is mqtt://host:port or mqtts://host:port; default ports are 1883 and 8883.
 	Broker string
 	TLS    *tls.Config // for mqtts; nil: the system's roots
+	// Username and Password are those of every device; "": none. They may stand in Broker too.
+	Username, Password string
 	// Dialer replaces net.Dialer.DialContext.
 	Dialer  func(ctx context.Context, network, address string) (net.Conn, error)
 	Version mqtt.Version // 0: 5
@@ -89,7 +90,6 @@ type target struct {
 	tls      *tls.Config
 	username string
 	password string
-	hasUser  bool
 }
 
 // complete fills in the defaults and reports all that is wrong.
@@ -111,6 +111,11 @@ func (c *Config) complete() (target, error) {
 	to, err := parseBroker(c.Broker, c.TLS)
 	if err != nil {
 		errs = append(errs, err)
+	}
+	set(&to.username, c.Username)
+	set(&to.password, c.Password)
+	if c.Version == mqtt.V311 && to.username == "" && to.password != "" {
+		wrong("password without a user name: MQTT 3.1.1 does not have that")
 	}
 	if c.Version != mqtt.V311 && c.Version != mqtt.V5 {
 		wrong("version %d: there are 4 (MQTT 3.1.1) and 5", c.Version)
@@ -181,7 +186,7 @@ func parseBroker(raw string, config *tls.Config) (to target, err error) {
 	}
 	to.address = net.JoinHostPort(u.Hostname(), port)
 	if u.User != nil {
-		to.hasUser, to.username = true, u.User.Username()
+		to.username = u.User.Username()
 		to.password, _ = u.User.Password()
 	}
 	return to, nil

@@ -514,7 +514,7 @@ func (d *device) open(ctx context.Context, clean bool) (*mqtt.Client, *link, err
 			ClientID:    d.id,
 			CleanStart:  clean,
 			KeepAlive:   uint16(max(f.cfg.KeepAlive, 0) / time.Second),
-			HasUsername: f.to.hasUser, Username: f.to.username,
+			HasUsername: f.to.username != "", Username: f.to.username,
 			HasPassword: f.to.password != "", Password: []byte(f.to.password),
 		},
 		OnAck:   d.onAck,

@@ -7,6 +7,8 @@ import (
 	"log/slog"
 	"maps"
 	"net"
+	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -150,7 +152,11 @@ func (f *Fleet) Run(ctx context.Context) (Report, error) {
 	r := f.report()
 	f.log.Info("fleet ended", "published", r.Published, "acknowledged", r.Acknowledged, "unacknowledged", r.Unacknowledged, "errors", len(r.Errors))
 	if r.Connects == 0 {
-		return r, fmt.Errorf("no device could connect to %s: %v", f.to.address, r.Errors)
+		why := "no attempt has come to its end"
+		if len(r.Errors) > 0 {
+			why = strings.Join(slices.Sorted(maps.Keys(r.Errors)), "; ")
+		}
+		return r, fmt.Errorf("no device could connect to %s: %s", f.to.address, why)
 	}
 	return r, nil
 }

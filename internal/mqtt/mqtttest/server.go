@@ -4,6 +4,7 @@ package mqtttest
 
 import (
 	"bufio"
+	"crypto/tls"
 	"io"
 	"net"
 	"sync"
@@ -19,6 +20,8 @@ type Script struct {
 	Connect func(c *mqtt.Connect) mqtt.Connack
 	// Publish answers a PUBLISH. p is valid during the call.
 	Publish func(client string, p *mqtt.Publish) Answer
+	// TLS makes the server speak TLS; nil: it does not.
+	TLS *tls.Config
 	// Frame sees every other packet of a connected client; false closes the connection.
 	Frame func(client string, frame []byte) bool
 }
@@ -27,6 +30,7 @@ type Script struct {
 type Answer struct {
 	Reason mqtt.Reason
 	Silent bool // take it, but send no acknowledgement
+	Drop   bool // acknowledge it, but pass it on to nobody: the server lies
 	Close  bool // then close the connection
 }
 
@@ -65,6 +69,9 @@ func New(t testing.TB, script Script) *Server {
 	if err != nil {
 		t.Fatal(err)
 	}
+	if script.TLS != nil {
+		l = tls.NewListener(l, script.TLS)
+	}
 	s := &Server{Addr: l.Addr().String(), t: t, script: script, listener: l, conns: map[string]*conn{}, sessions: map[string]*session{}}
 	s.wg.Go(s.accept)
 	t.Cleanup(s.Close)
@@ -101,6 +108,13 @@ func (s *Server) Connected() int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return len(s.conns)
+}
+
+// Sessions is how many sessions the server keeps, those of connected clients included.
+func (s *Server) Sessions() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.sessions)
 }
 
 // Send writes bytes to a client as they are. It says whether the client is connected.
@@ -281,7 +295,7 @@ func (s *Server) publish(c *conn, id string, ses *session, frame []byte) bool {
 		ses.received[p.ID] = true
 		s.mu.Unlock()
 	}
-	if !again && !answer.Reason.Failed() {
+	if !again && !answer.Reason.Failed() && !answer.Drop {
 		s.forward(&p)
 	}
 	if p.QoS > 0 && !answer.Silent {
