@@ -14,8 +14,8 @@
 // After a crash a reader begins at the cursor as it was last committed, at most one second of
 // resolved messages back: those are sent again, under the same ids.
 //
-// What a rule or damage takes is counted and announced to the upstream as a gap, a message in the
-// lane "system" that is written by the same commit.
+// What ends otherwise than delivered is counted and announced to the upstream as a gap, a message in
+// the lane "system" that is written by the same commit as the count.
 //
 // # How it works
 //

@@ -4,8 +4,6 @@ import (
 	"fmt"
 	"sync"
 	"sync/atomic"
-
-	"holdfast/internal/kv"
 )
 
 // lane is one priority class.
@@ -51,9 +49,18 @@ type cursor struct {
 	dirty    bool // its row has to be written
 	row      cursorRow
 	holes    []hole // damaged stretches ahead, in order: they count as evicted once everything before is resolved
+	lost     []loss // what ended otherwise than delivered since the last commit, to be announced by the next
 }
 
 type hole struct{ from, to Position }
+
+// loss is a stretch of messages that an upstream will not get.
+type loss struct {
+	from, to     Position
+	outcome      Outcome
+	reason       string
+	fromMS, toMS int64 // receive times, Unix ms; 0: not known
+}
 
 // tailChunk is a committed chunk in memory.
 type tailChunk struct {
@@ -133,15 +140,15 @@ func (b *block) fit() *block {
 	return small
 }
 
-// append adds r to what gathers and returns its sequence. The caller holds the commit lock.
-func (l *lane) append(g *kv.Group, r *Record) uint64 {
+// append adds r to what gathers and returns its sequence and size. The caller holds the commit lock.
+func (l *lane) append(r *Record) (seq uint64, n int) {
 	if l.open == nil {
 		l.open = l.s.blocks.get()
 	}
 	b := l.open
 	before := len(b.raw)
 	b.raw = AppendRecord(b.raw, r)
-	n := len(b.raw) - before
+	n = len(b.raw) - before
 	var m *chunkMeta
 	if k := len(b.chunks); k > 0 && b.chunks[k-1].RawLen+n <= l.maxChunk {
 		m = &b.chunks[k-1]
@@ -152,11 +159,10 @@ func (l *lane) append(g *kv.Group, r *Record) uint64 {
 	}
 	m.Count++
 	m.RawLen += n
-	seq := l.next.Seq
+	seq = l.next.Seq
 	l.next.Seq++
 	l.next.Bytes += uint64(n)
-	g.Grow(n)
-	return seq
+	return seq, n
 }
 
 // full says whether the lane holds as much as it may. The caller holds the commit lock.
@@ -254,22 +260,36 @@ func (l *lane) cursor(upstream string) *cursor {
 	return nil
 }
 
-// resolve moves the cursor to end; what lies between ended as o, but for the holes in it. The caller holds mu.
-func (c *cursor) resolve(end Position, o Outcome) {
+// resolve moves the cursor to end. What lies between ended as how says, but for the holes in it. The caller holds mu.
+func (c *cursor) resolve(end Position, how loss) {
 	for c.row.Pos.Seq < end.Seq || c.atHole() {
-		to, as := end, o
+		part := how
+		part.from, part.to = c.row.Pos, end
 		if c.atHole() {
-			to, as = c.holes[0].to, Evicted
+			part = loss{from: c.row.Pos, to: c.holes[0].to, outcome: Evicted, reason: gapDamaged}
 			c.holes = c.holes[1:]
 		} else if len(c.holes) > 0 && c.holes[0].from.Seq < end.Seq {
-			to = c.holes[0].from
+			part.to = c.holes[0].from
 		}
-		n := c.row.outcome(as)
-		n.Messages += to.Seq - c.row.Pos.Seq
-		n.Bytes += to.Bytes - c.row.Pos.Bytes
-		c.row.Pos = to
+		c.row.outcome(part.outcome).add(part.from, part.to)
+		c.row.Pos = part.to
 		c.dirty = true
+		if part.outcome != Delivered {
+			c.lose(part)
+		}
 	}
+}
+
+// lose notes a loss, as one with the last if it goes on with it.
+func (c *cursor) lose(part loss) {
+	if n := len(c.lost); n > 0 {
+		last := &c.lost[n-1]
+		if last.to == part.from && last.reason == part.reason {
+			last.to, last.toMS = part.to, part.toMS
+			return
+		}
+	}
+	c.lost = append(c.lost, part)
 }
 
 func (c *cursor) atHole() bool {

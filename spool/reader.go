@@ -315,13 +315,8 @@ func (r *Reader) afterDamage(cause error, durable Position) (Position, error) {
 }
 
 // damaged counts the records from..to as lost to this upstream as soon as everything before them
-// is resolved, and announces them.
+// is resolved, and announces them then.
 func (r *Reader) damaged(from, to Position, cause error) {
-	g, err := r.s.store.Begin(true)
-	if err != nil {
-		return // the store has failed or is closing: the next start meets the damage again
-	}
-	defer g.End()
 	r.s.mu.Lock()
 	defer r.s.mu.Unlock()
 	for _, h := range r.cur.holes {
@@ -331,14 +326,13 @@ func (r *Reader) damaged(from, to Position, cause error) {
 	}
 	r.s.cfg.Log.Error("messages are damaged on disk", "lane", r.l.cfg.Name, "first", from.Seq, "last", to.Seq-1, "err", cause)
 	r.cur.holes = append(r.cur.holes, hole{from, to})
-	r.s.announce(g, r.l, r.cur.upstream, from, to, 0, 0, gapDamaged)
-	r.cur.resolve(r.cur.row.Pos, Evicted)
+	r.cur.resolve(r.cur.row.Pos, loss{}) // the hole may begin right at the cursor
 	r.s.advanceHead(r.l)
 }
 
 // Resolve ends everything from the cursor up to end (exclusive) as o. An end at or before the
 // cursor changes nothing: a rule may have taken the messages meanwhile. The moved cursor is
-// durable with the next commit, within a second at most.
+// durable with the next commit, within a second at most; what was not delivered is announced by it.
 func (r *Reader) Resolve(end Position, o Outcome) {
 	r.s.mu.Lock()
 	defer r.s.mu.Unlock()
@@ -352,7 +346,17 @@ func (r *Reader) resolve(end Position, o Outcome) {
 	if end.Seq > r.l.durable.Seq {
 		panic(fmt.Sprintf("spool: resolve up to %d of lane %q, which ends at %d", end.Seq, r.l.cfg.Name, r.l.durable.Seq))
 	}
-	r.cur.resolve(end, o)
+	how := loss{outcome: o}
+	switch o {
+	case Delivered:
+	case Expired:
+		how.reason = gapExpired
+	case Evicted:
+		how.reason = gapDamaged // to whom it reads, it is not readable
+	case Parked:
+		how.reason = gapParked
+	}
+	r.cur.resolve(end, how)
 	r.s.advanceHead(r.l)
 }
 

@@ -4,8 +4,6 @@ import (
 	"time"
 
 	"github.com/cockroachdb/pebble/v2"
-
-	"holdfast/internal/kv"
 )
 
 // housekeepingInterval is how often ages are looked at, and the longest that a moved cursor waits
@@ -130,16 +128,11 @@ func (s *Spool) dropUntil(l *lane, o Outcome, reason string, keep func(*chunkMet
 	if to.Seq <= head.Seq {
 		return nil
 	}
-	g, err := s.store.Begin(true)
-	if err != nil {
-		return err
-	}
-	defer g.End()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, c := range l.cursors {
 		if c.active {
-			s.dropBefore(g, l, c, to, o, reason, first.Oldest, last.Newest)
+			c.resolve(to, loss{outcome: o, reason: reason, fromMS: first.Oldest, toMS: last.Newest})
 		}
 	}
 	if !l.waiting() {
@@ -155,16 +148,6 @@ func (s *Spool) dropUntil(l *lane, o Outcome, reason string, keep func(*chunkMet
 	s.advanceHead(l)
 	s.notify()
 	return nil
-}
-
-// dropBefore ends all that c has pending before to, and announces it. The caller holds the commit lock and mu.
-func (s *Spool) dropBefore(g *kv.Group, l *lane, c *cursor, to Position, o Outcome, reason string, fromMS, toMS int64) {
-	if c.row.Pos.Seq >= to.Seq {
-		return
-	}
-	from := c.row.Pos
-	c.resolve(to, o)
-	s.announce(g, l, c.upstream, from, to, fromMS, toMS, reason)
 }
 
 // chunkAt reads the header of the stored chunk that holds seq. ok is false if there is none that can be read.

@@ -280,11 +280,6 @@ func (s *Spool) attach(upstream string, lanes []string) error {
 			return fmt.Errorf("upstream %q: lane %q: %w", upstream, name, ErrNoLane)
 		}
 	}
-	g, err := s.store.Begin(true)
-	if err != nil {
-		return err
-	}
-	defer g.End()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, l := range chosen {
@@ -294,7 +289,7 @@ func (s *Spool) attach(upstream string, lanes []string) error {
 			l.cursors = append(l.cursors, &cursor{upstream: upstream, active: true, dirty: true, row: cursorRow{Start: l.head, Pos: l.head}})
 		case !c.active:
 			c.active = true
-			s.dropBefore(g, l, c, l.head, Evicted, gapDetached, 0, 0)
+			c.resolve(l.head, loss{outcome: Evicted, reason: gapDetached})
 		}
 	}
 	return nil
@@ -342,7 +337,9 @@ func (s *Spool) Append(to Lane, r *Record, ops []kv.Op, done kv.Done, token uint
 			}
 			s.wakeHousekeeping()
 		}
-		seq = l.append(g, r)
+		n := 0
+		seq, n = l.append(r)
+		g.Grow(n)
 	}
 	g.Ops(ops)
 	if done != nil {
@@ -369,6 +366,8 @@ const (
 	gapMaxAge   = "max_age"   // the messages were too old
 	gapDamaged  = "damaged"   // the disk no longer gives them back
 	gapDetached = "detached"  // they were dropped while the upstream was not configured
+	gapExpired  = "expired"   // their own MQTT 5 message expiry interval had passed
+	gapParked   = "parked"    // the upstream refused them for good
 )
 
 // gap is the announcement of messages that an upstream will not get (docs/formats.md).
@@ -386,25 +385,41 @@ type gap struct {
 	Reason   string `json:"reason"`
 }
 
-// announce appends the gap [from, to) to the system lane. The caller holds the commit lock.
-func (s *Spool) announce(g *kv.Group, l *lane, upstream string, from, to Position, fromMS, toMS int64, reason string) {
-	payload, err := json.Marshal(gap{
-		Gateway: s.cfg.Gateway, Epoch: s.epoch, Lane: l.cfg.Name, Upstream: upstream,
-		First: from.Seq, Last: to.Seq - 1, Count: to.Seq - from.Seq, Bytes: to.Bytes - from.Bytes,
-		FromMS: fromMS, ToMS: toMS, Reason: reason,
-	})
+// announce appends what cursors have lost since the last commit to the system lane, so that it is
+// written by the commit that writes the cursors. The caller holds the commit lock and mu.
+func (s *Spool) announce(st *sealed) {
+	for _, l := range s.lanes {
+		for _, c := range l.cursors {
+			for _, lost := range c.lost {
+				a := gap{
+					Gateway: s.cfg.Gateway, Epoch: s.epoch, Lane: l.cfg.Name, Upstream: c.upstream,
+					First: lost.from.Seq, Last: lost.to.Seq - 1, Count: lost.to.Seq - lost.from.Seq, Bytes: lost.to.Bytes - lost.from.Bytes,
+					FromMS: lost.fromMS, ToMS: lost.toMS, Reason: lost.reason,
+				}
+				if l.number != 0 || lost.outcome == Evicted {
+					// An announcement that an upstream refuses is not worth another one.
+					s.lanes[0].append(s.announcement(a))
+				}
+				st.gaps = append(st.gaps, a)
+			}
+			clear(c.lost)
+			c.lost = c.lost[:0]
+		}
+	}
+}
+
+func (s *Spool) announcement(a gap) *Record {
+	payload, err := json.Marshal(a)
 	if err != nil {
 		panic(err) // strings and numbers always marshal
 	}
-	s.lanes[0].append(g, &Record{
+	return &Record{
 		Received: s.cfg.Now().UnixMilli(),
 		Topic:    []byte(s.cfg.GapTopic),
 		Flags:    FlagQoS1,
 		Payload:  payload,
-		Props:    &Props{ContentType: "application/json", Upstream: upstream},
-	})
-	s.cfg.Log.Warn("messages lost to an upstream by a rule", "lane", l.cfg.Name, "upstream", upstream, "reason", reason,
-		"first", from.Seq, "last", to.Seq-1, "size_bytes", to.Bytes-from.Bytes)
+		Props:    &Props{ContentType: "application/json", Upstream: a.Upstream},
+	}
 }
 
 // sealed is what one group commit takes of the spool.
@@ -413,6 +428,7 @@ type sealed struct {
 	rows  []byte // encoded rows, back to back
 	ends  []rowEnd
 	heads []sealedHead
+	gaps  []gap  // announced by this commit
 	chunk []byte // room to encode a chunk
 }
 
@@ -440,6 +456,7 @@ func (s *Spool) Seal() any {
 	} else {
 		st = &sealed{}
 	}
+	s.announce(st)
 	mutable, _ := s.store.Memtable()
 	for _, l := range s.lanes {
 		if l.open != nil {
@@ -488,6 +505,10 @@ func (st *sealed) row(withKey []byte, value func([]byte) []byte) {
 // Stage implements kv.Participant: one chunk or more for each lane, then the rows.
 func (s *Spool) Stage(v any, w kv.Writer) error {
 	st := v.(*sealed)
+	for _, a := range st.gaps {
+		s.cfg.Log.Warn("messages will not reach an upstream", "lane", a.Lane, "upstream", a.Upstream, "reason", a.Reason,
+			"first", a.First, "last", a.Last, "size_bytes", a.Bytes)
+	}
 	size := 0
 	for _, sl := range st.lanes {
 		size += len(sl.blk.raw)
@@ -546,7 +567,7 @@ func (s *Spool) Committed(v any, memtable uint64) {
 		s.notify()
 	}
 	clear(st.lanes)
-	st.lanes, st.rows, st.ends, st.heads = st.lanes[:0], st.rows[:0], st.ends[:0], st.heads[:0]
+	st.lanes, st.rows, st.ends, st.heads, st.gaps = st.lanes[:0], st.rows[:0], st.ends[:0], st.heads[:0], st.gaps[:0]
 	if cap(st.chunk) > 4*maxChunk {
 		st.chunk = nil
 	}

@@ -53,7 +53,7 @@ type Store struct {
 	closed bool
 	failed error
 
-	onGroup []func()      // written before traffic, read by the completer
+	onGroup []func()      // under mu
 	wake    chan struct{} // cap 1: the open group has something in it
 	sealed  chan *Group   // committer -> completer; unbuffered, so that two commits are under way at most
 	done    sync.WaitGroup
@@ -113,8 +113,11 @@ func (s *Store) Join(p Participant) {
 }
 
 // OnGroup registers fn to run after the Done calls of each group, on their goroutine.
-// Call it before traffic.
-func (s *Store) OnGroup(fn func()) { s.onGroup = append(s.onGroup, fn) }
+func (s *Store) OnGroup(fn func()) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.onGroup = append(s.onGroup[:len(s.onGroup):len(s.onGroup)], fn) // the completer may hold the old one
+}
 
 // Group is the commit that is gathering. Begin hands it out with the store locked; End unlocks.
 // In between nothing may block.
@@ -453,7 +456,9 @@ func (s *Store) complete(g *Group) {
 		}
 		s.synced(start)
 	}
-	err := s.failure()
+	s.mu.Lock()
+	err, after := s.failed, s.onGroup
+	s.mu.Unlock()
 	s.m.groups.Inc()
 	s.m.commit.Observe(time.Since(g.began).Seconds())
 	if err == nil && s.part != nil && g.sealed != nil && s.opt.Durability == Fsync {
@@ -463,7 +468,7 @@ func (s *Store) complete(g *Group) {
 		c := &g.dones[i]
 		c.done.Done(c.token, c.seq, err)
 	}
-	for _, fn := range s.onGroup {
+	for _, fn := range after {
 		fn()
 	}
 }
