@@ -2,6 +2,8 @@ package main
 
 import (
 	"math"
+	"os"
+	"path/filepath"
 	"testing"
 	"time"
 )
@@ -65,4 +67,25 @@ func TestInflightHoldsTheProducer(t *testing.T) {
 	}
 	f.Done(0, 0, nil)
 	<-passed
+}
+
+func TestResultsReplaceTheOldOnes(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "b.md")
+	if err := os.WriteFile(file, []byte("# B\n\nsaid\n\n## Results\n\nold\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, results := range []string{"first\n", "second\n"} {
+		if err := writeResults(file, results); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if b, err := os.ReadFile(file); err != nil || string(b) != "# B\n\nsaid\n\n## Results\n\nsecond\n" {
+		t.Errorf("%q, %v", b, err)
+	}
+	if err := os.WriteFile(file, []byte("# B\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if writeResults(file, "x") == nil {
+		t.Error("a file without a place for results was written")
+	}
 }

@@ -5,6 +5,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"flag"
 	"fmt"
@@ -48,12 +49,13 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	flags.SetOutput(stderr)
 	c := config{log: stderr}
 	flags.StringVar(&c.bin, "bin", envOr("HOLDFAST_BIN", "bin/holdfast"), "the gateway's binary")
-	flags.DurationVar(&c.seconds, "time", 3*time.Second, "length of one round")
+	flags.DurationVar(&c.seconds, "time", 2*time.Second, "length of one round")
 	flags.IntVar(&c.rounds, "rounds", 3, "rounds of each figure")
 	flags.IntVar(&c.backlog, "backlog", 1_000_000, "messages to drain")
 	flags.IntVar(&c.idle, "idle", 5000, "idle connections")
 	flags.Float64Var(&c.spoolGB, "spool-gb", envFloat("BENCH_SPOOL_GB", 10), "gigabytes spooled before the start is timed")
 	only := flags.String("only", "", "figures to measure, by number, comma-separated (default: all)")
+	write := flags.String("write", "", "also write the results into this file, from its line \"## Results\" on")
 	smoke := flags.Bool("smoke", false, "one short round of everything: shows that it works, measures nothing")
 	if err := flags.Parse(args); err != nil {
 		return 2
@@ -72,7 +74,9 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	// The load generator shares the cores with what it measures: keep its collector out of the way.
 	debug.SetGCPercent(400)
 
-	header(ctx, stdout, c, args)
+	var results bytes.Buffer
+	out := io.MultiWriter(stdout, &results)
+	header(ctx, out, c, args)
 	failed := 0
 	for _, f := range figures {
 		if *only != "" && !slices.Contains(strings.Split(*only, ","), fmt.Sprint(f.number)) {
@@ -89,13 +93,32 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 			s.notes = append(s.notes, "Not measured to the end: "+err.Error())
 			failed++
 		}
-		s.write(stdout)
+		s.write(out)
 		fmt.Fprintf(stderr, "figure %d took %v\n", f.number, time.Since(begin).Round(time.Second))
+	}
+	if *write != "" {
+		if err := writeResults(*write, results.String()); err != nil {
+			return exit(stderr, err)
+		}
 	}
 	if failed > 0 {
 		return 1
 	}
 	return 0
+}
+
+// writeResults replaces everything in a file after its line "## Results".
+func writeResults(file, results string) error {
+	old, err := os.ReadFile(file)
+	if err != nil {
+		return err
+	}
+	const mark = "\n## Results\n"
+	head, _, ok := strings.Cut(string(old), mark)
+	if !ok {
+		return fmt.Errorf("%s has no line \"## Results\" to write below", file)
+	}
+	return os.WriteFile(file, []byte(head+mark+"\n"+results), 0o644)
 }
 
 // figure is one of the figures to reach.
