@@ -414,8 +414,9 @@ func (c *Client) Err() error {
 	return c.err
 }
 
-// Publish sends p, whose packet identifier the caller has chosen. It returns at once; p and
-// its slices are free again.
+// Publish sends p, whose packet identifier the caller has chosen, below SubscribeIDs. It
+// returns at once; p and its slices are free again. How many may be in flight (Connack's
+// ReceiveMaximum) is the caller's to keep.
 func (c *Client) Publish(p *Publish) error {
 	err := c.Queue(p)
 	c.Flush()

@@ -281,6 +281,7 @@ func TestRules(t *testing.T) {
 		{"§2.1.2", "SUBACK from a client", both, client, okPublish, same("\x90\x03\x00\x01\x00"), protocol},
 		{"§2.1.2", "UNSUBACK from a client", both, client, okPublish, same("\xb0\x02\x00\x01"), protocol},
 		{"§2.1.2", "PINGRESP from a client", both, client, okPublish, same("\xd0\x00"), protocol},
+		{"§2.1.2", "SUBACK where CONNACK is due", both, parseConnack, func(v mqtt.Version) string { return pkt(0x20, "\x00\x00", pv(v)) }, func(v mqtt.Version) string { return pkt(0x90, "\x00\x01", pv(v), "\x00") }, protocol},
 		{"§4.13", "frame cut short", both, client, okPublish, func(v mqtt.Version) string { s := okPublish(v); return s[:len(s)-1] }, malformed},
 		{"§4.13", "two packets in one frame", both, client, same("\xc0\x00"), same("\xc0\x00\xc0\x00"), malformed},
 		{"§4.13", "empty frame", both, client, okPublish, same(""), malformed},
