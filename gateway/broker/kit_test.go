@@ -149,6 +149,7 @@ type rig struct {
 	store  *kv.Store
 	cancel context.CancelFunc
 	ended  chan error
+	bound  func(b *broker.Broker) // called between Listen and Run; nil: nothing
 }
 
 // newRig starts a broker. change may be nil.
@@ -179,6 +180,9 @@ func (r *rig) start() {
 	}
 	if err := r.b.Listen(); err != nil {
 		r.t.Fatal(err)
+	}
+	if r.bound != nil {
+		r.bound(r.b)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	r.cancel, r.ended = cancel, make(chan error, 1)
