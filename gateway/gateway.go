@@ -29,9 +29,11 @@ import (
 
 // An orderly stop takes at most 10 s: the parts' times below, one after the other.
 const (
-	brokerShutdown = 4 * time.Second // for what is handed in to commit and be acknowledged
-	bridgeDrain    = 3 * time.Second // for open acks; the rest stays spooled
-	partSlack      = 500 * time.Millisecond
+	brokerShutdown = 3 * time.Second // for what is handed in to commit and be acknowledged
+	bridgeDrain    = 2 * time.Second // for open acks; the rest stays spooled
+	bridgeGoodbye  = 2 * time.Second // for the death message and DISCONNECT to an upstream that may hang
+	httpShutdown   = 500 * time.Millisecond
+	partSlack      = 250 * time.Millisecond
 )
 
 // ErrStore says that the store failed: nothing is acknowledged any more, and only another start, which
@@ -261,12 +263,12 @@ func (g *Gateway) Run(ctx context.Context) error {
 func (g *Gateway) run(ctx context.Context) error {
 	var parts []lifecycle.Part // the last one up is the first one down
 	if g.http != nil {
-		parts = append(parts, lifecycle.Part{Name: "http", Run: g.http.Run, Grace: time.Second})
+		parts = append(parts, lifecycle.Part{Name: "http", Run: g.http.Run, Grace: httpShutdown + partSlack})
 	}
 	var bridges []lifecycle.Part
 	for i, b := range g.bridges {
 		name := "bridge to " + g.cfg.Upstreams[i].Name
-		bridges = append(bridges, lifecycle.Part{Name: name, Run: b.Run, Grace: bridgeDrain + partSlack})
+		bridges = append(bridges, lifecycle.Part{Name: name, Run: b.Run, Grace: bridgeDrain + bridgeGoodbye + partSlack})
 	}
 	parts = append(parts,
 		lifecycle.Group("bridges", bridges...),

@@ -315,8 +315,9 @@ func TestDataDirectories(t *testing.T) {
 	})
 }
 
-// The upstream is somebody's broker; here it is another gateway.
-func TestMessagesGoUpstream(t *testing.T) {
+// startUpstream runs a broker that takes everything, and gives its address.
+func startUpstream(t *testing.T) string {
+	t.Helper()
 	up, err := broker.New(broker.Config{Listeners: []broker.Listener{{Name: "up", Protocol: "mqtt", Address: "127.0.0.1:0"}}},
 		openStore(t), acceptAll{}, everybody{}, testkit.Logger(t), nil)
 	if err != nil {
@@ -329,11 +330,15 @@ func TestMessagesGoUpstream(t *testing.T) {
 	ended := make(chan error, 1)
 	go func() { ended <- up.Run(ctx) }()
 	t.Cleanup(func() { cancel(); <-ended })
+	return up.Addrs()[0].String()
+}
 
+func TestMessagesGoUpstream(t *testing.T) {
+	up := startUpstream(t)
 	c := configuration(t, t.TempDir())
 	c.Upstreams = []bridge.Config{
-		{Name: "batches", URL: "mqtt://" + up.Addrs()[0].String(), Format: bridge.FormatBatch},
-		{Name: "plain", URL: "mqtt://" + up.Addrs()[0].String(), Format: bridge.FormatPassthrough, TopicPrefix: "site/", Lanes: []string{"alarm"}},
+		{Name: "batches", URL: "mqtt://" + up, Format: bridge.FormatBatch},
+		{Name: "plain", URL: "mqtt://" + up, Format: bridge.FormatPassthrough, TopicPrefix: "site/", Lanes: []string{"alarm"}},
 	}
 	g := start(t, c)
 	d, err := connect(t, g.Addrs()[0], "dev1")
@@ -365,6 +370,41 @@ func TestMessagesGoUpstream(t *testing.T) {
 			t.Errorf("upstream = %+v", u)
 		}
 	}
+}
+
+// An upstream that hangs holds no stop up, and what it has not acknowledged is sent again.
+func TestAStopIsBounded(t *testing.T) {
+	proxy := testkit.StartProxy(t, startUpstream(t))
+	c := configuration(t, t.TempDir())
+	c.Upstreams = []bridge.Config{{Name: "up", URL: "mqtt://" + proxy.Addr(), Format: bridge.FormatCloudEvents}}
+	g := start(t, c)
+	testkit.Eventually(t, 10*time.Second, "the upstream is connected", func() bool { return g.Status().Upstreams[0].Connected })
+	proxy.Set(testkit.Faults{BlackholeUp: true, BlackholeDown: true})
+	d, err := connect(t, g.Addrs()[0], "dev1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 3 {
+		if r := d.publish(t, "dt/x", "y"); r != mqtt.Success {
+			t.Fatalf("reason %v", r)
+		}
+	}
+	testkit.Eventually(t, 10*time.Second, "sends are in flight", func() bool { return g.Status().Upstreams[0].InFlight > 0 })
+	begin := time.Now()
+	g.end() // Run has to return nil: nothing was stuck
+	if took := time.Since(begin); took > 10*time.Second {
+		t.Errorf("the stop took %v", took)
+	}
+	proxy.Set(testkit.Faults{})
+	g = start(t, c)
+	testkit.EventuallyNil(t, 15*time.Second, "all to be delivered", func() error {
+		for _, a := range g.Status().Ledger.Accounts {
+			if a.Lane == "telemetry" && a.Delivered.Messages != 3 {
+				return fmt.Errorf("account %+v", a)
+			}
+		}
+		return nil
+	})
 }
 
 type acceptAll struct{}

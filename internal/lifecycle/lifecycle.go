@@ -73,13 +73,16 @@ func Run(ctx context.Context, parts ...Part) error {
 	return errors.Join(errs...)
 }
 
+// groupSlack is what a group needs to notice that one of its parts is stuck.
+const groupSlack = 250 * time.Millisecond
+
 // Group makes one part of several that stop side by side: as long as the slowest, not the sum.
 func Group(name string, parts ...Part) Part {
 	var grace time.Duration
 	for _, p := range parts {
 		grace = max(grace, p.Grace)
 	}
-	return Part{Name: name, Grace: grace + time.Second, Run: func(ctx context.Context) error {
+	return Part{Name: name, Grace: grace + groupSlack, Run: func(ctx context.Context) error {
 		if len(parts) == 0 {
 			<-ctx.Done()
 			return nil
