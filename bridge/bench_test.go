@@ -77,6 +77,7 @@ func (r *loopReader) Rewind() {
 		panic("the link was lost")
 	}
 }
+
 func (r *loopReader) Resolve(end spool.Position, _ spool.Outcome) {
 	r.cur.Store(end.Seq)
 	if end.Seq == r.n+1 {

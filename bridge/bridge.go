@@ -170,7 +170,8 @@ func (e *sourceError) Error() string { return e.err.Error() }
 func (e *sourceError) Unwrap() error { return e.err }
 
 func (b *Bridge) dial(ctx context.Context) (Session, error) {
-	ctx, cancel := context.WithTimeout(ctx, b.cfg.Tuning.ConnectTimeout)
+	d := b.cfg.Tuning.ConnectTimeout
+	ctx, cancel := context.WithTimeoutCause(ctx, d, fmt.Errorf("%w: no answer within %v", ErrStalled, d))
 	defer cancel()
 	return b.upstream.Dial(ctx, b.inbox.put)
 }

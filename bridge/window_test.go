@@ -152,7 +152,7 @@ func TestWindowAgainstModel(t *testing.T) {
 					settle(i)
 				}
 			},
-			"link lost": func(t *rapid.T) {
+			"link lost": func(*rapid.T) {
 				for i := range model {
 					w.Reset(i)
 					m := &model[i]

@@ -37,7 +37,7 @@ type conn struct {
 	over    chan struct{} // closed with err
 	flushed chan struct{} // flush has returned
 
-	lastRead atomic.Int64 // Unix ns
+	reading  atomic.Int64 // Unix ns since when paho waits for bytes; 0: it does not, its handler may be busy
 	pingSent atomic.Int64 // Unix ns of an unanswered PINGREQ; 0: none
 	unacked  atomic.Int64 // PUBLISHes without a PUBACK
 }
@@ -49,6 +49,8 @@ const (
 	maxPending = 64 << 20
 	// lastWrite is how long Close waits for the buffer to be written: a DISCONNECT, as a rule.
 	lastWrite = time.Second
+	// lastWords is how long a write that failed waits for the reader to tell why.
+	lastWords = 100 * time.Millisecond
 )
 
 var errClosed = errors.New("connection closed by the gateway")
@@ -62,7 +64,6 @@ func newConn(transport net.Conn, tcp *progressConn, g guard, stall time.Duration
 		over:    make(chan struct{}),
 		flushed: make(chan struct{}),
 	}
-	c.lastRead.Store(time.Now().UnixNano())
 	go c.flush(stall)
 	return c
 }
@@ -103,6 +104,9 @@ func (c *conn) Read(p []byte) (int, error) {
 			return 0, c.fail(readError(err))
 		}
 	}
+	if err := c.await(); err != nil {
+		return 0, c.fail(readError(err))
+	}
 	n, err := c.in.Read(p[:min(len(p), c.frame)])
 	c.frame -= n
 	if err != nil {
@@ -111,13 +115,21 @@ func (c *conn) Read(p []byte) (int, error) {
 	return n, nil
 }
 
+// await returns when there is something to read.
+func (c *conn) await() error {
+	if c.in.Buffered() > 0 {
+		return nil
+	}
+	c.reading.Store(time.Now().UnixNano())
+	_, err := c.in.Peek(1)
+	c.reading.Store(0)
+	return err
+}
+
 // begin looks at the head of the next frame.
 func (c *conn) begin() error {
-	if c.in.Buffered() == 0 {
-		if _, err := c.in.Peek(1); err != nil {
-			return err
-		}
-		c.lastRead.Store(time.Now().UnixNano())
+	if err := c.await(); err != nil {
+		return err
 	}
 	length, shift := 0, 0
 	for n := 2; n <= 5; n++ {
@@ -219,6 +231,13 @@ func (c *conn) flush(stall time.Duration) {
 		}
 		if len(out) > 0 {
 			if _, err := c.Conn.Write(out); err != nil {
+				if !errors.Is(err, os.ErrDeadlineExceeded) {
+					// The reader knows better why: the peer's last words, a TLS alert for example, may be there to read.
+					select {
+					case <-c.over:
+					case <-time.After(lastWords):
+					}
+				}
 				_ = c.fail(readError(err))
 				return
 			}
@@ -235,8 +254,8 @@ func (c *conn) flush(stall time.Duration) {
 		case <-c.over:
 		case now := <-watch.C:
 			// While messages wait for acks the answer to a ping waits behind them, and the bridge watches.
-			if sent := c.pingSent.Load(); sent != 0 && c.unacked.Load() <= 0 {
-				last := max(sent, c.lastRead.Load(), c.tcp.lastMove())
+			if sent, reading := c.pingSent.Load(), c.reading.Load(); sent != 0 && reading != 0 && c.unacked.Load() <= 0 {
+				last := max(sent, reading, c.tcp.lastMove())
 				if quiet := now.Sub(time.Unix(0, last)); quiet > stall {
 					_ = c.fail(fmt.Errorf("%w: ping not answered for %v", bridge.ErrStalled, quiet.Round(time.Millisecond)))
 				}

@@ -155,27 +155,25 @@ func (c *progressConn) hurry(t time.Time) {
 // interrupt fails the write that waits, and all that follow.
 func (c *progressConn) interrupt() { c.hurry(time.Unix(1, 0)) }
 
-// progressed looks whether the peer has taken bytes since the last look.
-func (c *progressConn) progressed() bool {
+// look notes whether the peer has taken bytes since the last look.
+func (c *progressConn) look() {
 	taken := c.written.Load()
 	if c.raw != nil {
 		taken -= min(unsentBytes(c.raw), taken)
 	}
-	if c.taken.Swap(taken) == taken {
-		return false
+	if c.taken.Swap(taken) != taken {
+		c.moved.Store(time.Now().UnixNano())
 	}
-	c.moved.Store(time.Now().UnixNano())
-	return true
 }
 
 // lastMove is when bytes last moved, in Unix ns.
 func (c *progressConn) lastMove() int64 {
-	c.progressed()
+	c.look()
 	return c.moved.Load()
 }
 
 // progress changes while bytes move.
 func (c *progressConn) progress() uint64 {
-	c.progressed()
+	c.look()
 	return c.taken.Load() + c.written.Load()
 }

@@ -121,8 +121,13 @@ func TestPassesTheSuite(t *testing.T) {
 				b.Script(func(b *bridgetest.Broker) { b.OnConnect = func(int, bridgetest.Connect) int { return 5 } })
 			},
 			Impossible: []bridge.Message{
-				{Topic: ""}, {Topic: "a/+/b"}, {Topic: "a/#"}, {Topic: "a\x00b"}, {Topic: "a\xff"},
-				{Topic: strings.Repeat("x", 65536)}, {Topic: "a", Payload: make([]byte, 16<<20+1)},
+				{Topic: ""},
+				{Topic: "a/+/b"},
+				{Topic: "a/#"},
+				{Topic: "a\x00b"},
+				{Topic: "a\xff"},
+				{Topic: strings.Repeat("x", 65536)},
+				{Topic: "a", Payload: make([]byte, 16<<20+1)},
 			},
 		}
 	})
@@ -639,6 +644,44 @@ func TestSubscribe(t *testing.T) {
 			t.Errorf("CONNECT %+v", c)
 		}
 	}
+}
+
+// TestSubscriberMayTakeItsTime: while the handler is busy nobody reads, so that the answer to a ping does not
+// come is no sign of anything.
+func TestSubscriberMayTakeItsTime(t *testing.T) {
+	t.Parallel()
+	b := bridgetest.StartBroker(t, nil)
+	up := make(chan struct{}, 10)
+	o := mqttup.Options{
+		URL: b.URL(), ClientID: "tail", KeepAlive: time.Second, Stall: 200 * time.Millisecond, OnUp: func() { up <- struct{}{} },
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	got, hold, done := make(chan string, 10), make(chan struct{}), make(chan error, 1)
+	go func() {
+		done <- mqttup.Subscribe(ctx, o, []string{"dt/#"}, func(_ string, payload []byte) {
+			got <- string(payload)
+			<-hold
+		})
+	}()
+	<-up
+	for _, p := range []string{"1", "2", "3", "4"} { // more than paho takes in one go
+		b.Deliver(bridgetest.PublishFrame("dt/x", []byte(p), 0, 0))
+	}
+	<-got
+	testkit.Eventually(t, 10*time.Second, "pings are sent", func() bool { return b.Pings() >= 1 })
+	<-time.After(time.Second)
+	close(hold)
+	for _, want := range []string{"2", "3", "4"} {
+		if p := <-got; p != want {
+			t.Errorf("got %s, want %s", p, want)
+		}
+	}
+	cancel()
+	if err := <-done; err != nil || len(b.Connects()) != 1 {
+		t.Errorf("Subscribe returned %v, %d connections", err, len(b.Connects()))
+	}
+	testkit.Eventually(t, 10*time.Second, "DISCONNECT comes", func() bool { return b.Disconnects() == 1 })
 }
 
 func TestSubscribeTellsWhatItWillNeverGet(t *testing.T) {

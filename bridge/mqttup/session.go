@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"sync"
-	"sync/atomic"
 
 	paho "github.com/eclipse/paho.mqtt.golang"
 	"github.com/eclipse/paho.mqtt.golang/packets"
@@ -25,15 +24,40 @@ type session struct {
 	lost   <-chan struct{} // paho has let go of everything
 	acks   bridge.Acks
 
-	mu    sync.Mutex
-	queue []bridge.Message
-	wake  chan struct{}
-
-	tokens chan sent
-	over   atomic.Bool // nothing counts as acked any more
-	cut    chan struct{}
-	once   sync.Once
+	queue  handover[bridge.Message]
+	tokens handover[sent]
 	joined sync.WaitGroup
+}
+
+// handover passes things from one goroutine to another, as many as there are at once. It has no
+// bound of its own: the bridge's window is one.
+type handover[T any] struct {
+	mu    sync.Mutex
+	items []T
+	wake  chan struct{} // has a token if items is not empty
+}
+
+func (h *handover[T]) put(v T) {
+	h.mu.Lock()
+	h.items = append(h.items, v)
+	first := len(h.items) == 1
+	h.mu.Unlock()
+	if first {
+		select {
+		case h.wake <- struct{}{}:
+		default:
+		}
+	}
+}
+
+// take returns what there is, and gives used, from which all was taken, to be filled again.
+func (h *handover[T]) take(used []T) []T {
+	clear(used)
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	items := h.items
+	h.items = used[:0]
+	return items
 }
 
 // sent is a message whose PUBACK is awaited.
@@ -57,14 +81,13 @@ func (u *Upstream) Dial(ctx context.Context, acks bridge.Acks) (bridge.Session, 
 	}
 	s := &session{
 		o: o, client: pc, conn: c, lost: lost, acks: acks,
-		wake:   make(chan struct{}, 1),
-		tokens: make(chan sent, 1024),
-		cut:    make(chan struct{}),
+		queue:  handover[bridge.Message]{wake: make(chan struct{}, 1)},
+		tokens: handover[sent]{wake: make(chan struct{}, 1)},
 	}
 	if o.Gateway != "" {
 		birth := pc.Publish(wire.StateTopic(o.Gateway), 1, true, o.state(wire.StateOnline))
 		if err := s.await(ctx, birth); err != nil {
-			s.end()
+			_ = c.fail(errClosed)
 			<-lost
 			<-c.flushed
 			return nil, fmt.Errorf("birth message to %s: %w", wire.StateTopic(o.Gateway), err)
@@ -74,6 +97,8 @@ func (u *Upstream) Dial(ctx context.Context, acks bridge.Acks) (bridge.Session, 
 	s.joined.Go(s.collect)
 	return s, nil
 }
+
+var disconnect = []byte{0xE0, 0}
 
 // await waits for a token, the end of the connection or of ctx.
 func (s *session) await(ctx context.Context, t paho.Token) error {
@@ -103,43 +128,28 @@ func (s *session) Send(m bridge.Message) error {
 		return s.Err()
 	default:
 	}
-	s.mu.Lock()
-	s.queue = append(s.queue, m)
-	first := len(s.queue) == 1
-	s.mu.Unlock()
-	if first {
-		select {
-		case s.wake <- struct{}{}:
-		default:
-		}
-	}
+	s.queue.put(m)
 	return nil
 }
 
 // publish hands what is queued to paho.
 func (s *session) publish() {
-	defer close(s.tokens)
 	var batch []bridge.Message
 	for {
 		select {
-		case <-s.wake:
+		case <-s.queue.wake:
 		case <-s.conn.over:
-			s.end()
-			return
-		case <-s.cut:
 			return
 		}
-		clear(batch)
-		s.mu.Lock()
-		batch, s.queue = s.queue, batch[:0]
-		s.mu.Unlock()
+		batch = s.queue.take(batch)
 		for i := range batch {
 			m := &batch[i]
-			t := s.client.Publish(m.Topic, 1, m.Retain, m.Payload)
+			s.tokens.put(sent{s.client.Publish(m.Topic, 1, m.Retain, m.Payload), m.Token})
+			m.Payload = nil // it can be large, and batch lives until there is more
 			select {
-			case s.tokens <- sent{t, m.Token}:
-			case <-s.cut:
+			case <-s.conn.over:
 				return
+			default:
 			}
 		}
 	}
@@ -148,49 +158,42 @@ func (s *session) publish() {
 // collect reports acks in the order of the sends. A token that is done says nothing by itself: paho completes them
 // when it gives up, too.
 func (s *session) collect() {
+	var batch []sent
 	for {
-		var next sent
-		var ok bool
 		select {
-		case next, ok = <-s.tokens:
-		case <-s.cut:
+		case <-s.tokens.wake:
+		case <-s.conn.over:
 			return
 		}
-		if !ok {
-			return
-		}
-		select {
-		case <-next.token.Done():
-		default:
-			select {
-			case <-next.token.Done():
-			case <-s.conn.over:
-				s.end()
-				return
-			case <-s.cut:
+		batch = s.tokens.take(batch)
+		for i := range batch {
+			if err := s.puback(batch[i].token); err != nil {
+				_ = s.conn.fail(err)
 				return
 			}
+			s.acks(batch[i].name, nil)
 		}
-		if err := next.token.Error(); err != nil {
-			_ = s.conn.fail(fmt.Errorf("publish: %w", err))
-			s.end()
-			return
-		}
-		if s.over.Load() || s.conn.reason() != nil {
-			s.end()
-			return
-		}
-		s.acks(next.name, nil)
 	}
 }
 
-// end makes the session count for nothing any more and frees whoever waits.
-func (s *session) end() {
-	s.once.Do(func() {
-		s.over.Store(true)
-		_ = s.conn.fail(errClosed)
-		close(s.cut)
-	})
+// puback waits until the broker has acknowledged a message. nil means that it has, and that the
+// connection on which it did was open when we looked.
+func (s *session) puback(t paho.Token) error {
+	select {
+	case <-t.Done():
+	default:
+		select {
+		case <-t.Done():
+		case <-s.conn.over:
+		}
+	}
+	if err := s.conn.reason(); err != nil {
+		return err
+	}
+	if err := t.Error(); err != nil {
+		return fmt.Errorf("publish: %w", err)
+	}
+	return nil
 }
 
 func (s *session) Progress() uint64      { return s.conn.tcp.progress() }
@@ -200,7 +203,7 @@ func (s *session) Err() error            { return s.conn.reason() }
 // Close says goodbye if ctx leaves time for it: the death message, and a DISCONNECT that keeps the broker from
 // sending it again as the will.
 func (s *session) Close(ctx context.Context) {
-	if ctx.Err() == nil && !s.over.Load() && s.conn.reason() == nil {
+	if ctx.Err() == nil && s.conn.reason() == nil {
 		var err error
 		if s.o.Gateway != "" {
 			err = s.await(ctx, s.client.Publish(wire.StateTopic(s.o.Gateway), 1, true, s.o.state(wire.StateOffline)))
@@ -208,12 +211,12 @@ func (s *session) Close(ctx context.Context) {
 		if err == nil {
 			// paho's Disconnect would do, but it does not tell when its goroutines have ended;
 			// a lost connection does.
-			_, _ = s.conn.Write([]byte{0xE0, 0})
+			_, _ = s.conn.Write(disconnect)
 			_ = s.conn.Close()
 			<-s.conn.flushed
 		}
 	}
-	s.end()
+	_ = s.conn.fail(errClosed)
 	s.joined.Wait()
 	<-s.lost
 	<-s.conn.flushed

@@ -114,7 +114,8 @@ func subscribeOnce(ctx context.Context, o Options, filters []string, handler fun
 	case <-c.over:
 		return true, c.reason()
 	case <-ctx.Done():
-		_ = c.Close() // what was acknowledged is still written
+		_, _ = c.Write(disconnect)
+		_ = c.Close() // all that was written before still goes
 		<-c.flushed
 		return true, nil
 	}
