@@ -231,8 +231,8 @@ func (b *Bridge) session(ctx context.Context, sess Session) (healthy time.Durati
 	err = b.drain(ctx, sess)
 
 	closing, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
-	if !errors.Is(err, errStopped) {
-		cancel() // cut
+	if !errors.Is(err, errStopped) || b.window.oldest() != 0 {
+		cancel() // cut: who does not ack will not hear a goodbye
 	}
 	sess.Close(closing)
 	cancel()

@@ -641,8 +641,11 @@ func TestStopGivesUpOnAcksThatDoNotCome(t *testing.T) {
 		elapse(time.Second)
 		before := time.Now()
 		r.stop()
-		if d := time.Since(before); d < 4*time.Second || d > 6*time.Second {
+		if d := time.Since(before); d != 5*time.Second {
 			t.Errorf("stop took %v, the drain time-out is 5 s", d)
+		}
+		if r.up.Goodbyes() != 0 {
+			t.Errorf("a goodbye to an upstream that does not listen")
 		}
 		if n := r.src.cursor("telemetry"); n != 0 {
 			t.Errorf("%d resolved without an ack", n)

@@ -168,7 +168,7 @@ func TestFlappingLink(t *testing.T) {
 				AckTimeout: 400 * time.Millisecond, ConnectTimeout: 400 * time.Millisecond,
 				BackoffMin: 10 * time.Millisecond, BackoffMax: 100 * time.Millisecond, BatchBytes: 4 << 10, Kicks: 1 << 20,
 			}}, proxy.Addr())
-			stop := proxy.Flap(uint64(i+1), 150*time.Millisecond, 600*time.Millisecond, t.Logf)
+			stop := proxy.Flap(uint64(i+1), testkit.Faults{}, 150*time.Millisecond, 600*time.Millisecond, t.Logf)
 			for k := n / 2; k < n; k += 100 {
 				for _, lane := range lanes {
 					src.add(lane, numbered(lane, k+1, k+100)...)
