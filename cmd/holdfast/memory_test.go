@@ -4,6 +4,7 @@ import (
 	"context"
 	"os"
 	"path/filepath"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -12,11 +13,13 @@ import (
 func TestMemoryGoesBackOnceAfterABusyTime(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
-		allocated, freed := uint64(1<<20), 0
+		var allocated atomic.Uint64
+		allocated.Store(1 << 20)
+		freed := 0
 		done := make(chan struct{})
 		go func() {
 			defer close(done)
-			trim(ctx, func() uint64 { return allocated }, func() { freed++ })
+			trim(ctx, allocated.Load, func() { freed++ })
 		}()
 		for _, step := range []struct {
 			what  string
@@ -34,7 +37,7 @@ func TestMemoryGoesBackOnceAfterABusyTime(t *testing.T) {
 			{"busy again", 50 << 20, 1},
 			{"quiet again", 0, 2},
 		} {
-			allocated += step.alloc
+			allocated.Add(step.alloc)
 			time.Sleep(trimEvery) //nolint:forbidigo // synctest's clock
 			synctest.Wait()
 			if freed != step.want {
