@@ -112,6 +112,13 @@ func (p *blockPool) get() *block {
 	return b
 }
 
+// trim lets go of the free blocks.
+func (p *blockPool) trim() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.free, p.usual = nil, 0
+}
+
 func (b *block) retain() { b.refs.Add(1) }
 
 func (b *block) release() {

@@ -39,6 +39,13 @@ func (s *Spool) keepHouse(ticked bool) error {
 			return err
 		}
 	}
+	if ticked && s.quietNow() {
+		s.blocks.trim()
+		s.store.Trim()
+		s.mu.Lock()
+		s.free = nil
+		s.mu.Unlock()
+	}
 	if ticked && s.anythingDirty() {
 		g, err := s.store.Begin(true)
 		if err != nil {
@@ -47,6 +54,17 @@ func (s *Spool) keepHouse(ticked bool) error {
 		g.End() // an empty group takes the moved cursors along
 	}
 	return nil
+}
+
+// quietNow says whether the last message came quietTicks ago: true once in each quiet time.
+func (s *Spool) quietNow() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	least := s.lanes[0].quiet
+	for _, l := range s.lanes {
+		least = min(least, l.quiet)
+	}
+	return least == quietTicks
 }
 
 func (s *Spool) anythingDirty() bool {

@@ -510,6 +510,23 @@ func (s *Store) recycle(g *Group) {
 	g.batch.Close()
 }
 
+// Trim lets go of the buffers that commits keep for the next ones. It is for quiet times.
+func (s *Store) Trim() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed || s.failed != nil {
+		return
+	}
+	if s.open.size == 0 && len(s.open.dones) == 0 {
+		s.open.batch.Close()
+		s.open = s.newGroup()
+	}
+	if s.spare != nil {
+		s.spare.batch.Close()
+		s.spare = nil
+	}
+}
+
 func (s *Store) newGroup() *Group {
 	return &Group{s: s, batch: s.db.NewBatch(pebble.WithMaxRetainedSizeBytes(2 * MaxGroupBytes))}
 }
