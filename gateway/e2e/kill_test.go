@@ -19,12 +19,14 @@ func TestKillNine(t *testing.T) {
 			up := startUpstream(t)
 			g := testkit.StartGateway(t, path, gatewayID, logYAML+"upstreams:\n"+upstreamYAML("cloud", up.link.Addr(), "batch", ""))
 			calm := func() {}
+			far := testkit.Faults{Latency: 20 * time.Millisecond} // so that something is always in flight
+			up.link.Set(far)
 			switch upstreamIs {
 			case "away":
 				up.link.Set(testkit.Faults{Refuse: true})
 				up.link.Reset()
 			case "flapping":
-				calm = up.link.Flap(seed, 400*time.Millisecond, 400*time.Millisecond, func(string, ...any) {})
+				calm = up.link.Flap(seed, far, 300*time.Millisecond, 300*time.Millisecond, func(string, ...any) {})
 			}
 			f := startFleet(t, g.Addr, seed, 20, 1000)
 			var slowest time.Duration
@@ -36,6 +38,9 @@ func TestKillNine(t *testing.T) {
 				}
 				slowest = max(slowest, g.Restart())
 				balanced(t, g)
+			}
+			if upstreamIs == "flapping" {
+				<-time.After(3 * time.Second) // links that end without a kill
 			}
 			f.finish(t)
 			calm()
@@ -175,16 +180,17 @@ func TestLinkFaults(t *testing.T) {
 		faults testkit.Faults
 		lasts  time.Duration // then the link is whole again; 0: it stays so to the end
 		cuts   bool          // the link is reset again and again besides
+		rate   float64       // messages a second of each device; 0: 40
 	}{
 		{name: "stall", faults: testkit.Faults{StallUp: true, StallDown: true}, lasts: 4 * time.Second},
 		{name: "stall of answers", faults: testkit.Faults{StallDown: true}, lasts: 4 * time.Second},
-		{name: "resets", cuts: true, lasts: 4 * time.Second},
+		{name: "resets", cuts: true, lasts: 6 * time.Second},
 		{name: "half open", faults: testkit.Faults{BlackholeUp: true, BlackholeDown: true}, lasts: 4 * time.Second},
 		{name: "half open for good answers only", faults: testkit.Faults{BlackholeUp: true}, lasts: 4 * time.Second},
 		{name: "swallowed acks", faults: testkit.Faults{SwallowAcks: true}, lasts: 4 * time.Second},
 		{name: "500 ms latency", faults: testkit.Faults{Latency: 500 * time.Millisecond}},
-		{name: "1 KiB a second", faults: testkit.Faults{BytesPerSecond: 1 << 10}},
-		{name: "1 KiB a second with resets", faults: testkit.Faults{BytesPerSecond: 1 << 10}, cuts: true, lasts: 6 * time.Second},
+		{name: "1 KiB a second", faults: testkit.Faults{BytesPerSecond: 1 << 10}, rate: 4},
+		{name: "1 KiB a second with resets", faults: testkit.Faults{BytesPerSecond: 1 << 10}, rate: 4, cuts: true, lasts: 6 * time.Second},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
@@ -192,7 +198,14 @@ func TestLinkFaults(t *testing.T) {
 			rng, seed := seeded(t)
 			up := startUpstream(t)
 			g := testkit.StartGateway(t, path, gatewayID, logYAML+"upstreams:\n"+upstreamYAML("cloud", up.link.Addr(), "batch", ""))
-			f := startFleet(t, g.Addr, seed, 5, 4)
+			if c.rate == 0 {
+				c.rate = 40
+			}
+			// A little latency, so that something is always in flight.
+			whole := testkit.Faults{Latency: 30 * time.Millisecond}
+			c.faults.Latency = max(c.faults.Latency, whole.Latency)
+			up.link.Set(whole)
+			f := startFleet(t, g.Addr, seed, 5, c.rate)
 			<-time.After(500 * time.Millisecond)
 			up.link.Set(c.faults)
 			most := c.lasts
@@ -206,7 +219,7 @@ func TestLinkFaults(t *testing.T) {
 				}
 			}
 			if c.lasts > 0 {
-				up.link.Set(testkit.Faults{})
+				up.link.Set(whole)
 			}
 			f.finish(t)
 			begin := time.Now()

@@ -136,11 +136,13 @@ func (p *Proxy) Close() {
 }
 
 // Flap lets the link come and go until stop is called: a good time, a bad one, again. The seed decides what
-// happens and for how long; the same seed does the same. stop leaves the link whole and open.
-func (p *Proxy) Flap(seed uint64, goodMax, badMax time.Duration, logf func(format string, args ...any)) (stop func()) {
+// happens and for how long; the same seed does the same. good is what the link is like in between; its latency and
+// rate stay in bad times too. stop leaves the link open and good.
+func (p *Proxy) Flap(seed uint64, good Faults, goodMax, badMax time.Duration, logf func(format string, args ...any)) (stop func()) {
 	rng := rand.New(rand.NewPCG(seed, 0x666c6170))
 	ctx, cancel := context.WithCancel(p.ctx)
 	done := make(chan struct{})
+	p.Set(good)
 	between := func(most time.Duration) time.Duration {
 		return most/10 + time.Duration(rng.Int64N(int64(most-most/10)+1))
 	}
@@ -150,7 +152,7 @@ func (p *Proxy) Flap(seed uint64, goodMax, badMax time.Duration, logf func(forma
 			if !pause(ctx, between(goodMax)) {
 				return
 			}
-			bad, f := between(badMax), Faults{}
+			bad, f := between(badMax), good
 			kind := rng.IntN(6)
 			cut := rng.Int64N(64 << 10)
 			what := [...]string{"reset", "refuse", "stall", "blackhole", "swallow acks", "cut"}[kind]
@@ -174,7 +176,7 @@ func (p *Proxy) Flap(seed uint64, goodMax, badMax time.Duration, logf func(forma
 			}
 			ok := pause(ctx, bad)
 			p.cut.Store(0)
-			p.Set(Faults{})
+			p.Set(good)
 			if !ok {
 				return
 			}

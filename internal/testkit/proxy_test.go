@@ -315,7 +315,7 @@ func TestProxyFlapsTheSameWayForASeed(t *testing.T) {
 		var mu sync.Mutex
 		var said []string
 		enough := make(chan struct{})
-		stop := p.Flap(seed, 2*time.Millisecond, 2*time.Millisecond, func(_ string, args ...any) {
+		stop := p.Flap(seed, testkit.Faults{}, 2*time.Millisecond, 2*time.Millisecond, func(_ string, args ...any) {
 			mu.Lock()
 			defer mu.Unlock()
 			if said = append(said, args[0].(string)); len(said) == 12 {
