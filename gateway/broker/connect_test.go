@@ -201,6 +201,7 @@ func TestDisconnectMayShortenTheSession(t *testing.T) {
 }
 
 func TestSessionExpires(t *testing.T) {
+	t.Parallel()
 	eachVersion(t, func(t *testing.T, v mqtt.Version) {
 		r := newRig(t, func(r *rig) { r.cfg.SessionExpiryMax = 2 * time.Second })
 		s := r.client(v, "dev", keep)
@@ -222,6 +223,7 @@ func TestSessionExpires(t *testing.T) {
 }
 
 func TestSessionExpiryGoesOnAcrossARestart(t *testing.T) {
+	t.Parallel()
 	r := newRig(t, func(r *rig) { r.cfg.SessionExpiryMax = time.Second })
 	r.client(mqtt.V311, "dev", keep).nc.Close()
 	eventually(t, "end of the connection", func() bool { return r.b.Stats().Connections == 0 })
@@ -305,6 +307,7 @@ func TestTakeoverStorm(t *testing.T) {
 }
 
 func TestKeepAlive(t *testing.T) {
+	t.Parallel()
 	eachVersion(t, func(t *testing.T, v mqtt.Version) {
 		r := newRig(t, nil)
 		p := r.client(v, "dev", func(k *mqtt.Connect) { k.KeepAlive = 1 })

@@ -7,6 +7,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -210,6 +211,7 @@ func TestRetainHandling(t *testing.T) {
 }
 
 func TestRetainedMessagesExpire(t *testing.T) {
+	t.Parallel()
 	r := newRig(t, nil)
 	p := r.client(mqtt.V5, "pub")
 	p.publishDone(1, 1, "t", "short", retain, func(m *mqtt.Publish) { m.HasExpiry, m.Expiry = true, 1 })
@@ -638,6 +640,7 @@ func TestQueueIsBoundedInBytes(t *testing.T) {
 }
 
 func TestMessagesExpireInTheQueue(t *testing.T) {
+	t.Parallel()
 	r := newRig(t, nil)
 	s := r.client(mqtt.V5, "sub", keep)
 	s.subscribe(1, filter("t", 1))
@@ -664,6 +667,7 @@ func TestMessagesExpireInTheQueue(t *testing.T) {
 
 // A subscriber that does not read loses its own messages and holds up nobody.
 func TestSlowSubscriberHoldsUpNobody(t *testing.T) {
+	t.Parallel()
 	eachVersion(t, func(t *testing.T, v mqtt.Version) {
 		r := newRig(t, func(r *rig) { r.cfg.WriteTimeout = time.Second })
 		slow := r.client(v, "slow")
@@ -685,9 +689,9 @@ func TestSlowSubscriberHoldsUpNobody(t *testing.T) {
 
 func TestACLOfSubscriptions(t *testing.T) {
 	eachVersion(t, func(t *testing.T, v mqtt.Version) {
-		withdrawn := false
+		var withdrawn atomic.Bool
 		r := newRig(t, func(r *rig) {
-			r.auth.subscribe = func(_, f string) bool { return !strings.HasPrefix(f, "secret") && (!withdrawn || f != "t") }
+			r.auth.subscribe = func(_, f string) bool { return !strings.HasPrefix(f, "secret") && (!withdrawn.Load() || f != "t") }
 		})
 		s := r.client(v, "sub")
 		got := s.subscribe(1, filter("t", 1), filter("secret/x", 1), filter("$share/g/secret/y", 2), filter("u", 2))
@@ -706,7 +710,7 @@ func TestACLOfSubscriptions(t *testing.T) {
 			t.Errorf("got %v", got)
 		}
 		// A right that is withdrawn holds at the next delivery, also of retained messages.
-		withdrawn = true
+		withdrawn.Store(true)
 		p.publishDone(1, 4, "t", "y", retain)
 		p.publishDone(1, 5, "u", "z")
 		if got := s.take(1); got[0] != "z" {

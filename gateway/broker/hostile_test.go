@@ -102,6 +102,7 @@ func shorten(r *rig) {
 
 // Whoever is silent, or dribbles, is closed in time: before CONNECT and in the middle of a packet.
 func TestHalfOpenConnections(t *testing.T) {
+	t.Parallel()
 	hello := mqtt.AppendConnect(nil, &mqtt.Connect{Version: mqtt.V5, ClientID: "dev", CleanStart: true})
 	publish := mqtt.AppendPublish(nil, mqtt.V5, &mqtt.Publish{Topic: []byte("t"), Payload: make([]byte, 500)})
 	for _, x := range []struct {
@@ -119,6 +120,7 @@ func TestHalfOpenConnections(t *testing.T) {
 		{"dribbled after a whole one", true, publish, publish},
 	} {
 		t.Run(x.name, func(t *testing.T) {
+			t.Parallel()
 			r := newRig(t, shorten)
 			var p *peer
 			if x.connect {
@@ -216,6 +218,7 @@ func TestLyingLengthsAllocateNothing(t *testing.T) {
 
 // A connection that was busy gives its buffers back when it is not any more.
 func TestBuffersAreGivenBack(t *testing.T) {
+	t.Parallel()
 	r := newRig(t, nil)
 	p := r.client(mqtt.V311, "dev")
 	var frames []byte

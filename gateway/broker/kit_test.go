@@ -29,10 +29,14 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 var versions = []mqtt.Version{mqtt.V311, mqtt.V5}
 
-// eachVersion runs a test for MQTT 3.1.1 and 5.
+// eachVersion runs a test for MQTT 3.1.1 and 5, side by side.
 func eachVersion(t *testing.T, f func(t *testing.T, v mqtt.Version)) {
+	t.Helper()
 	for _, v := range versions {
-		t.Run("mqtt="+v.String(), func(t *testing.T) { f(t, v) })
+		t.Run("mqtt="+v.String(), func(t *testing.T) {
+			t.Parallel()
+			f(t, v)
+		})
 	}
 }
 

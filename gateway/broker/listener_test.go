@@ -128,6 +128,7 @@ func (p *peer) hello(id string) {
 }
 
 func TestTLS(t *testing.T) {
+	t.Parallel()
 	ca := newAuthority(t, "ca")
 	stranger := newAuthority(t, "stranger")
 	cert, key := ca.issue("gateway")
@@ -244,6 +245,7 @@ func (s *stream) Write(p []byte) (int, error) {
 func (s *stream) SetDeadline(t time.Time) error { return s.SetReadDeadline(t) }
 
 func TestWebsocket(t *testing.T) {
+	t.Parallel()
 	ca := newAuthority(t, "ca")
 	cert, key := ca.issue("gateway")
 	start := func(t *testing.T, protocol string) *rig {

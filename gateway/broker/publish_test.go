@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -53,7 +54,7 @@ func TestRefusedPublishIsNeverASuccess(t *testing.T) {
 		for _, qos := range []byte{0, 1, 2} {
 			t.Run(fmt.Sprintf("%s/qos=%d", how.name, qos), func(t *testing.T) {
 				eachVersion(t, func(t *testing.T, v mqtt.Version) {
-					bad := false
+					var bad atomic.Bool
 					r := newRig(t, func(r *rig) {
 						r.auth.publish = func(_, topic string) bool { return !strings.HasPrefix(topic, "secret") }
 						r.in.refuse = func(m *broker.Message) error {
@@ -69,7 +70,7 @@ func TestRefusedPublishIsNeverASuccess(t *testing.T) {
 						}
 						if how.async {
 							r.in.deliver = func(done func(error)) {
-								if bad {
+								if bad.Load() {
 									done(errors.New("disk is on fire"))
 									return
 								}
@@ -83,7 +84,7 @@ func TestRefusedPublishIsNeverASuccess(t *testing.T) {
 					}
 					p := r.client(v, "dev")
 					p.publishDone(1, 1, "a/b", "good")
-					bad = true
+					bad.Store(true)
 					p.publish(1, 2, "a/b", "good as well")
 					if how.async {
 						p.closed(0)
@@ -353,6 +354,7 @@ func TestTakeoverAndDisconnectDuringACommit(t *testing.T) {
 
 // A client that floods and never reads its acks is held back and then closed; nobody else feels it.
 func TestFloodIsHeldBack(t *testing.T) {
+	t.Parallel()
 	eachVersion(t, func(t *testing.T, v mqtt.Version) {
 		r := newRig(t, func(r *rig) {
 			r.cfg.MaxUnackedBytes = 64 << 10

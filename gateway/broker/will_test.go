@@ -3,6 +3,7 @@ package broker_test
 import (
 	"fmt"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -42,6 +43,7 @@ func (r *rig) fence() {
 }
 
 func TestWillIsPublishedWhenTheConnectionBreaks(t *testing.T) {
+	t.Parallel()
 	eachVersion(t, func(t *testing.T, v mqtt.Version) {
 		for _, x := range []struct {
 			how  string
@@ -123,16 +125,17 @@ func TestEmptyWill(t *testing.T) {
 
 func TestWillOfARefusedTopic(t *testing.T) {
 	eachVersion(t, func(t *testing.T, v mqtt.Version) {
-		denied := true
+		var denied atomic.Bool
+		denied.Store(true)
 		r := newRig(t, func(r *rig) {
-			r.auth.publish = func(_, topic string) bool { return !denied || !strings.HasPrefix(topic, "will") }
+			r.auth.publish = func(_, topic string) bool { return !denied.Load() || !strings.HasPrefix(topic, "will") }
 		})
 		if _, a := r.connect(v, "dev", withWill()); a.Reason != mqtt.NotAuthorized {
 			t.Errorf("told %v", a.Reason)
 		}
-		denied = false
+		denied.Store(false)
 		p := r.client(v, "dev", withWill())
-		denied = true // the right is withdrawn while the device is connected
+		denied.Store(true) // the right is withdrawn while the device is connected
 		p.nc.Close()
 		eventually(t, "end", func() bool { return r.b.Stats().Connections == 0 })
 		r.fence()
@@ -181,6 +184,7 @@ func TestWillAtTakeover(t *testing.T) {
 }
 
 func TestDelayedWill(t *testing.T) {
+	t.Parallel()
 	start := func(t *testing.T, delay, expiry uint32) *rig {
 		r := newRig(t, nil)
 		p := r.client(mqtt.V5, "dev", keep, withWill(delayed(delay)), func(k *mqtt.Connect) { k.SessionExpiry = expiry })
@@ -197,6 +201,7 @@ func TestDelayedWill(t *testing.T) {
 		eventually(t, "will", func() bool { return join(r.wills()) == "will/dev=gone" })
 	}
 	t.Run("after its delay", func(t *testing.T) {
+		t.Parallel()
 		r := start(t, 1, 60)
 		published(t, r)
 		r.restart() // and only once
@@ -206,11 +211,13 @@ func TestDelayedWill(t *testing.T) {
 		}
 	})
 	t.Run("the session ends first", func(t *testing.T) {
+		t.Parallel()
 		r := start(t, 60, 1)
 		published(t, r)
 		eventually(t, "end of the session", func() bool { return r.b.Stats().Sessions == 0 })
 	})
 	t.Run("the client is back in time", func(t *testing.T) {
+		t.Parallel()
 		r := start(t, 1, 60)
 		p := r.client(mqtt.V5, "dev", keep)
 		if f, err := p.next(1500 * time.Millisecond); err == nil {
@@ -228,6 +235,7 @@ func TestDelayedWill(t *testing.T) {
 		}
 	})
 	t.Run("across a restart", func(t *testing.T) {
+		t.Parallel()
 		r := start(t, 2, 60)
 		r.stop()
 		if w := r.wills(); len(w) > 0 {
@@ -237,6 +245,7 @@ func TestDelayedWill(t *testing.T) {
 		published(t, r)
 	})
 	t.Run("due while the gateway is off", func(t *testing.T) {
+		t.Parallel()
 		r := start(t, 1, 60)
 		r.stop()
 		begin := time.Now()
