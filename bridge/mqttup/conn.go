@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net"
 	"os"
 	"sync"
@@ -31,15 +32,17 @@ type conn struct {
 
 	mu      sync.Mutex
 	out     []byte // written by paho, not yet by flush
+	sends   bool   // there is a PUBLISH in out
 	closing bool   // close once out is written
 	err     error  // why the connection ended: the first reason wins
 	wake    chan struct{}
 	over    chan struct{} // closed with err
 	flushed chan struct{} // flush has returned
 
-	reading  atomic.Int64 // Unix ns since when paho waits for bytes; 0: it does not, its handler may be busy
-	pingSent atomic.Int64 // Unix ns of an unanswered PINGREQ; 0: none
-	unacked  atomic.Int64 // PUBLISHes without a PUBACK
+	reading  atomic.Int64  // Unix ns since when paho waits for bytes; 0: it does not, its handler may be busy
+	pingSent atomic.Int64  // Unix ns of an unanswered PINGREQ; 0: none
+	unacked  atomic.Int64  // PUBLISHes without a PUBACK
+	sentTo   atomic.Uint64 // where on the transport the last PUBLISH ends; without limit while one is being written
 }
 
 const (
@@ -192,13 +195,14 @@ func (c *conn) Write(p []byte) (int, error) {
 	}
 	idle := len(c.out) == 0
 	c.out = append(c.out, p...)
-	c.mu.Unlock()
 	switch { // paho writes whole packets
-	case p[0]>>4 == 3 && p[0]&6 != 0:
+	case p[0]>>4 == 3:
+		c.sends = true
 		c.unacked.Add(1)
 	case p[0] == 0xC0:
 		c.pingSent.CompareAndSwap(0, time.Now().UnixNano())
 	}
+	c.mu.Unlock()
 	if idle {
 		c.ring()
 	}
@@ -221,16 +225,23 @@ func (c *conn) flush(stall time.Duration) {
 	var spare []byte
 	for {
 		c.mu.Lock()
-		out := c.out
+		out, sends := c.out, c.sends
 		closing, ended := c.closing, c.err != nil
-		c.out = spare[:0]
+		c.out, c.sends = spare[:0], false
 		c.mu.Unlock()
 		spare = nil
 		if ended && !closing {
 			return
 		}
 		if len(out) > 0 {
-			if _, err := c.Conn.Write(out); err != nil {
+			if sends {
+				c.sentTo.Store(math.MaxUint64)
+			}
+			_, err := c.Conn.Write(out)
+			if sends {
+				c.sentTo.Store(c.tcp.written.Load())
+			}
+			if err != nil {
 				if !errors.Is(err, os.ErrDeadlineExceeded) {
 					// The reader knows better why: the peer's last words, a TLS alert for example, may be there to read.
 					select {
@@ -303,6 +314,14 @@ func (c *conn) reason() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.err
+}
+
+// progress changes while bytes of what is published move. Pings move, too, on a link whose far side takes
+// messages and never acknowledges them.
+func (c *conn) progress() uint64 {
+	c.tcp.look()
+	to := c.sentTo.Load()
+	return min(c.tcp.taken.Load(), to) + min(c.tcp.written.Load(), to)
 }
 
 // The deadlines that paho sets: those for reading matter while it connects; those for writing would

@@ -171,9 +171,3 @@ func (c *progressConn) lastMove() int64 {
 	c.look()
 	return c.moved.Load()
 }
-
-// progress changes while bytes move.
-func (c *progressConn) progress() uint64 {
-	c.look()
-	return c.taken.Load() + c.written.Load()
-}

@@ -405,6 +405,29 @@ func TestSlowLinkLives(t *testing.T) {
 	}
 }
 
+// TestPingsAreNoProgress: the far side takes a message, never acknowledges it, and answers pings for ever.
+func TestPingsAreNoProgress(t *testing.T) {
+	t.Parallel()
+	b := bridgetest.StartBroker(t, nil)
+	o := options(b)
+	o.KeepAlive = time.Second
+	s := session(t, o, new(acks))
+	b.Script(func(b *bridgetest.Broker) {
+		b.OnPublish = func(int, int, bridgetest.Published) bridgetest.Answer { return bridgetest.Answer{NoAck: true} }
+	})
+	before := s.Progress()
+	if err := s.Send(message(1, "x")); err != nil {
+		t.Fatal(err)
+	}
+	testkit.Eventually(t, 10*time.Second, "the message comes", func() bool { return len(b.Messages()) == 1 && s.Progress() != before })
+	testkit.Eventually(t, 10*time.Second, "a ping comes", func() bool { return b.Pings() > 0 })
+	after, pings := s.Progress(), b.Pings()
+	testkit.Eventually(t, 10*time.Second, "pings come", func() bool { return b.Pings() >= pings+2 })
+	if p := s.Progress(); p != after {
+		t.Errorf("progress went from %d to %d with pings only", after, p)
+	}
+}
+
 func TestClientID(t *testing.T) {
 	seen := map[string]string{}
 	for _, c := range []struct{ gateway, upstream, want string }{

@@ -196,7 +196,7 @@ func (s *session) puback(t paho.Token) error {
 	return nil
 }
 
-func (s *session) Progress() uint64      { return s.conn.tcp.progress() }
+func (s *session) Progress() uint64      { return s.conn.progress() }
 func (s *session) Done() <-chan struct{} { return s.conn.over }
 func (s *session) Err() error            { return s.conn.reason() }
 
