@@ -2,6 +2,7 @@ package broker_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -89,8 +90,10 @@ func benchPublish(b *testing.B, how string, v mqtt.Version, conns, window int) {
 	defer store.Close()
 	var in broker.Intake = voidIntake{}
 	if how == "spool" {
-		sp, err := spool.Open(store, spool.Config{Gateway: "bench", Log: quiet,
-			Lanes: []spool.LaneConfig{{Name: "telemetry", Share: 100, MaxBytes: 1 << 30, WhenFull: spool.DropOldest}}})
+		sp, err := spool.Open(store, spool.Config{
+			Gateway: "bench", Log: quiet,
+			Lanes: []spool.LaneConfig{{Name: "telemetry", Share: 100, MaxBytes: 1 << 30, WhenFull: spool.DropOldest}},
+		})
 		if err != nil {
 			b.Fatal(err)
 		}
@@ -117,7 +120,7 @@ func benchPublish(b *testing.B, how string, v mqtt.Version, conns, window int) {
 	per := b.N/conns + 1
 	for i := range conns {
 		wg.Go(func() {
-			if err := flood(addr, fmt.Sprintf("dev%d", i), v, per, window, 256); err != nil && err != io.EOF {
+			if err := flood(addr, fmt.Sprintf("dev%d", i), v, per, window, 256); err != nil && !errors.Is(err, io.EOF) {
 				b.Error(err)
 			}
 		})

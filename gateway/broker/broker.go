@@ -310,15 +310,12 @@ func (l *noticeLimit) allow() bool {
 	return l.n <= noticesPerSecond
 }
 
-// notice logs what a client should know or be told by a person: Info for the first few each
-// second, else Debug. What is no more than a device coming and going is Debug.
-func (b *Broker) notice(c *conn, msg string, err error) {
-	level := slog.LevelInfo
+// noticeLevel gives the level at which what happened to a client is logged: Info for the first
+// few each second, else Debug. That a device comes and goes is Debug.
+func (b *Broker) noticeLevel(err error) slog.Level {
 	switch {
-	case errors.Is(err, errGoodbye), errors.Is(err, errStopping), errors.Is(err, errEnded), isEOF(err):
-		level = slog.LevelDebug
-	case !b.notices.allow():
-		level = slog.LevelDebug
+	case errors.Is(err, errGoodbye), errors.Is(err, errStopping), errors.Is(err, errEnded), isEOF(err), !b.notices.allow():
+		return slog.LevelDebug
 	}
-	b.log.Log(context.Background(), level, msg, "client", c.id, "remote", c.remote, "listener", c.listener.Name, "err", err)
+	return slog.LevelInfo
 }

@@ -1,6 +1,7 @@
 package broker
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -163,7 +164,8 @@ func (c *conn) leave() {
 	cause := c.cause
 	c.mu.Unlock()
 	c.b.m.ended(cause)
-	c.b.notice(c, "connection ended", cause)
+	c.b.log.Log(context.Background(), c.b.noticeLevel(cause), "connection ended", "client", c.id, "remote", c.remote,
+		"listener", c.listener.Name, "err", cause)
 }
 
 // drain waits until all that was handed in is committed and acknowledged.
@@ -245,7 +247,7 @@ func (c *conn) handle(t mqtt.Type, frame []byte) error {
 	if c.sess == nil {
 		return c.connect(frame)
 	}
-	switch t {
+	switch t { //nolint:exhaustive // the others come below
 	case mqtt.TypePublish:
 		return c.publish(frame)
 	case mqtt.TypePuback, mqtt.TypePubrec, mqtt.TypePubrel, mqtt.TypePubcomp:
@@ -265,17 +267,17 @@ func (c *conn) handle(t mqtt.Type, frame []byte) error {
 	if err := mqtt.ValidateFromClient(frame, c.version); err != nil {
 		return err
 	}
-	switch t {
+	switch t { //nolint:exhaustive // ValidateFromClient refuses the others
 	case mqtt.TypePingreq:
 		c.mu.Lock()
-		c.appendLocked(func(b []byte) []byte { return mqtt.AppendPingresp(b) })
+		c.appendLocked(mqtt.AppendPingresp)
 		c.mu.Unlock()
 		c.dirty = true
 		return nil
 	case mqtt.TypeDisconnect:
 		return c.disconnect(frame)
 	}
-	return fmt.Errorf("packet %v was let through", t) // ValidateFromClient refuses all others
+	return fmt.Errorf("packet %v was let through", t)
 }
 
 func (c *conn) disconnect(frame []byte) error {

@@ -41,16 +41,41 @@ func TestWhoGetsAMessage(t *testing.T) {
 			filter, topic string
 			want          bool
 		}{
-			{"a/b", "a/b", true}, {"a/b", "a", false}, {"a/b", "a/b/c", false}, {"A/b", "a/b", false},
-			{"a/+", "a/b", true}, {"a/+", "a", false}, {"a/+", "a/", true}, {"+", "a", true}, {"+", "/a", false},
-			{"+/+", "/a", true}, {"/+", "/a", true}, {"a/+/c", "a/b/c", true}, {"a/+/c", "a//c", true},
-			{"#", "a/b/c", true}, {"a/#", "a/b/c", true}, {"a/#", "a", true}, {"a/#", "ab", false}, {"a/b/#", "a/b", true},
+			{"a/b", "a/b", true},
+			{"a/b", "a", false},
+			{"a/b", "a/b/c", false},
+			{"A/b", "a/b", false},
+			{"a/+", "a/b", true},
+			{"a/+", "a", false},
+			{"a/+", "a/", true},
+			{"+", "a", true},
+			{"+", "/a", false},
+			{"+/+", "/a", true},
+			{"/+", "/a", true},
+			{"a/+/c", "a/b/c", true},
+			{"a/+/c", "a//c", true},
+			{"#", "a/b/c", true},
+			{"a/#", "a/b/c", true},
+			{"a/#", "a", true},
+			{"a/#", "ab", false},
+			{"a/b/#", "a/b", true},
 			// mochi's index misses these two.
-			{"a/+/#", "a/b", true}, {"+/#", "a", true}, {"a/+/#", "a", false}, {"a/+/#", "a/b/c/d", true},
-			{"#", "$x/a", false}, {"+/a", "$x/a", false}, {"$x/#", "$x/a", true}, {"$x/a", "$x/a", true}, {"+/#", "$x", false},
+			{"a/+/#", "a/b", true},
+			{"+/#", "a", true},
+			{"a/+/#", "a", false},
+			{"a/+/#", "a/b/c/d", true},
+			{"#", "$x/a", false},
+			{"+/a", "$x/a", false},
+			{"$x/#", "$x/a", true},
+			{"$x/a", "$x/a", true},
+			{"+/#", "$x", false},
 			// and gives these to wildcards.
-			{"$share/g/#", "$x/a", false}, {"$share/g/+/a", "$x/a", false}, {"$share/g/a/#", "a", true}, {"$share/g/a/+/#", "a/b", true},
-			{"$share/g//a", "/a", true}, {"é/+", "é/b", true},
+			{"$share/g/#", "$x/a", false},
+			{"$share/g/+/a", "$x/a", false},
+			{"$share/g/a/#", "a", true},
+			{"$share/g/a/+/#", "a/b", true},
+			{"$share/g//a", "/a", true},
+			{"é/+", "é/b", true},
 		} {
 			t.Run(x.filter+" and "+x.topic, func(t *testing.T) {
 				r := newRig(t, nil)
@@ -150,8 +175,17 @@ func TestRetained(t *testing.T) {
 		check := func(t *testing.T) {
 			s := r.client(v, "sub")
 			for i, x := range []struct{ filter, want string }{
-				{"a/#", "A AB AC"}, {"a", "A"}, {"+", "A"}, {"#", "A AB AC"}, {"a/+", "AB AC"}, {"+/b", "AB"},
-				{"$x/+", "XB"}, {"a/+/#", "AB AC"}, {"$share/g/a/#", ""}, {"a/d", ""}, {"x/#", ""},
+				{"a/#", "A AB AC"},
+				{"a", "A"},
+				{"+", "A"},
+				{"#", "A AB AC"},
+				{"a/+", "AB AC"},
+				{"+/b", "AB"},
+				{"$x/+", "XB"},
+				{"a/+/#", "AB AC"},
+				{"$share/g/a/#", ""},
+				{"a/d", ""},
+				{"x/#", ""},
 			} {
 				s.subscribeAs(uint16(i+1), uint32(i+1), filter(x.filter, 1))
 				want := strings.Fields(x.want)

@@ -2,9 +2,11 @@ package broker_test
 
 import (
 	"context"
+	"errors"
 	"io"
 	"log/slog"
 	"net"
+	"os"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -89,7 +91,7 @@ func FuzzConnection(f *testing.F) {
 		if panics.n.Load() > 0 {
 			t.Fatalf("a panic at % x", data)
 		}
-		if e, ok := err.(net.Error); ok && e.Timeout() {
+		if errors.Is(err, os.ErrDeadlineExceeded) {
 			t.Fatalf("is not closed after % x", data)
 		}
 		// What it answers is MQTT.

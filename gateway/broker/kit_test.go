@@ -58,9 +58,8 @@ type intake struct {
 	// loseAll makes each commit fail.
 	loseAll atomic.Bool
 
-	mu    sync.Mutex
-	list  []stored
-	count int
+	mu   sync.Mutex
+	list []stored
 }
 
 type completion struct {

@@ -136,8 +136,10 @@ func TestTLS(t *testing.T) {
 	start := func(t *testing.T, require bool) *rig {
 		return newRig(t, func(r *rig) {
 			shorten(r)
-			r.cfg.Listeners = []broker.Listener{{Name: "tls", Protocol: "mqtts", Address: "127.0.0.1:0",
-				TLS: broker.TLS{Cert: cert, Key: key, ClientCA: ca.file, RequireClientCert: require}}}
+			r.cfg.Listeners = []broker.Listener{{
+				Name: "tls", Protocol: "mqtts", Address: "127.0.0.1:0",
+				TLS: broker.TLS{Cert: cert, Key: key, ClientCA: ca.file, RequireClientCert: require},
+			}}
 			r.auth.connect = func(c *broker.ConnectInfo) error { last = *c; return nil }
 		})
 	}

@@ -98,15 +98,21 @@ func newMetrics(b *Broker, reg prometheus.Registerer) *metrics {
 			"Messages with RETAIN that were taken but not kept, because too many or too large ones are."),
 		wills:     counter("wills_total", "Wills published: devices that vanished."),
 		sentBytes: counter("sent_bytes_total", "Bytes written to clients."),
-		queued: prometheus.NewGauge(prometheus.GaugeOpts{Name: "holdfast_broker_deliveries_queued",
-			Help: "Deliveries that wait for local subscribers."}),
+		queued: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "holdfast_broker_deliveries_queued",
+			Help: "Deliveries that wait for local subscribers.",
+		}),
 		drops: vec("deliveries_dropped_total", "Deliveries to local subscribers dropped, by reason. queue_full: a subscriber is slower than what it subscribed to.",
 			"reason", dropQueueFull, dropOffline, dropExpired, dropTooLarge, dropDenied, dropRefused, dropGone),
 	}
-	received := prometheus.NewCounterVec(prometheus.CounterOpts{Name: "holdfast_broker_publish_received_total",
-		Help: "PUBLISH packets from clients."}, []string{"qos"})
-	sent := prometheus.NewCounterVec(prometheus.CounterOpts{Name: "holdfast_broker_publish_sent_total",
-		Help: "PUBLISH packets to clients."}, []string{"qos"})
+	received := prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "holdfast_broker_publish_received_total",
+		Help: "PUBLISH packets from clients.",
+	}, []string{"qos"})
+	sent := prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "holdfast_broker_publish_sent_total",
+		Help: "PUBLISH packets to clients.",
+	}, []string{"qos"})
 	for qos, label := range []string{"0", "1", "2"} {
 		m.received[qos] = received.WithLabelValues(label)
 		m.sent[qos] = sent.WithLabelValues(label)

@@ -195,7 +195,7 @@ func (s *session) answered(c *conn, a *mqtt.Ack) error {
 		f = &s.flights[i]
 	}
 	done := false
-	switch a.Type {
+	switch a.Type { //nolint:exhaustive // PUBREL goes to release2
 	case mqtt.TypePuback:
 		done = f != nil && f.qos == 1
 	case mqtt.TypePubrec:

@@ -2,6 +2,7 @@ package broker
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"time"
 	"unsafe"
@@ -150,14 +151,15 @@ func (c *conn) handIn(in *inflow, topic []byte, m *message, token uint64, ops []
 	}
 	c.fillRecord(in, topic, &in.pub)
 	err := c.b.intake.Publish(&in.msg, ops, c, token)
-	switch {
-	case err == nil:
+	if err == nil {
 		return nil
-	case errors.Is(err, ErrQuota):
-		c.b.notice(c, "publish refused", err)
+	}
+	if in.pub.QoS > 0 { // QoS 0 is shed in numbers; it is counted
+		c.b.log.Log(context.Background(), c.b.noticeLevel(err), "publish refused", "client", c.id, "err", err)
+	}
+	if errors.Is(err, ErrQuota) {
 		return &refusal{mqtt.QuotaExceeded, "publish refused"}
 	}
-	c.b.notice(c, "publish refused", err)
 	return &refusal{mqtt.UnspecifiedError, "publish refused"}
 }
 

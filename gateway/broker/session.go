@@ -28,25 +28,24 @@ type session struct {
 	client *mochi.Client // mochi's view of the session, made at the first SUBSCRIBE; under life
 	answer *capture      // the client's net.Conn; under life
 
-	mu        sync.Mutex // guards what follows; never held while waiting for anything
-	conn      *conn      // nil: offline
-	fresh     bool       // no connection has had it yet
-	gone      bool       // it has ended and is not in Broker.sessions any more
-	stored    bool       // it has rows
-	version   mqtt.Version
-	era       uint64
-	expiry    uint32 // seconds that it outlives its connection; neverEnds: it does not end
-	endsAt    time.Time
-	timer     *time.Timer // to endsAt; nil: connected, or never
-	subs      []subscription
-	rx        map[uint16]*rx
-	waiting   *pendingWill // nil: none
-	queue     queue
-	flights   []flight // sent or to be sent again, in order
-	resend    int      // flights[resend:] were not sent on this connection yet
-	unacked   int      // sent on this connection and not yet answered
-	lastID    uint16
-	lastReset time.Time
+	mu      sync.Mutex // guards what follows; never held while waiting for anything
+	conn    *conn      // nil: offline
+	fresh   bool       // no connection has had it yet
+	gone    bool       // it has ended and is not in Broker.sessions any more
+	stored  bool       // it has rows
+	version mqtt.Version
+	era     uint64
+	expiry  uint32 // seconds that it outlives its connection; neverEnds: it does not end
+	endsAt  time.Time
+	timer   *time.Timer // to endsAt; nil: connected, or never
+	subs    []subscription
+	rx      map[uint16]*rx
+	waiting *pendingWill // nil: none
+	queue   queue
+	flights []flight // sent or to be sent again, in order
+	resend  int      // flights[resend:] were not sent on this connection yet
+	unacked int      // sent on this connection and not yet answered
+	lastID  uint16
 }
 
 const neverEnds = math.MaxUint32
@@ -66,7 +65,7 @@ type subscription struct {
 // newEra gives a number that no earlier incarnation of a session had.
 func newEra() uint64 {
 	var b [8]byte
-	rand.Read(b[:]) //nolint:errcheck // never fails
+	rand.Read(b[:])
 	return binary.BigEndian.Uint64(b[:])
 }
 

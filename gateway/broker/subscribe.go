@@ -29,7 +29,6 @@ type capture struct {
 	net.Conn // nil: mochi calls nothing but Write
 	s        *session
 	refused  map[string]mqtt.Reason // filters that hook.OnACLCheck said no to, and why
-	room     int                    // subscriptions that the session may still take
 	reasons  []byte
 	packet   []byte
 }

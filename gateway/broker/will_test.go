@@ -1,7 +1,7 @@
 package broker_test
 
 import (
-	"fmt"
+	"errors"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -256,7 +256,7 @@ func TestDelayedWill(t *testing.T) {
 }
 
 func TestWillThatIsRefusedIsCounted(t *testing.T) {
-	r := newRig(t, func(r *rig) { r.in.refuse = func(m *broker.Message) error { return fmt.Errorf("no") } })
+	r := newRig(t, func(r *rig) { r.in.refuse = func(*broker.Message) error { return errors.New("no") } })
 	r.client(mqtt.V311, "dev", withWill()).nc.Close()
 	eventually(t, "count", func() bool { return r.metric("publish_refused_total", "error") == 1 })
 }
