@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	mochi "github.com/mochi-mqtt/server/v2"
@@ -32,6 +33,8 @@ type Broker struct {
 	fan      *fanout
 	sockets  []*socket
 	notices  noticeLimit
+
+	queuedBytes atomic.Int64 // of the messages in the queues of all sessions
 
 	stop chan struct{}  // closed when Run begins to stop
 	wg   sync.WaitGroup // accept loops, connections, flushes, timers that fired
@@ -130,7 +133,7 @@ const purgeEvery = time.Minute
 // it started. Wills are not published: a gateway that stops is no death of its devices.
 func (b *Broker) Run(ctx context.Context) error {
 	var workers sync.WaitGroup
-	workers.Go(func() { b.fan.run(newDeliverer(b).do) })
+	workers.Go(func() { b.fan.run(newDeliverer(b).guarded) })
 	b.startTimers()
 	for _, s := range b.sockets {
 		b.wg.Add(1)
@@ -314,7 +317,7 @@ func (l *noticeLimit) allow() bool {
 // few each second, else Debug. That a device comes and goes is Debug.
 func (b *Broker) noticeLevel(err error) slog.Level {
 	switch {
-	case errors.Is(err, errGoodbye), errors.Is(err, errStopping), errors.Is(err, errEnded), isEOF(err), !b.notices.allow():
+	case errors.Is(err, errGoodbye), errors.Is(err, errStopping), errors.Is(err, errEnded), isEOF(err), isReset(err), !b.notices.allow():
 		return slog.LevelDebug
 	}
 	return slog.LevelInfo

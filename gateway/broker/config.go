@@ -24,7 +24,8 @@ type Config struct {
 	MaxKeepAlive             time.Duration // MQTT 5 clients with a longer keep alive, or none, are given this one; 30 min
 
 	// What one client may have under way.
-	MaxPacket         int    // bytes of one packet, also before authentication; 256 KiB
+	MaxPacket         int    // bytes of one packet; 256 KiB
+	MaxConnectPacket  int    // bytes of a CONNECT, all that is read before authentication; 32 KiB
 	MaxClientID       int    // bytes; 256
 	ReceiveMaximum    uint16 // QoS 1 and 2 messages not yet acknowledged; 256
 	MaxUnackedBytes   int    // bytes of messages not yet committed; 1 MiB
@@ -38,6 +39,7 @@ type Config struct {
 	SessionExpiryMax     time.Duration // longest time a session outlives its connection; 7 days
 	MaxSessionQueue      int           // messages that wait for one client; 1,000
 	MaxSessionQueueBytes int           // and their bytes; 1 MiB
+	MaxQueuedBytes       int           // bytes of the messages that wait for all clients, counted for each; 64 MiB
 	MaxInflight          int           // QoS 1 and 2 messages sent to one client and not yet acknowledged; 64
 	MaxRetained          int           // retained messages; 10,000
 	MaxRetainedBytes     int           // and their bytes; 64 MiB
@@ -58,6 +60,7 @@ func (c *Config) setDefaults() {
 	or(&c.ShutdownTimeout, 5*time.Second)
 	or(&c.MaxKeepAlive, 30*time.Minute)
 	or(&c.MaxPacket, 256<<10)
+	or(&c.MaxConnectPacket, 32<<10)
 	or(&c.MaxClientID, 256)
 	or(&c.ReceiveMaximum, 256)
 	or(&c.MaxUnackedBytes, 1<<20)
@@ -69,6 +72,7 @@ func (c *Config) setDefaults() {
 	or(&c.SessionExpiryMax, 7*24*time.Hour)
 	or(&c.MaxSessionQueue, 1000)
 	or(&c.MaxSessionQueueBytes, 1<<20)
+	or(&c.MaxQueuedBytes, 64<<20)
 	or(&c.MaxInflight, 64)
 	or(&c.MaxRetained, 10_000)
 	or(&c.MaxRetainedBytes, 64<<20)

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"holdfast/internal/mqtt"
+	"holdfast/spool"
 )
 
 const (
@@ -227,6 +228,8 @@ func (c *conn) split() (n int, err error) {
 			return n, fmt.Errorf("first packet is not CONNECT but %v", t) // MQTT-3.1.0-1: no answer
 		case err != nil:
 			return n, err
+		case c.sess == nil && ok && size > c.b.cfg.MaxConnectPacket:
+			return n, fmt.Errorf("CONNECT of %d bytes", size)
 		case ok && size > c.b.cfg.MaxPacket:
 			return n, &refusal{mqtt.PacketTooLarge, fmt.Sprintf("%v of %d bytes", t, size)}
 		case !ok || c.w-c.r < size:
@@ -314,12 +317,12 @@ func (c *conn) fillBuffer(now time.Time) error {
 	}
 	for {
 		c.shrink = time.Time{}
-		if len(c.buf) > readMin && c.w == 0 && !c.nested {
+		if len(c.buf) > readMin && c.w == 0 && !c.listener.websocket() {
 			c.shrink = now.Add(shrinkIn)
 		}
 		n, err := c.read(c.nc, c.buf[c.w:])
 		if errors.Is(err, errIdle) {
-			c.buf = make([]byte, readMin)
+			c.giveBack()
 			continue
 		}
 		if err != nil {
@@ -330,6 +333,21 @@ func (c *conn) fillBuffer(now time.Time) error {
 			c.grow(min(4*len(c.buf), most))
 		}
 		return nil
+	}
+}
+
+// giveBack frees what a busy connection needed and a silent one does not.
+func (c *conn) giveBack() {
+	c.buf = make([]byte, readMin)
+	c.mu.Lock()
+	if c.head == c.tail {
+		c.ring = nil
+	}
+	c.mu.Unlock()
+	if c.in != nil {
+		c.in.pub = mqtt.Publish{} // views of the old buffer
+		c.in.msg = Message{}
+		c.in.props = spool.Props{}
 	}
 }
 

@@ -122,6 +122,9 @@ func (c *conn) connect(frame []byte) error {
 	var refused *refusal
 	switch {
 	case err == nil:
+		if err := c.awaitConnack(); err != nil {
+			return err
+		}
 		c.b.m.connects.Inc()
 		c.b.log.Debug("client connected", "client", c.id, "remote", c.remote, "listener", c.listener.Name,
 			"mqtt", c.version.String(), "clean", k.CleanStart)
@@ -129,6 +132,20 @@ func (c *conn) connect(frame []byte) error {
 		return refuse(refused.reason, err)
 	}
 	return err
+}
+
+// awaitConnack waits until CONNACK is on its way: whatever the client has sent along is handled
+// after that, since no answer may come before it (MQTT-3.2.0-1).
+func (c *conn) awaitConnack() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for !c.established && !c.ending {
+		c.cond.Wait()
+	}
+	if c.ending {
+		return errEnded
+	}
+	return nil
 }
 
 // refuseConnect sends a CONNACK that is the last packet.

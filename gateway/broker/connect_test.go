@@ -404,3 +404,34 @@ func TestShutdownWhileCommitsHang(t *testing.T) {
 	p.closed(mqtt.ServerShuttingDown) // and no PUBACK
 	h.release(nil, true)
 }
+
+// What a client sends along with CONNECT is answered after CONNACK, however long that takes.
+func TestNothingComesBeforeConnack(t *testing.T) {
+	eachVersion(t, func(t *testing.T, v mqtt.Version) {
+		r := newRig(t, nil)
+		r.client(v, "dev", keep).subscribe(1, filter("t", 1))
+		r.client(v, "pub").publishDone(1, 1, "t", "waits")
+		p := r.dial(v)
+		k := mqtt.Connect{Version: v, ClientID: "dev"}
+		keep(&k) // its row has to be written first
+		b := mqtt.AppendConnect(nil, &k)
+		b = mqtt.AppendPingreq(b)
+		b = mqtt.AppendAck(b, mqtt.TypePubrec, 5, v, 0)
+		b = mqtt.AppendAck(b, mqtt.TypePubrel, 6, v, 0)
+		b = mqtt.AppendPublish(b, v, &mqtt.Publish{QoS: 1, ID: 7, Topic: []byte("u")})
+		p.send(b)
+		p.connack()
+	})
+}
+
+func TestConnectIsSmall(t *testing.T) {
+	eachVersion(t, func(t *testing.T, v mqtt.Version) {
+		r := newRig(t, func(r *rig) { r.cfg.MaxConnectPacket = 1000 })
+		p := r.dial(v)
+		p.send(mqtt.AppendConnect(nil, &mqtt.Connect{
+			Version: v, ClientID: "dev", CleanStart: true,
+			Will: &mqtt.Will{Topic: "t", Payload: make([]byte, 1000)},
+		}))
+		p.closed(0)
+	})
+}

@@ -673,6 +673,37 @@ func TestQueueIsBoundedInBytes(t *testing.T) {
 	eventually(t, "drops", func() bool { return r.metric("deliveries_dropped_total", "queue_full") == 11 })
 }
 
+func TestAllQueuesTogetherAreBounded(t *testing.T) {
+	r := newRig(t, func(r *rig) { r.cfg.MaxQueuedBytes = 50_000 })
+	for i := range 3 {
+		s := r.client(mqtt.V311, fmt.Sprint(i), keep)
+		s.subscribe(1, filter("t", 1))
+		s.nc.Close()
+	}
+	eventually(t, "end", func() bool { return r.b.Stats().Connections == 0 })
+	p := r.client(mqtt.V311, "pub")
+	for i := range 3 {
+		p.publishDone(1, uint16(i+1), "t", strings.Repeat("x", 10_000))
+	}
+	eventually(t, "drops", func() bool { return r.metric("deliveries_dropped_total", "queue_full") == 5 })
+	for i := range 3 { // what was taken out makes room again
+		s := r.client(mqtt.V311, fmt.Sprint(i), keep)
+		for {
+			f, err := s.next(50 * time.Millisecond)
+			if err != nil {
+				break
+			}
+			var m mqtt.Publish
+			if err := mqtt.ParseDelivery(f, mqtt.V311, &m); err != nil {
+				t.Fatal(err)
+			}
+			s.pub(mqtt.TypePuback, m.ID)
+		}
+	}
+	p.publishDone(1, 9, "t", "room")
+	r.client(mqtt.V311, "2", keep).take(1)
+}
+
 func TestMessagesExpireInTheQueue(t *testing.T) {
 	t.Parallel()
 	r := newRig(t, nil)

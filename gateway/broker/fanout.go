@@ -1,6 +1,8 @@
 package broker
 
 import (
+	"fmt"
+	"runtime/debug"
 	"slices"
 	"strings"
 	"sync"
@@ -141,6 +143,17 @@ const maxPlans = 1024
 
 func newDeliverer(b *Broker) *deliverer {
 	return &deliverer{b: b, plans: map[string]*plan{}, turns: map[string]int{}}
+}
+
+// guarded does a task. A panic loses this one and nothing else.
+func (d *deliverer) guarded(t *task) {
+	defer func() {
+		if p := recover(); p != nil {
+			d.b.m.panics.Inc()
+			d.b.log.Error("delivery lost by a panic: please report this", "err", fmt.Errorf("panic: %v", p), "stack", string(debug.Stack()))
+		}
+	}()
+	d.do(t)
 }
 
 func (d *deliverer) do(t *task) {

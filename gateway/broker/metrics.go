@@ -2,7 +2,6 @@ package broker
 
 import (
 	"errors"
-	"io"
 	"net"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -152,7 +151,7 @@ func (m *metrics) ended(err error) {
 	)
 	label := endOther
 	switch {
-	case errors.Is(err, errGoodbye), errors.Is(err, io.EOF), errors.Is(err, net.ErrClosed):
+	case errors.Is(err, errGoodbye), isEOF(err), isReset(err), errors.Is(err, net.ErrClosed):
 		label = endClient
 	case errors.Is(err, errSlow):
 		label = endSlow

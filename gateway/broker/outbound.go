@@ -63,10 +63,12 @@ func (s *session) deliver(x queued) {
 	case c == nil && x.qos == 0:
 		reason = dropOffline // MQTT 5.0 §4.1: QoS 0 need not wait for a client
 	case s.queue.len() >= s.b.cfg.MaxSessionQueue,
-		s.queue.len() > 0 && s.queue.bytes+x.message.size() > s.b.cfg.MaxSessionQueueBytes:
+		s.queue.len() > 0 && s.queue.bytes+x.message.size() > s.b.cfg.MaxSessionQueueBytes,
+		s.b.queuedBytes.Load()+int64(x.message.size()) > int64(s.b.cfg.MaxQueuedBytes):
 		reason = dropQueueFull
 	default:
 		s.queue.push(x)
+		s.b.queuedBytes.Add(int64(x.message.size()))
 	}
 	s.mu.Unlock()
 	if reason != "" {
@@ -117,6 +119,7 @@ func (s *session) fill(c *conn) {
 				return
 			}
 			s.queue.pop()
+			s.b.queuedBytes.Add(-int64(x.message.size()))
 			s.b.m.queued.Dec()
 			if _, over := x.message.expired(now); over {
 				s.b.m.dropped(dropExpired)

@@ -40,10 +40,10 @@ type slot struct {
 	quota   bool        // a QoS 1 or 2 message that the answer takes off the receive maximum
 	reason  mqtt.Reason // what the answer says
 	id      uint16
-	size    int32     // bytes counted in unacked
-	at      time.Time // when it was read; zero but in a few, from which latency is taken
-	message *message  // to be fanned out after the commit; nil: nobody waits for it
-	raw     *answer   // answers other than acknowledgements
+	size    int32    // bytes counted in unacked
+	at      int64    // when it was read, Unix ns; 0 but in a few, from which latency is taken
+	message *message // to be fanned out after the commit; nil: nobody waits for it
+	raw     *answer  // answers other than acknowledgements
 }
 
 type slotKind uint8
@@ -107,7 +107,7 @@ func (c *conn) publish(frame []byte) error {
 		s.quota = c.sess.counts(c, p.ID)
 	}
 	if in.n++; in.n&63 == 0 && p.QoS > 0 {
-		s.at = time.Now()
+		s.at = time.Now().UnixNano()
 	}
 
 	refused := mqtt.Success
@@ -447,8 +447,8 @@ func (c *conn) releaseLocked() {
 		if s.quota && (s.kind != slotPubrec || s.reason.Failed()) && c.inflight > 0 {
 			c.inflight--
 		}
-		if !s.at.IsZero() {
-			c.b.m.ackSeconds.Observe(time.Since(s.at).Seconds())
+		if s.at != 0 {
+			c.b.m.ackSeconds.Observe(float64(time.Now().UnixNano()-s.at) / 1e9)
 		}
 		*s = slot{}
 		c.head++

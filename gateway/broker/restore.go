@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"math"
+	"syscall"
 	"time"
 
 	"holdfast/internal/kv"
@@ -12,6 +13,10 @@ import (
 )
 
 func isEOF(err error) bool { return errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) }
+
+func isReset(err error) bool {
+	return errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE)
+}
 
 // restore reads sessions, subscriptions, packet ids, retained messages and wills. A row that
 // can not be read is skipped, reported and left where it is: one damaged row is no reason not

@@ -283,6 +283,7 @@ func (s *session) clearLocked(ops []kv.Op) []kv.Op {
 	s.client, s.answer = nil, nil // attach, detach and expire hold life
 	s.rx = nil
 	s.b.m.queued.Sub(float64(s.queue.len()))
+	s.b.queuedBytes.Add(-int64(s.queue.bytes))
 	s.queue = queue{}
 	s.flights, s.resend, s.unacked = nil, 0, 0
 	return ops
