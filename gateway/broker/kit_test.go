@@ -40,6 +40,14 @@ func eachVersion(t *testing.T, f func(t *testing.T, v mqtt.Version)) {
 	}
 }
 
+// eachVersionInTurn is for tests that look at the whole process.
+func eachVersionInTurn(t *testing.T, f func(t *testing.T, v mqtt.Version)) {
+	t.Helper()
+	for _, v := range versions {
+		t.Run("mqtt="+v.String(), func(t *testing.T) { f(t, v) })
+	}
+}
+
 // stored is a message that an intake took.
 type stored struct {
 	device, topic, payload string

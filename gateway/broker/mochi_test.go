@@ -167,3 +167,72 @@ func TestMochiMistakesThatAreCured(t *testing.T) {
 		t.Error("Merge keeps subscriptions with and without No Local apart")
 	}
 }
+
+// Where mochi's decoder and checks let through what MQTT forbids, or refuse what it allows. These
+// are why it never sees what a client sends; docs/mqtt.md lists them.
+func TestMochiIsLenient(t *testing.T) {
+	decode := func(v mqtt.Version, frame string, f func(*packets.Packet, []byte) error) (*packets.Packet, error) {
+		pk := &packets.Packet{ProtocolVersion: byte(v)}
+		if err := pk.FixedHeader.Decode(frame[0]); err != nil {
+			return pk, err
+		}
+		pk.FixedHeader.Remaining = len(frame) - 2
+		return pk, f(pk, []byte(frame[2:]))
+	}
+	for _, x := range []struct {
+		name  string
+		frame string
+		f     func(*packets.Packet, []byte) error
+		check func(*packets.Packet) packets.Code
+	}{
+		{"reserved subscription options", "\x82\x07\x00\x01\x00\x00\x01a\xC0", (*packets.Packet).SubscribeDecode, (*packets.Packet).SubscribeValidate},
+		{"retain handling 3", "\x82\x07\x00\x01\x00\x00\x01a\x30", (*packets.Packet).SubscribeDecode, (*packets.Packet).SubscribeValidate},
+		{"subscription identifier 0", "\x82\x09\x00\x01\x02\x0b\x00\x00\x01a\x00", (*packets.Packet).SubscribeDecode, (*packets.Packet).SubscribeValidate},
+		{"property twice", "\x30\x08\x00\x01a\x04\x01\x00\x01\x00", (*packets.Packet).PublishDecode, nil},
+		{"payload format 2", "\x30\x06\x00\x01a\x02\x01\x02", (*packets.Packet).PublishDecode, nil},
+		{"response topic with wildcard", "\x30\x08\x00\x01a\x04\x08\x00\x01+", (*packets.Packet).PublishDecode, nil},
+		{"PUBACK with id 0", "\x40\x02\x00\x00", (*packets.Packet).PubackDecode, nil},
+		{"DISCONNECT reason of servers", "\xE0\x01\x8E", (*packets.Packet).DisconnectDecode, nil},
+		{"will QoS without a will", "\x10\x0e\x00\x04MQTT\x05\x0a\x00\x3c\x00\x00\x01a", (*packets.Packet).ConnectDecode, (*packets.Packet).ConnectValidate},
+		{"bytes after the packet", "\x10\x0f\x00\x04MQTT\x05\x02\x00\x3c\x00\x00\x01ax", (*packets.Packet).ConnectDecode, (*packets.Packet).ConnectValidate},
+	} {
+		pk, err := decode(mqtt.V5, x.frame, x.f)
+		if err != nil {
+			t.Errorf("%s: refused now: %v", x.name, err)
+			continue
+		}
+		if x.check != nil {
+			if code := x.check(pk); code != packets.CodeSuccess {
+				t.Errorf("%s: refused now: %v", x.name, code)
+			}
+		}
+		if err := mqtt.ValidateFromClient([]byte(x.frame), mqtt.V5); err == nil {
+			t.Errorf("%s: internal/mqtt lets it through as well", x.name)
+		}
+	}
+	for _, f := range []string{"a#", "b+", "a/b#", "+a/b"} {
+		if !mochi.IsValidFilter(f, false) || mqtt.ValidFilter(f) {
+			t.Errorf("filter %s", f)
+		}
+	}
+	for name, frame := range map[string]string{
+		"empty will":     "\x10\x14\x00\x04MQTT\x05\x06\x00\x3c\x00\x00\x01a\x00\x00\x01w\x00\x00",
+		"empty password": "\x10\x13\x00\x04MQTT\x05\xC2\x00\x3c\x00\x00\x01a\x00\x01u\x00\x00",
+	} {
+		if _, err := mqtt.ParseConnect([]byte(frame)); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		pk, err := decode(mqtt.V5, frame, (*packets.Packet).ConnectDecode)
+		if err == nil && pk.ConnectValidate() == packets.CodeSuccess {
+			t.Errorf("%s: mochi takes it now", name)
+		}
+	}
+	func() {
+		defer func() {
+			if recover() == nil {
+				t.Error("SUBSCRIBE cut before its options is no panic any more")
+			}
+		}()
+		_, _ = decode(mqtt.V5, "\x82\x06\x00\x01\x00\x00\x01a", (*packets.Packet).SubscribeDecode)
+	}()
+}
