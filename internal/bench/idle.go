@@ -85,7 +85,7 @@ func connectIdle(ctx context.Context, e *env, addr string, n int) []*mqtt.Client
 
 // measureStart times starts after kill -9, with a full spool and with an empty one, in turn.
 func measureStart(ctx context.Context, c config, s *section) error {
-	starts := max(5, c.rounds)
+	starts := max(9, c.rounds)
 	var full, empty sample
 	err := round(c.dir, func(e *env) {
 		lanes := "spool: { lanes: [ { name: telemetry, share: 100, max_bytes: 1024GiB, max_age: 8760h, when_full: drop_oldest } ] }\nroutes: []\n"
