@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"strings"
 	"sync"
@@ -189,6 +190,25 @@ func TestSessionPresent(t *testing.T) {
 	})
 }
 
+// A clean start has no subscriptions, also where deliveries to the old session were going on.
+func TestCleanStartHasNoSubscriptions(t *testing.T) {
+	eachVersion(t, func(t *testing.T, v mqtt.Version) {
+		r := newRig(t, nil)
+		s := r.client(v, "dev", keep)
+		s.subscribe(1, filter("t", 0))
+		p := r.client(v, "pub")
+		p.publishDone(1, 1, "t", "x")
+		s.take(1)
+		s = r.client(v, "dev")
+		p.publishDone(1, 1, "t", "y")
+		s.subscribe(1, filter("mark", 0))
+		p.publishDone(1, 1, "mark", "mark")
+		if got := s.take(1); got[0] != "mark" {
+			t.Errorf("got %v", got)
+		}
+	})
+}
+
 func TestDisconnectMayShortenTheSession(t *testing.T) {
 	r := newRig(t, nil)
 	p := r.client(mqtt.V5, "dev", keep)
@@ -325,6 +345,25 @@ func TestKeepAlive(t *testing.T) {
 		}
 		eventually(t, "count", func() bool { return r.metric("connections_ended_total", "timeout") == 1 })
 	})
+}
+
+// Bytes are no packets: half of one keeps nobody alive.
+func TestKeepAliveCountsPackets(t *testing.T) {
+	t.Parallel()
+	r := newRig(t, nil)
+	p := r.client(mqtt.V5, "dev", func(k *mqtt.Connect) { k.KeepAlive = 1 })
+	begin := time.Now()
+	for drip := mqtt.AppendPublish(nil, mqtt.V5, &mqtt.Publish{Topic: []byte("t"), Payload: make([]byte, 99)}); ; drip = drip[1:] {
+		if _, err := p.nc.Write(drip[:1]); err != nil {
+			break
+		}
+		if f, err := p.next(100 * time.Millisecond); f != nil || errors.Is(err, io.EOF) {
+			break
+		}
+	}
+	if d := time.Since(begin); d < 1300*time.Millisecond || d > 3*time.Second {
+		t.Errorf("closed after %v, want 1.5 s", d)
+	}
 }
 
 func TestKeepAliveOfHoursIsNotMistaken(t *testing.T) {

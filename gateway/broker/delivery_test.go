@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"holdfast/gateway/broker"
 	"holdfast/internal/mqtt"
 )
 
@@ -620,6 +621,27 @@ func TestReceiveMaximumOfTheClient(t *testing.T) {
 		t.Fatalf("got %s, DUP %v", m.Payload, m.Dup)
 	}
 	s.silent()
+}
+
+// Packet ids go round, past 0 and past those that are in use.
+func TestPacketIDsGoRound(t *testing.T) {
+	eachVersion(t, func(t *testing.T, v mqtt.Version) {
+		r := newRig(t, nil)
+		s := r.client(v, "sub")
+		s.subscribe(1, filter("t", 1))
+		p := r.client(v, "pub")
+		var ids []uint16
+		for i := range 4 {
+			p.publishDone(1, 1, "t", "x")
+			ids = append(ids, s.message().ID)
+			if i == 1 {
+				broker.SetLastID(r.b, "sub", 65534)
+			}
+		}
+		if want := []uint16{1, 2, 65535, 3}; !slices.Equal(ids, want) {
+			t.Errorf("ids %v, want %v", ids, want)
+		}
+	})
 }
 
 func TestMaximumPacketSizeOfTheClient(t *testing.T) {

@@ -8,3 +8,16 @@ func WrapListeners(b *Broker, f func(net.Listener) net.Listener) {
 		s.ln = f(s.ln)
 	}
 }
+
+// SetLastID sets the packet id that was given last to a delivery for a client.
+func SetLastID(b *Broker, client string, id uint16) {
+	s := b.lookup(client)
+	s.mu.Lock()
+	s.lastID = id
+	s.mu.Unlock()
+}
+
+// StaleID gives the row of a QoS 2 packet id as another incarnation of the session left it.
+func StaleID(client string, id uint16) (key, value []byte) {
+	return appendQoS2Key(nil, client, 12345, id), rowV1
+}

@@ -141,6 +141,26 @@ func TestAcksComeInTheOrderOfThePublishes(t *testing.T) {
 	})
 }
 
+// After a message that was not stored, nothing that came later is acknowledged: sent again, it
+// would come after what it was sent before.
+func TestNothingIsAcknowledgedAfterAFailedCommit(t *testing.T) {
+	eachVersion(t, func(t *testing.T, v mqtt.Version) {
+		h := &held{}
+		r := newRig(t, func(r *rig) { r.in.deliver = h.deliver })
+		p := r.client(v, "dev")
+		for i := range 3 {
+			p.publish(1, uint16(i+1), "t", "x")
+		}
+		eventually(t, "hand-in", func() bool { return h.len() == 3 })
+		dones := h.dones
+		dones[2](nil)
+		dones[1](nil)
+		p.silent() // nothing is acknowledged out of turn
+		dones[0](errors.New("disk is on fire"))
+		p.closed(0)
+	})
+}
+
 func TestMessagesAreDeliveredInTheOrderOfThePublishes(t *testing.T) {
 	eachVersion(t, func(t *testing.T, v mqtt.Version) {
 		r := newRig(t, func(r *rig) { r.in.deliver = randomly(1) })
@@ -308,6 +328,34 @@ func TestPacketIDsOfAClearedSessionAreForgotten(t *testing.T) {
 		p.publishDone(2, 5, "t", "new")
 		if got := join(r.in.payloads()); got != "old new" {
 			t.Errorf("stored %q", got)
+		}
+	})
+}
+
+// A crash can leave the id of a session that was cleared: it belongs to another era.
+func TestPacketIDsOfAnotherEraAreForgotten(t *testing.T) {
+	eachVersion(t, func(t *testing.T, v mqtt.Version) {
+		r := newRig(t, nil)
+		r.client(v, "dev", keep)
+		r.stop()
+		store, err := kv.Open("db", kv.Options{FS: r.fs, Log: quiet})
+		if err != nil {
+			t.Fatal(err)
+		}
+		key, value := broker.StaleID("dev", 5)
+		if err := store.ApplyWait([]kv.Op{{Key: key, Value: value}}); err != nil {
+			t.Fatal(err)
+		}
+		if err := store.Close(); err != nil {
+			t.Fatal(err)
+		}
+		r.start()
+		r.client(v, "dev", keep).publishDone(2, 5, "t", "new")
+		if got := join(r.in.payloads()); got != "new" {
+			t.Errorf("stored %q", got)
+		}
+		if _, found, err := r.store.Get(key); err != nil || found {
+			t.Errorf("the row is still there: %v", err)
 		}
 	})
 }

@@ -234,6 +234,20 @@ func TestDelayedWill(t *testing.T) {
 			t.Errorf("published after a restart: %v", w)
 		}
 	})
+	t.Run("a clean start ends the session", func(t *testing.T) {
+		t.Parallel()
+		r := start(t, 2, 60)
+		p := r.client(mqtt.V5, "dev")
+		p.publishDone(1, 1, "fence", "")
+		published(t, r)
+		r.restart() // and only once
+		begin := time.Now()
+		eventually(t, "time", func() bool { return time.Since(begin) > 2100*time.Millisecond })
+		r.fence()
+		if w := r.wills(); len(w) != 1 {
+			t.Errorf("published %v", w)
+		}
+	})
 	t.Run("across a restart", func(t *testing.T) {
 		t.Parallel()
 		r := start(t, 2, 60)
