@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -259,8 +258,8 @@ func Suite(t *testing.T, subject func(t *testing.T) Subject) {
 			if n := acks.count(); n > arrived {
 				t.Errorf("%d acks, %d arrived", n, arrived)
 			}
-			if !slices.IsSorted(acks.order) || acks.late > 0 {
-				t.Errorf("acks out of order, or %d after Close", acks.late)
+			if acks.late > 0 {
+				t.Errorf("%d acks after Close", acks.late)
 			}
 		}
 	})

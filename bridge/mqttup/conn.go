@@ -16,11 +16,14 @@ import (
 	"holdfast/bridge"
 )
 
-// conn is what paho gets for a connection. paho reads an acknowledgement in four system calls and
-// writes each packet in one, blocks its pings behind a write that is stuck, believes lengths that the peer merely
-// claims, and panics on a SUBACK with too many codes. Here reads are buffered and every frame's head
-// is checked before paho sees it; writes go to a buffer and never block; one goroutine writes that
-// buffer out, and ends the connection when nothing moves any more.
+// conn is what paho gets for a connection. paho reads a frame in four system calls and writes each packet
+// in one, blocks its pings behind a write that is stuck, believes lengths that the peer merely claims, and panics
+// on a SUBACK with too many codes. Here reads are buffered and every frame's head is checked before paho
+// sees it; writes go to a buffer and never block; one goroutine writes that buffer out, and ends the connection
+// when nothing moves any more.
+//
+// The bridge's own messages join on their way: publish puts them into the buffer, and their PUBACKs are
+// taken out of what is read. An ack is given on paho's reading goroutine.
 type conn struct {
 	net.Conn // the transport: TCP, or TLS on it; its writes have deadlines by progress
 	tcp      *progressConn
@@ -30,8 +33,11 @@ type conn struct {
 	frame int // bytes of the present frame that paho has not read
 	guard guard
 
+	acks    bridge.Acks // nil: publish is not used
+	flights flights     // what publish sent and nobody acknowledged
+
 	mu      sync.Mutex
-	out     []byte // written by paho, not yet by flush
+	out     []byte // written by paho and by publish, not yet by flush
 	sends   bool   // there is a PUBLISH in out
 	closing bool   // close once out is written
 	err     error  // why the connection ended: the first reason wins
@@ -59,9 +65,9 @@ const (
 var errClosed = errors.New("connection closed by the gateway")
 
 // newConn starts the goroutine that writes. stall is how long nothing may move.
-func newConn(transport net.Conn, tcp *progressConn, g guard, stall time.Duration) *conn {
+func newConn(transport net.Conn, tcp *progressConn, g guard, acks bridge.Acks, stall time.Duration) *conn {
 	c := &conn{
-		Conn: transport, tcp: tcp, guard: g,
+		Conn: transport, tcp: tcp, guard: g, acks: acks,
 		in:      bufio.NewReaderSize(transport, readBuffer),
 		wake:    make(chan struct{}, 1),
 		over:    make(chan struct{}),
@@ -129,35 +135,67 @@ func (c *conn) await() error {
 	return err
 }
 
-// begin looks at the head of the next frame.
+// begin finds the next frame that is for paho.
 func (c *conn) begin() error {
-	if err := c.await(); err != nil {
-		return err
-	}
-	length, shift := 0, 0
-	for n := 2; n <= 5; n++ {
-		head, err := c.in.Peek(n)
+	for {
+		if err := c.await(); err != nil {
+			return err
+		}
+		first, length, head, err := c.head()
 		if err != nil {
 			return err
 		}
-		b := head[n-1]
-		length |= int(b&0x7f) << shift
-		shift += 7
-		if b&0x80 == 0 {
-			if err := c.guard.check(head[0], length); err != nil {
+		if err := c.guard.check(first, length); err != nil {
+			return err
+		}
+		switch first >> 4 {
+		case 4:
+			c.unacked.Add(-1)
+			frame, err := c.in.Peek(head + length)
+			if err != nil {
 				return err
 			}
-			switch head[0] >> 4 {
-			case 4:
-				c.unacked.Add(-1)
-			case 13:
-				c.pingSent.Store(0)
+			if id := uint16(frame[head])<<8 | uint16(frame[head+1]); id >= firstID && c.acks != nil {
+				_, _ = c.in.Discard(len(frame)) // they were there to peek at
+				c.puback(id)
+				continue
 			}
-			c.frame = n + length
-			return nil
+		case 13:
+			c.pingSent.Store(0)
+		}
+		c.frame = head + length
+		return nil
+	}
+}
+
+// puback takes the acknowledgement of what publish sent. One that comes twice, or when the connection has
+// ended, does not count.
+func (c *conn) puback(id uint16) {
+	token, ok := c.flights.land(id)
+	select {
+	case <-c.over:
+	default:
+		if ok {
+			c.acks(token, nil)
 		}
 	}
-	return errors.New("malformed frame length from the upstream")
+}
+
+// head looks at a fixed header: the first byte, the remaining length, and how many bytes it takes (MQTT
+// 3.1.1 §2.2).
+func (c *conn) head() (first byte, length, size int, err error) {
+	for size = 2; size <= 5; size++ {
+		head, err := c.in.Peek(size)
+		if err != nil {
+			return 0, 0, 0, err
+		}
+		b := head[size-1]
+		length |= int(b&0x7f) << (7 * (size - 2))
+		if b&0x80 == 0 {
+			return head[0], length, size, nil
+		}
+	}
+	return 0, 0, 0, errors.New("malformed frame length from the upstream")
 }
 
 // readError names why a read ended.
@@ -180,16 +218,13 @@ func plain(err error) error {
 	return err
 }
 
-// Write never blocks. p is copied.
+// Write takes a packet from paho. It never blocks; p is copied.
 func (c *conn) Write(p []byte) (int, error) {
 	if len(p) == 0 {
 		return 0, nil
 	}
 	c.mu.Lock()
-	if c.err == nil && len(c.out)+len(p) > maxPending {
-		c.endLocked(fmt.Errorf("%w: %d bytes wait to be written", bridge.ErrStalled, len(c.out)))
-	}
-	if err := c.err; err != nil {
+	if err := c.roomLocked(len(p)); err != nil {
 		c.mu.Unlock()
 		return 0, err
 	}
@@ -207,6 +242,36 @@ func (c *conn) Write(p []byte) (int, error) {
 		c.ring()
 	}
 	return len(p), nil
+}
+
+// publish sends m past paho. It never blocks; m is copied.
+func (c *conn) publish(m *bridge.Message) error {
+	id, err := c.flights.start(m.Token)
+	if err != nil {
+		return c.fail(err)
+	}
+	c.mu.Lock()
+	if err := c.roomLocked(len(m.Topic) + len(m.Payload)); err != nil {
+		c.mu.Unlock()
+		return err
+	}
+	idle := len(c.out) == 0
+	c.out = appendPublish(c.out, id, m)
+	c.sends = true
+	c.unacked.Add(1)
+	c.mu.Unlock()
+	if idle {
+		c.ring()
+	}
+	return nil
+}
+
+// roomLocked tells whether n bytes more may be written. If they would be too many, that is the end.
+func (c *conn) roomLocked(n int) error {
+	if c.err == nil && len(c.out)+n > maxPending {
+		c.endLocked(fmt.Errorf("%w: %d bytes wait to be written", bridge.ErrStalled, len(c.out)))
+	}
+	return c.err
 }
 
 func (c *conn) ring() {

@@ -7,7 +7,7 @@ import (
 
 // ReadFrames reads all that a peer sends as paho would be given it, with a guard of a subscriber of n filters.
 func ReadFrames(transport net.Conn, filters, maxPublish int) (frames []byte, err error) {
-	c := newConn(transport, &progressConn{Conn: transport, stall: time.Second}, guard{maxPublish, filters}, time.Second)
+	c := newConn(transport, &progressConn{Conn: transport, stall: time.Second}, guard{maxPublish, filters}, nil, time.Second)
 	defer func() {
 		_ = c.fail(errClosed)
 		<-c.flushed

@@ -1,8 +1,13 @@
 // Package mqttup is the upstream that is an MQTT broker. It is the only importer of paho.
 //
-// paho reconnects by itself in a way that reports messages as acknowledged which were not, so each
-// session here is a client of its own: clean session, no reconnect, no store. The spool is the store and
-// the bridge the one that retries.
+// paho connects, with the will, keeps alive, publishes birth and death, and subscribes. It reconnects by
+// itself in a way that reports messages as acknowledged which were not, so each session here is a
+// client of its own: clean session, no reconnect, no store. The spool is the store and the bridge the
+// one that retries.
+//
+// A bridge's messages go past paho, through the connection that it keeps (conn.go): its Publish costs a
+// message 6 µs, 38 allocations and five goroutines, twice what a mosquitto bridge needs. The packets are
+// written here, under packet ids that paho does not use, and their PUBACKs taken before paho sees them.
 package mqttup
 
 import (
@@ -140,9 +145,9 @@ func (o Options) validate() error {
 	return nil
 }
 
-// client connects a paho client over a conn of ours. lost is called once if the connection ends
-// after that, when paho has failed all its tokens.
-func client(ctx context.Context, o Options, g guard, configure func(*paho.ClientOptions)) (paho.Client, *conn, <-chan struct{}, error) {
+// client connects a paho client over a conn of ours. lost is closed when the connection has ended
+// after that and paho has let go of it. acks takes what the broker acknowledges of conn.publish.
+func client(ctx context.Context, o Options, g guard, acks bridge.Acks, configure func(*paho.ClientOptions)) (paho.Client, *conn, <-chan struct{}, error) {
 	u, err := url.Parse(o.URL)
 	if err != nil {
 		return nil, nil, nil, err
@@ -155,7 +160,7 @@ func client(ctx context.Context, o Options, g guard, configure func(*paho.Client
 	if err != nil {
 		return nil, nil, nil, dialError(err)
 	}
-	c := newConn(transport, tcp, g, o.Stall)
+	c := newConn(transport, tcp, g, acks, o.Stall)
 	// Whatever paho does, the attempt ends with ctx.
 	stop := context.AfterFunc(ctx, func() { _ = c.fail(context.Cause(ctx)) })
 	defer stop()

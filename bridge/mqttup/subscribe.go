@@ -68,7 +68,7 @@ func subscribeOnce(ctx context.Context, o Options, filters []string, handler fun
 	dialCtx, cancel := context.WithTimeout(ctx, o.ConnectTimeout)
 	defer cancel()
 	g := guard{maxPublish: o.MaxPayload + maxTopic + 8, filters: len(filters)}
-	pc, c, lost, err := client(dialCtx, o, g, func(po *paho.ClientOptions) {
+	pc, c, lost, err := client(dialCtx, o, g, nil, func(po *paho.ClientOptions) {
 		po.SetOrderMatters(true)
 		// The default handler spares paho the search for a route.
 		po.SetDefaultPublishHandler(func(_ paho.Client, m paho.Message) { handler(m.Topic(), m.Payload()) })
