@@ -405,6 +405,43 @@ func TestTakeoverAndDisconnectDuringACommit(t *testing.T) {
 	})
 }
 
+// A QoS 2 message that is just being handed in when its session is taken over comes before
+// whatever comes on the new connection: its repeat there is not stored, so its place is the old one.
+func TestTakeoverWaitsForTheHandIn(t *testing.T) {
+	eachVersion(t, func(t *testing.T, v mqtt.Version) {
+		inside, goOn := make(chan struct{}), make(chan struct{})
+		r := newRig(t, func(r *rig) {
+			r.in.refuse = func(m *broker.Message) error {
+				if string(m.Record.Payload) == "first" {
+					close(inside)
+					<-goOn
+				}
+				return nil
+			}
+		})
+		p := r.client(v, "dev", keep)
+		p.publish(2, 5, "t", "first")
+		<-inside
+		q := r.dial(v)
+		k := mqtt.Connect{Version: v, ClientID: "dev"}
+		keep(&k)
+		q.send(mqtt.AppendConnect(nil, &k))
+		q.publish(2, 5, "t", "first", dup)
+		q.publish(1, 6, "t", "later")
+		p.closed(mqtt.SessionTakenOver) // it is told at once
+		if f, err := q.next(100 * time.Millisecond); err == nil {
+			t.Errorf("got % x while the old connection hands in", f)
+		}
+		close(goOn)
+		q.connack()
+		q.success(mqtt.TypePubrec, 5)
+		q.success(mqtt.TypePuback, 6)
+		if got := join(r.in.payloads()); got != "first later" {
+			t.Errorf("stored %q", got)
+		}
+	})
+}
+
 // A client that floods and never reads its acks is held back and then closed; nobody else feels it.
 func TestFloodIsHeldBack(t *testing.T) {
 	t.Parallel()
