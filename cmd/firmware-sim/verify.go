@@ -204,8 +204,10 @@ func (s arrivedStats) String() string {
 		n    uint64
 		what string
 	}{
-		{s.Removed, "repeats of the gateway removed by id"}, {s.Foreign, "messages of others"},
-		{s.Gaps, "messages announced as lost by rule"}, {s.Unreadable, "publishes unreadable"},
+		{s.Removed, "repeats of the gateway removed by id"},
+		{s.Foreign, "messages of others"},
+		{s.Gaps, "messages announced as lost by rule"},
+		{s.Unreadable, "publishes unreadable"},
 	} {
 		if x.n > 0 {
 			text += fmt.Sprintf(", %d %s", x.n, x.what)
