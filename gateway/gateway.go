@@ -290,7 +290,13 @@ func (g *Gateway) beReady(ctx context.Context) error {
 	for _, a := range g.addrs {
 		addresses = append(addresses, a.String())
 	}
-	g.log.Info("ready", "listeners", addresses, "took_ms", time.Since(g.started).Milliseconds())
+	// Whoever started the gateway waits for this line, so it is written whatever log.level says: a
+	// handler asked directly does not look at the level.
+	ready := slog.NewRecord(time.Now(), slog.LevelInfo, "ready", 0)
+	ready.Add("listeners", addresses, "took_ms", time.Since(g.started).Milliseconds())
+	if err := g.log.Handler().Handle(ctx, ready); err != nil {
+		return fmt.Errorf("log ready: %w", err)
+	}
 	<-ctx.Done()
 	g.state.Store(stopping)
 	g.log.Info("gateway stops")
