@@ -113,7 +113,9 @@ func NewFrom(cfg Config, gateway, epoch string, src Source, up Upstream, log *sl
 	shares := make([]int, len(readers))
 	for i, r := range readers {
 		shares[i] = r.Share()
-		l := &lane{Reader: r, name: r.Lane(), rank: i, format: cfg.Format, lastSend: -cfg.Tuning.BatchLinger, ratio: 1, topic: wire.DataTopic(gateway, r.Lane())}
+		l := &lane{Reader: r, name: r.Lane(), rank: i, format: cfg.Format, ratio: 1, topic: wire.DataTopic(gateway, r.Lane())}
+		l.linger = cfg.Tuning.BatchLinger * time.Duration(i) / time.Duration(max(len(readers)-1, 1))
+		l.lastSend = -l.linger
 		if l.name == spool.SystemLane {
 			l.format = FormatPassthrough // announcements are for anyone to read
 			shares[i] = 0                // it goes first and is promised nothing
@@ -428,11 +430,11 @@ const readBytes = 32 << 10
 // lingers tells how long a lane still collects for a larger batch. A lane that has not sent for a
 // while sends what it has at once.
 func (b *Bridge) lingers(l *lane, want int, now time.Duration) time.Duration {
-	if l.format != FormatBatch || l.count == 0 || l.held.Count > 0 || l.count >= b.cfg.Tuning.BatchRecords ||
+	if l.format != FormatBatch || l.count == 0 || l.left || l.held.Count > 0 || l.count >= b.cfg.Tuning.BatchRecords ||
 		len(l.raw) >= b.rawBytes(l, want) {
 		return 0
 	}
-	return max(l.lastSend+b.cfg.Tuning.BatchLinger-now, 0)
+	return max(l.lastSend+l.linger-now, 0)
 }
 
 // fits tells whether a lane may send now. One that is owed its share may use the whole window.

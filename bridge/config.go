@@ -63,7 +63,8 @@ type Tuning struct {
 	BackoffMin, BackoffMax time.Duration
 	// BatchBytes and BatchRecords bound a batch before compression: 128 KiB and 4,096.
 	BatchBytes, BatchRecords int
-	// BatchLinger is how long a busy lane collects for a batch: 10 ms. An idle lane sends at once.
+	// BatchLinger is how long the lowest lane collects for a batch while it is busy: 30 ms. Lanes above
+	// it collect less, by their rank. An idle lane sends at once.
 	BatchLinger time.Duration
 	// InFlightBytes bounds what is in flight, as it is sent: 4 MiB.
 	InFlightBytes int
@@ -83,7 +84,7 @@ func (c Config) withDefaults() Config {
 	def(&t.BackoffMax, 30*time.Second)
 	def(&t.BatchBytes, 128<<10)
 	def(&t.BatchRecords, 4096)
-	def(&t.BatchLinger, 10*time.Millisecond)
+	def(&t.BatchLinger, 30*time.Millisecond)
 	def(&t.InFlightBytes, paceHigh)
 	def(&t.Kicks, 10)
 	return c

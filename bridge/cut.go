@@ -26,12 +26,14 @@ type lane struct {
 	count int
 	held  spool.Run // was read, but does not follow the stage without a hole
 	dry   bool      // nothing to read until the source says so
+	left  bool      // the stage is what a cut left over: it has waited long enough
 
 	sentUpTo uint64 // sequences below were sent before
 	singleTo uint64 // sequences below are sent one by one
 	lastSend time.Duration
-	ratio    float64 // bytes of records for a byte sent, in the batch format
-	topic    string  // of batches
+	linger   time.Duration // how long after lastSend it collects for a batch
+	ratio    float64       // bytes of records for a byte sent, in the batch format
+	topic    string        // of batches
 }
 
 func (l *lane) end() spool.Position {
@@ -61,7 +63,7 @@ func (l *lane) fill(want int) error {
 		}
 		l.held = spool.Run{}
 		if l.count == 0 {
-			l.pos = run.Pos
+			l.pos, l.left = run.Pos, false
 		}
 		l.count += run.Count
 		if l.format != FormatBatch {
@@ -200,7 +202,7 @@ func (b *Bridge) cut(l *lane, maxRaw int) piece {
 func (l *lane) take(size, n int) flight {
 	l.pos.Seq += uint64(n)
 	l.pos.Bytes += uint64(size)
-	l.raw, l.count = l.raw[size:], l.count-n
+	l.raw, l.count, l.left = l.raw[size:], l.count-n, true
 	if l.count == 0 && cap(l.buf) > maxKept {
 		l.raw, l.buf = nil, nil // there was one huge record: do not keep its room for ever
 	}
