@@ -2,6 +2,7 @@ package bridge_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"sync/atomic"
@@ -10,6 +11,7 @@ import (
 
 	"holdfast/bridge"
 	"holdfast/bridge/mqttup"
+	"holdfast/internal/kv"
 	"holdfast/spool"
 )
 
@@ -130,6 +132,68 @@ func BenchmarkDrain(b *testing.B) {
 			b.ReportMetric(float64(br.Status().SentBytes)/float64(b.N), "sent-B/op")
 			cancel()
 			if err := <-ended; err != nil {
+				b.Fatal(err)
+			}
+		})
+	}
+}
+
+// BenchmarkDrainSpool drains b.N messages that wait in a spool on disk.
+func BenchmarkDrainSpool(b *testing.B) {
+	for _, format := range []string{"batch", "passthrough"} {
+		b.Run("format="+format, func(b *testing.B) {
+			addr := mosquitto(b, "")
+			store, err := kv.Open(b.TempDir(), kv.Options{Log: slog.New(slog.DiscardHandler), Fatal: func(err error) { b.Error(err) }})
+			if err != nil {
+				b.Fatal(err)
+			}
+			sp, err := spool.Open(store, spool.Config{
+				Gateway: "bench", Log: slog.New(slog.DiscardHandler), Lanes: []spool.LaneConfig{{Name: "telemetry", Share: 40}}, Upstreams: map[string][]string{"cloud": nil},
+			})
+			if err != nil {
+				b.Fatal(err)
+			}
+			lane, _ := sp.Lane("telemetry")
+			src := newLoop(b.N)
+			d := &done{t: b}
+			var r spool.Record
+			for raw, k := src.reader.raw, 0; k < b.N; k++ {
+				if len(raw) == 0 {
+					raw = src.reader.raw
+				}
+				n, err := spool.ParseRecord(raw, &r)
+				if err != nil {
+					b.Fatal(err)
+				}
+				raw = raw[n:]
+				d.wg.Add(1)
+				if err := sp.Append(lane, &r, nil, d, 0, false); err != nil {
+					b.Fatal(err)
+				}
+			}
+			d.wg.Wait()
+			cfg := bridge.Config{Name: "cloud", URL: "mqtt://" + addr, Format: format}
+			up, err := mqttup.FromConfig(cfg, "bench", sp.Epoch(), "bench")
+			if err != nil {
+				b.Fatal(err)
+			}
+			br, err := bridge.New(cfg, "bench", sp, up, slog.New(slog.DiscardHandler), nil)
+			if err != nil {
+				b.Fatal(err)
+			}
+			ctx, cancel := context.WithCancel(b.Context())
+			defer cancel()
+			ended := make(chan error, 1)
+			b.ReportAllocs()
+			b.ResetTimer()
+			go func() { ended <- br.Run(ctx) }()
+			for br.Status().AckedMessages < uint64(b.N) {
+				<-time.After(time.Millisecond)
+			}
+			b.StopTimer()
+			b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "msgs/s")
+			cancel()
+			if err := errors.Join(<-ended, sp.Close(), store.Close()); err != nil {
 				b.Fatal(err)
 			}
 		})

@@ -20,7 +20,7 @@ import (
 // done counts commits.
 type done struct {
 	wg sync.WaitGroup
-	t  *testing.T
+	t  testing.TB
 }
 
 func (d *done) Done(_, _ uint64, err error) {
