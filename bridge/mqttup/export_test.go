@@ -21,3 +21,11 @@ func ReadFrames(transport net.Conn, filters, maxPublish int) (frames []byte, err
 		}
 	}
 }
+
+// Flights opens the table of packet ids.
+type Flights struct{ f flights }
+
+func (f *Flights) Start(token uint64) (uint16, error)     { return f.f.start(token) }
+func (f *Flights) Land(id uint16) (token uint64, ok bool) { return f.f.land(id) }
+
+const FirstID = firstID
