@@ -16,6 +16,7 @@ import (
 	firmwaresim "holdfast/firmware-sim"
 	"holdfast/internal/mqtt"
 	"holdfast/internal/mqtt/mqtttest"
+	"holdfast/internal/testkit"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -272,7 +273,7 @@ func TestNobodyThere(t *testing.T) {
 
 func TestFleetAgainstMosquitto(t *testing.T) {
 	t.Parallel()
-	addr := mqtttest.Mosquitto(t, "max_inflight_messages 0", "max_queued_messages 0")
+	addr := testkit.StartMosquitto(t, "max_inflight_messages 0").Addr
 	versions(t, func(t *testing.T, v mqtt.Version) {
 		// The subscriber stands on its own session: what mosquitto acknowledges, it passes on.
 		arrived := firmwaresim.NewArrivals()

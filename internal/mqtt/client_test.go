@@ -19,6 +19,7 @@ import (
 
 	"holdfast/internal/mqtt"
 	"holdfast/internal/mqtt/mqtttest"
+	"holdfast/internal/testkit"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -32,7 +33,7 @@ func servers(t *testing.T, fn func(t *testing.T, addr string, v mqtt.Version)) {
 					fn(t, mqtttest.New(t, mqtttest.Script{}).Addr, v)
 					return
 				}
-				fn(t, mqtttest.Mosquitto(t, "max_inflight_messages 0", "max_queued_messages 0"), v)
+				fn(t, testkit.StartMosquitto(t, "max_inflight_messages 0").Addr, v)
 			})
 		})
 	}
@@ -112,7 +113,7 @@ func TestClientPublishes(t *testing.T) {
 }
 
 func TestClientReceives(t *testing.T) {
-	addr := mqtttest.Mosquitto(t)
+	addr := testkit.StartMosquitto(t).Addr
 	versions(t, func(t *testing.T, v mqtt.Version) {
 		type message struct {
 			topic, payload string
