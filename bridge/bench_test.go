@@ -12,6 +12,7 @@ import (
 	"holdfast/bridge"
 	"holdfast/bridge/mqttup"
 	"holdfast/internal/kv"
+	"holdfast/internal/testkit"
 	"holdfast/spool"
 )
 
@@ -105,7 +106,7 @@ func BenchmarkDrain(b *testing.B) {
 		window int
 	}{{"batch", 256}, {"passthrough", 100}, {"passthrough", 256}, {"passthrough", 1000}, {"cloudevents", 256}} {
 		b.Run(fmt.Sprintf("format=%s/window=%d", c.format, c.window), func(b *testing.B) {
-			addr := mosquitto(b, "max_inflight_messages 0\n")
+			addr := testkit.StartMosquitto(b, "max_inflight_messages 0").Addr
 			up, err := mqttup.New(mqttup.Options{URL: "mqtt://" + addr, ClientID: "bench", Gateway: "bench", Epoch: "e"})
 			if err != nil {
 				b.Fatal(err)
@@ -142,7 +143,7 @@ func BenchmarkDrain(b *testing.B) {
 func BenchmarkDrainSpool(b *testing.B) {
 	for _, format := range []string{"batch", "passthrough"} {
 		b.Run("format="+format, func(b *testing.B) {
-			addr := mosquitto(b, "")
+			addr := testkit.StartMosquitto(b, "max_inflight_messages 0").Addr
 			store, err := kv.Open(b.TempDir(), kv.Options{Log: slog.New(slog.DiscardHandler), Fatal: func(err error) { b.Error(err) }})
 			if err != nil {
 				b.Fatal(err)

@@ -3,10 +3,6 @@ package bridge_test
 import (
 	"context"
 	"fmt"
-	"net"
-	"os"
-	"os/exec"
-	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
@@ -19,39 +15,6 @@ import (
 	"holdfast/internal/testkit"
 	"holdfast/spool"
 )
-
-// mosquitto starts Debian's broker with lines of configuration behind its listener and returns its address.
-func mosquitto(tb testing.TB, config string) string {
-	tb.Helper()
-	const program = "/usr/sbin/mosquitto"
-	if _, err := os.Stat(program); err != nil {
-		tb.Skip("needs the mosquitto broker at " + program + " (apt-get install mosquitto)")
-	}
-	addr := testkit.FreeAddr(tb)
-	_, port, _ := net.SplitHostPort(addr)
-	file := filepath.Join(tb.TempDir(), "mosquitto.conf")
-	text := "listener " + port + " 127.0.0.1\nallow_anonymous true\nmax_queued_messages 0\nmax_inflight_messages 0\nlog_type error\n" + config
-	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
-		tb.Fatal(err)
-	}
-	cmd := exec.Command(program, "-c", file)
-	cmd.Stderr = tb.Output()
-	if err := cmd.Start(); err != nil {
-		tb.Fatal(err)
-	}
-	tb.Cleanup(func() {
-		_ = cmd.Process.Kill()
-		_ = cmd.Wait()
-	})
-	testkit.Eventually(tb, 10*time.Second, "mosquitto listens", func() bool {
-		c, err := net.Dial("tcp", addr)
-		if err == nil {
-			_ = c.Close()
-		}
-		return err == nil
-	})
-	return addr
-}
 
 // receiver is subscribed at the far broker and notes what arrives.
 type receiver struct {
@@ -155,7 +118,7 @@ func TestFlappingLink(t *testing.T) {
 	for i, format := range []string{bridge.FormatBatch, bridge.FormatPassthrough} {
 		t.Run(format, func(t *testing.T) {
 			t.Parallel()
-			addr := mosquitto(t, "")
+			addr := testkit.StartMosquitto(t, "max_inflight_messages 0").Addr
 			proxy := testkit.StartProxy(t, addr)
 			r := receive(t, addr)
 			src := newSource(t.Errorf, lanes...)
@@ -202,7 +165,7 @@ func TestLinkOf4KiBPerSecond(t *testing.T) {
 		t.Skip("takes 10 s")
 	}
 	t.Parallel()
-	addr := mosquitto(t, "")
+	addr := testkit.StartMosquitto(t, "max_inflight_messages 0").Addr
 	proxy := testkit.StartProxy(t, addr)
 	proxy.Set(testkit.Faults{BytesPerSecond: 4 << 10, Latency: 100 * time.Millisecond})
 	r := receive(t, addr)
@@ -229,7 +192,7 @@ func TestLinkOf4KiBPerSecond(t *testing.T) {
 // TestPacketThatMosquittoKicksIsParked: a broker with a limit of its own ends the connection when it gets more.
 func TestPacketThatMosquittoKicksIsParked(t *testing.T) {
 	t.Parallel()
-	addr := mosquitto(t, "max_packet_size 20000\n")
+	addr := testkit.StartMosquitto(t, "max_inflight_messages 0", "max_packet_size 20000").Addr
 	r := receive(t, addr)
 	src := newSource(t.Errorf, lanes...)
 	src.add("telemetry", numbered("telemetry", 1, 100)...)
@@ -257,7 +220,7 @@ func TestUpstreamThatIsRestarted(t *testing.T) {
 	b := drain(t, src, bridge.Config{Tuning: bridge.Tuning{BackoffMin: 10 * time.Millisecond, BackoffMax: 50 * time.Millisecond}}, proxy.Addr())
 	testkit.Eventually(t, 10*time.Second, "attempts fail", func() bool { return b.Status().Attempts > 3 })
 	for round := range 3 {
-		proxy.SetTarget(mosquitto(t, ""))
+		proxy.SetTarget(testkit.StartMosquitto(t, "max_inflight_messages 0").Addr)
 		proxy.Reset()
 		want := 1000 * (round + 1)
 		testkit.Eventually(t, 20*time.Second, "all is delivered", func() bool { return src.cursor("telemetry") == want })

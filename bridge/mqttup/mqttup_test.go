@@ -575,8 +575,9 @@ func TestTLS(t *testing.T) {
 	serverCert, serverKey := ours.issue("server", false)
 	clientCert, clientKey := ours.issue("ward", false)
 	strangerCert, strangerKey := other.issue("stranger", false)
-	addr := mosquitto(t, fmt.Sprintf("cafile %s\ncertfile %s\nkeyfile %s\nrequire_certificate true\n", ours.file("ca.pem"), serverCert, serverKey))
-	_, port, _ := net.SplitHostPort(addr)
+	_, port, _ := net.SplitHostPort(testkit.FreeAddr(t))
+	testkit.StartMosquitto(t, "listener "+port+" 127.0.0.1", "cafile "+ours.file("ca.pem"), "certfile "+serverCert,
+		"keyfile "+serverKey, "require_certificate true")
 	for _, c := range []struct {
 		name, host string
 		tls        mqttup.TLS
