@@ -51,6 +51,8 @@ func (s *Store) pebbleOptions() *pebble.Options {
 		L0CompactionFileThreshold: 4000,
 		L0StopWritesThreshold:     64,
 		FlushSplitBytes:           1 << 40,
+		// They would open every table of a backlog after each start, to plan compactions that a queue does not need.
+		DisableTableStats: true,
 		CompactionConcurrencyRange: func() (lower, upper int) {
 			return 1, 1
 		},
