@@ -96,7 +96,7 @@ clean: ## remove what the targets made
 	rm -rf bin dist coverage.out
 
 .PHONY: ci
-ci: fmt-check lint build race e2e ## what .ci/run runs
+ci: fmt-check lint build test race e2e ## what .ci/run runs
 
 # Tools are built from the module proxy by their own module files, so that their dependencies never meet ours.
 bin/tools/golangci-lint: .ci/lint.mod
