@@ -251,6 +251,8 @@ func TestRetainedMessagesExpire(t *testing.T) {
 	p := r.client(mqtt.V5, "pub")
 	p.publishDone(1, 1, "t", "short", retain, func(m *mqtt.Publish) { m.HasExpiry, m.Expiry = true, 1 })
 	p.publishDone(1, 2, "u", "long", retain, func(m *mqtt.Publish) { m.HasExpiry, m.Expiry = true, 100 })
+	// They are kept shortly after they are acknowledged: who subscribes in between gets them as they pass.
+	eventually(t, "both are kept", func() bool { return r.b.Stats().Retained == 2 })
 	s := r.client(mqtt.V5, "sub")
 	begin := time.Now()
 	for short := true; short; { // until none comes before the other
