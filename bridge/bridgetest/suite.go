@@ -308,8 +308,16 @@ func Suite(t *testing.T, subject func(t *testing.T) Subject) {
 			t.Fatal(err)
 		}
 		acks.wait(t, 1)
-		if after := sess.Progress(); after == before {
-			t.Errorf("progress stays at %d", after)
+		// The ack may be here before the write that it answers has returned.
+		deadline := time.After(10 * time.Second)
+		tick := time.NewTicker(time.Millisecond)
+		defer tick.Stop()
+		for sess.Progress() == before {
+			select {
+			case <-tick.C:
+			case <-deadline:
+				t.Fatalf("progress stays at %d", before)
+			}
 		}
 		shut(t, sess, acks, true)
 	})
