@@ -421,7 +421,7 @@ func (s *Store) completeLoop() {
 		}
 		s.synced(start)
 		for _, g := range unsynced {
-			if s.failure() == nil && s.part != nil && g.sealed != nil {
+			if s.failure() == nil && g.sealed != nil {
 				s.part.Committed(g.sealed, g.memtable)
 			}
 			s.recycle(g)
@@ -461,7 +461,7 @@ func (s *Store) complete(g *Group) {
 	s.mu.Unlock()
 	s.m.groups.Inc()
 	s.m.commit.Observe(time.Since(g.began).Seconds())
-	if err == nil && s.part != nil && g.sealed != nil && s.opt.Durability == Fsync {
+	if err == nil && g.sealed != nil && s.opt.Durability == Fsync {
 		s.part.Committed(g.sealed, g.memtable)
 	}
 	for i := range g.dones {
