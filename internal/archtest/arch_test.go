@@ -19,7 +19,7 @@ var arrows = map[string][]string{
 	"cmd/firmware-sim":       {"*"},
 	"gateway":                {"*"},
 	"gateway/broker":         {"internal/kv", "internal/mqtt", "spool"}, // spool for the record type
-	"gateway/httpapi":        {"bridge", "devices", "spool"},
+	"gateway/httpapi":        {"bridge", "bridge/wire", "devices", "spool"},
 	"gateway/e2e":            {},
 	"bridge":                 {"bridge/wire", "spool"},
 	"bridge/wire":            {},
@@ -31,10 +31,11 @@ var arrows = map[string][]string{
 	"firmware-sim":           {"bridge/cloud", "bridge/mqttup", "bridge/wire", "internal/mqtt"},
 	"internal/archtest":      {},
 	"internal/bench":         {"*", "internal/testkit"},
-	"internal/config":        {"bridge", "gateway/broker", "internal/mqtt", "spool"}, // the packages' Config types; mqtt to check filters
+	"internal/config":        {"bridge", "devices", "gateway/broker", "internal/mqtt", "spool"}, // the packages' Config types; mqtt to check filters
 	"internal/kv":            {},
 	"internal/lifecycle":     {},
 	"internal/mqtt":          {},
+	"internal/pki":           {},
 	"internal/mqtt/mqtttest": {"internal/mqtt"}, // a test's mosquitto and scripted peers: linked into no program
 	"internal/testkit":       {"internal/mqtt"},
 }
@@ -45,7 +46,7 @@ var adapters = map[string][]string{
 	"github.com/mochi-mqtt/server/v2/hooks": {},                                   // its storage hooks acknowledge before they store
 	"github.com/cockroachdb/pebble/v2":      {"internal/kv", "spool", "devices"},
 	"github.com/eclipse/paho.mqtt.golang":   {"bridge/mqttup"},
-	"github.com/fxamacker/cbor/v2":          {"bridge/wire"},
+	"github.com/fxamacker/cbor/v2":          {"bridge/wire", "devices"},
 }
 
 // absent may not be linked into any program of ours.
