@@ -26,8 +26,7 @@ import (
 const (
 	maxConnections = 128 // among them maxStreams and maxWaiters that stay
 	maxHeader      = 16 << 10
-	maxBody        = 64 << 10
-	maxCommandBody = 256 << 10 // 64 KiB of payload in base64 or as text with its quotes, and the rest
+	maxBody        = 64 << 10 // but of a command, see wire.MaxSubmit
 	readTimeout    = 10 * time.Second
 	writeTimeout   = 30 * time.Second
 	idleTimeout    = 60 * time.Second

@@ -78,6 +78,9 @@ func (s *Server) sendCommand(c *call) error {
 	if err != nil {
 		return failf(codeBadBody, "body: %v", err)
 	}
+	if sub.HasTTL && sub.TTL <= 0 { // to the queue it would be the default
+		return failf(devices.CodeExpired, "ttl is %v: the command would be over before it began; give more, or leave it out for %v", time.Duration(sub.TTL), devices.DefaultTTL)
+	}
 	if key := c.r.Header.Get("Idempotency-Key"); key != "" {
 		if sub.ID != "" && sub.ID != key {
 			return failf(codeBadBody, "id is %.64q and the header Idempotency-Key is %.64q: give one, or the same twice", sub.ID, key)

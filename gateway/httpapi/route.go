@@ -57,7 +57,10 @@ func (r *route) failures() []string {
 	if r.changes() {
 		codes = append(codes, devices.CodeUnavailable)
 	}
-	return append(append(codes, codeInternal), r.fails...)
+	if r.who > 0 || len(r.fails) > 0 {
+		codes = append(codes, codeInternal)
+	}
+	return append(codes, r.fails...)
 }
 
 // answer is how a row answers if it does what was asked.
@@ -171,7 +174,7 @@ var table = []route{
 	{
 		method: "POST", path: "/api/v1/devices/{id}/commands", who: Operator, id: "send_command",
 		summary: "Send a command. It is on disk when this answers. The same id and body again are the same command; the header Idempotency-Key is the id if the body has none.",
-		query:   []param{waitParam}, body: is[wire.Submit](), cbor: true, limit: maxCommandBody,
+		query:   []param{waitParam}, body: is[wire.Submit](), cbor: true, limit: wire.MaxSubmit,
 		answers: []answer{
 			{201, "It is taken. Location says where it is.", is[Command](), ""},
 			{200, "It was taken before: this is how it is now.", is[Command](), ""},
