@@ -689,18 +689,20 @@ func (a *Authority) retire(kind, name string) error {
 	return nil
 }
 
+const idMarks = "-_.:@"
+
 // CheckDeviceID says whether an id can stand in a certificate's common name, in a URI and in a file's name. ErrName.
 func CheckDeviceID(id string) error {
 	bad := func(r rune) bool {
-		return !('a' <= r && r <= 'z' || 'A' <= r && r <= 'Z' || '0' <= r && r <= '9' || strings.ContainsRune("-_.:", r))
+		return !('a' <= r && r <= 'z' || 'A' <= r && r <= 'Z' || '0' <= r && r <= '9' || strings.ContainsRune(idMarks, r))
 	}
 	switch {
 	case id == "":
 		return fmt.Errorf("the device id is empty: %w", ErrName)
 	case len(id) > 64:
 		return fmt.Errorf("the device id has %d characters, a certificate's common name takes 64: %w", len(id), ErrName)
-	case strings.ContainsFunc(id, bad) || id[0] == '.' || id[0] == '-':
-		return fmt.Errorf("device id %q: letters, digits, '-', '_', '.' and ':' are taken, and it begins with none of '-' and '.': %w", id, ErrName)
+	case strings.ContainsFunc(id, bad) || strings.IndexByte(idMarks, id[0]) >= 0:
+		return fmt.Errorf("device id %q: letters, digits and - _ . : @ are taken, and it begins with a letter or a digit: %w", id, ErrName)
 	}
 	return nil
 }

@@ -290,7 +290,7 @@ func TestNothingIsOverwrittenUnasked(t *testing.T) {
 
 func TestBadNames(t *testing.T) {
 	a, _ := newAuthority(t)
-	for _, id := range []string{"", "a/b", "..", ".a", "-a", "a b", "ü", "a+", "#", "$x", "a\n", strings.Repeat("x", 65), "a\x00"} {
+	for _, id := range []string{"", "a/b", "..", ".a", "-a", "a b", "_a", "@a", "ü", "a+", "#", "$x", "a\n", strings.Repeat("x", 65), "a\x00"} {
 		if _, err := a.Device(id, 1, false); !errors.Is(err, pki.ErrName) {
 			t.Errorf("device %q: %v", id, err)
 		}
@@ -298,7 +298,7 @@ func TestBadNames(t *testing.T) {
 			t.Errorf("rotate %q: %v", id, err)
 		}
 	}
-	for _, id := range []string{"a", "pump-7", "A_b.c:d", "00:11:22:33:44:55", strings.Repeat("x", 64)} {
+	for _, id := range []string{"a", "pump-7", "A_b.c:d@e", "00:11:22:33:44:55", strings.Repeat("x", 64)} {
 		device(t, a, id)
 	}
 	for _, days := range []int{0, -1, 3651} {
