@@ -96,7 +96,7 @@ func commandSend(ctx context.Context, p *program, args []string) error {
 	if err != nil {
 		return err
 	}
-	sent := &sending{program: p, client: c, id: s.ID, device: device, json: *asJSON, body: body}
+	sent := &sending{program: p, client: c, id: s.ID, device: device, json: *asJSON, body: body, tty: isTerminal(p.stdout)}
 	if !*wait {
 		cmd, err := sent.submit(ctx)
 		if err != nil {
@@ -144,6 +144,7 @@ type sending struct {
 	json       bool
 	body       []byte
 
+	tty   bool            // a person reads it
 	seen  httpapi.Command // the newest that is known of it
 	shown bool            // a line of progress stands on the terminal
 }
@@ -331,23 +332,22 @@ func (s *sending) lookAgain(ctx context.Context) error {
 func (s *sending) told(cmd *httpapi.Command, ev httpapi.Event) {
 	old := &s.seen
 	step := old.ID == "" || cmd.Updated.After(old.Updated) || cmd.Updated.Equal(old.Updated) && cmd.State != old.State && cmd.State > old.State
-	progress := !step && cmd.State == old.State && cmd.Progress != nil && (old.Progress == nil || *cmd.Progress != *old.Progress)
 	if step && cmd.State == old.State && cmd.Attempts == old.Attempts {
-		step, progress = false, cmd.Progress != nil && (old.Progress == nil || *cmd.Progress != *old.Progress)
+		step = false // the same, told with another time
 	}
+	progress := cmd.Progress != nil && (step || cmd.State == old.State) && (old.Progress == nil || *cmd.Progress != *old.Progress)
 	if !step && !progress {
 		return
 	}
 	s.seen = *cmd
-	switch {
-	case s.json:
+	if s.json {
 		_ = s.printJSONLine(ev) // a reader that is gone ends the program by SIGPIPE
-	case step:
+		return
+	}
+	if step {
 		s.line("%s", stateLine(cmd))
-		if cmd.Progress != nil {
-			s.progressLine(cmd)
-		}
-	default:
+	}
+	if progress {
 		s.progressLine(cmd)
 	}
 }
@@ -379,7 +379,7 @@ func progressText(p *devices.Progress) string {
 
 func (s *sending) progressLine(c *httpapi.Command) {
 	text := "              " + progressText(c.Progress)
-	if !isTerminal(s.stdout) {
+	if !s.tty {
 		s.line("%s", text)
 		return
 	}
@@ -547,7 +547,9 @@ func withCommands(err error) error {
 }
 
 func (p *program) printCommand(c *httpapi.Command) {
-	line := func(key, format string, args ...any) { fmt.Fprintf(p.stdout, "%-9s %s\n", key, fmt.Sprintf(format, args...)) }
+	line := func(key, format string, args ...any) {
+		fmt.Fprintf(p.stdout, "%-9s %s\n", key, fmt.Sprintf(format, args...))
+	}
 	line("command", "%s", c.ID)
 	line("device", "%s", c.Device)
 	line("name", "%s", c.Name)
