@@ -104,6 +104,8 @@ type Listener struct {
 	Protocol string `yaml:"protocol"` // mqtt, mqtts, ws or wss
 	Address  string `yaml:"address"`  // host:port
 	TLS      TLS    `yaml:"tls"`      // for mqtts and wss
+	// MaxConnections are open on it at once; 0: no limit of its own, see Config.MaxConnections.
+	MaxConnections int `yaml:"max_connections"`
 }
 
 // TLS names the files of a TLS listener.
@@ -112,6 +114,7 @@ type TLS struct {
 	Key               string `yaml:"key"`       // PEM
 	ClientCA          string `yaml:"client_ca"` // PEM; set: client certificates are checked against it
 	RequireClientCert bool   `yaml:"require_client_cert"`
+	CRL               string `yaml:"crl"` // PEM or DER, signed by ClientCA: certificates in it are refused
 }
 
 // Secure says whether the listener speaks TLS.
