@@ -2,6 +2,7 @@ package gateway
 
 import (
 	"bytes"
+	"context"
 	"fmt"
 
 	"holdfast/gateway/broker"
@@ -14,16 +15,22 @@ type authorizer struct {
 }
 
 // Connect implements broker.Authorizer.
-func (a authorizer) Connect(*broker.ConnectInfo) error {
+func (a authorizer) Connect(context.Context, *broker.ConnectInfo) (broker.Rights, error) {
 	if !a.anonymous {
-		return fmt.Errorf("devices.anonymous is false, and there is no other way in yet: %w", broker.ErrNotAuthorized)
+		return nil, fmt.Errorf("devices.anonymous is false, and there is no other way in yet: %w", broker.ErrNotAuthorized)
 	}
-	return nil
+	return a, nil
 }
 
-// MayPublish implements broker.Authorizer: not as the broker ($…), not as a gateway (gw/#), and no
+// Rights implements broker.Authorizer.
+func (a authorizer) Rights(string) broker.Rights { return a }
+
+// Limits implements broker.Rights.
+func (authorizer) Limits() broker.Limits { return broker.Limits{} }
+
+// MayPublish implements broker.Rights: not as the broker ($…), not as a gateway (gw/#), and no
 // commands (cmd/+/req/#), which only Holdfast sends, after it has stored them.
-func (a authorizer) MayPublish(_ string, topic []byte) bool {
+func (a authorizer) MayPublish(topic []byte) bool {
 	switch {
 	case len(topic) == 0 || topic[0] == '$':
 		return false
@@ -48,5 +55,5 @@ func (a authorizer) MayPublish(_ string, topic []byte) bool {
 	return true
 }
 
-// MaySubscribe implements broker.Authorizer.
-func (a authorizer) MaySubscribe(string, string) bool { return true }
+// MaySubscribe implements broker.Rights.
+func (a authorizer) MaySubscribe(string) bool { return true }
