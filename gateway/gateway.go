@@ -185,7 +185,7 @@ func (g *Gateway) openBroker(context.Context) error {
 	}
 	auth := authorizer{anonymous: g.cfg.Devices.Anonymous}
 	cfg := broker.Config{Listeners: g.cfg.Listeners, ShutdownTimeout: brokerShutdown}
-	if g.broker, err = broker.New(cfg, g.store, in, auth, g.log.With("part", "broker"), g.registry); err != nil {
+	if g.broker, err = broker.New(cfg, g.store, in, auth, nil, g.log.With("part", "broker"), g.registry); err != nil {
 		return err
 	}
 	if err := g.broker.Listen(); err != nil {

@@ -25,6 +25,7 @@ type Broker struct {
 	store    *kv.Store
 	intake   Intake
 	auth     Authorizer
+	watcher  Watcher // nil: none
 	log      *slog.Logger
 	m        *metrics
 	server   *mochi.Server // the index of subscriptions; see doc.go
@@ -54,14 +55,14 @@ type Broker struct {
 }
 
 // New makes a broker and restores its sessions, retained messages and wills from store. It
-// binds nothing and starts nothing. Call it before store has traffic.
-func New(cfg Config, store *kv.Store, intake Intake, auth Authorizer, log *slog.Logger, metrics prometheus.Registerer) (*Broker, error) {
+// binds nothing and starts nothing. Call it before store has traffic. watcher may be nil.
+func New(cfg Config, store *kv.Store, intake Intake, auth Authorizer, watcher Watcher, log *slog.Logger, metrics prometheus.Registerer) (*Broker, error) {
 	cfg.setDefaults()
 	if err := cfg.validate(); err != nil {
 		return nil, fmt.Errorf("broker: %w", err)
 	}
 	b := &Broker{
-		cfg: cfg, store: store, intake: intake, auth: auth, log: log,
+		cfg: cfg, store: store, intake: intake, auth: auth, watcher: watcher, log: log,
 		fan:      newFanout(cfg.MaxFanoutBytes),
 		stop:     make(chan struct{}),
 		conns:    map[*conn]struct{}{},

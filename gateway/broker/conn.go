@@ -60,7 +60,9 @@ type conn struct {
 	version   mqtt.Version
 	id        string
 	device    []byte // id once more
+	rights    Rights
 	sess      *session
+	link      *Link  // nil: nobody watches
 	sendMax   int    // the client's receive maximum
 	maxPacket uint32 // the client's; 0: none
 	window    int    // QoS 1 and 2 messages it may have unacknowledged
@@ -73,23 +75,24 @@ type conn struct {
 	// old connection is handed in among what comes on the new one. Before session.mu.
 	handing sync.Mutex
 
-	mu          sync.Mutex // guards what follows
-	cond        sync.Cond  // broadcast when room came free in ring or out, and at the end
-	ring        []slot     // power of two, grown on demand; see publish.go
-	head, tail  uint64     // ring[head..tail) is in use; a slot's number is its token
-	unacked     int        // bytes of the messages in ring
-	inflight    int        // QoS 1 and 2 messages that the client must count against receive maximum
-	mute        bool       // a message was not stored: nothing that comes after may be acknowledged
-	failure     error      // why, if it is known
-	out         *outbuf    // what is to be written; nil: nothing
-	flushing    bool       // a flush goroutine is running
-	touched     bool       // in Broker.touched
-	wantFill    bool       // the session has something to deliver
-	established bool       // CONNACK is in out or was written
-	ending      bool       // only what is in out is written any more, then the socket is closed
-	dead        bool       // the socket is closed, or about to be, by flush
-	cause       error      // why it ends
-	will        *will      // nil: none, or taken by whoever publishes it
+	mu          sync.Mutex         // guards what follows
+	cond        sync.Cond          // broadcast when room came free in ring or out, and at the end
+	ring        []slot             // power of two, grown on demand; see publish.go
+	head, tail  uint64             // ring[head..tail) is in use; a slot's number is its token
+	unacked     int                // bytes of the messages in ring
+	inflight    int                // QoS 1 and 2 messages that the client must count against receive maximum
+	mute        bool               // a message was not stored: nothing that comes after may be acknowledged
+	failure     error              // why, if it is known
+	out         *outbuf            // what is to be written; nil: nothing
+	flushing    bool               // a flush goroutine is running
+	touched     bool               // in Broker.touched
+	wantFill    bool               // the session has something to deliver
+	established bool               // CONNACK is in out or was written
+	ending      bool               // only what is in out is written any more, then the socket is closed
+	dead        bool               // the socket is closed, or about to be, by flush
+	cause       error              // why it ends
+	will        *will              // nil: none, or taken by whoever publishes it
+	cancel      context.CancelFunc // ends the wait for the Authorizer; nil: there is none
 }
 
 type outbuf struct{ b []byte }
@@ -132,6 +135,7 @@ func (c *conn) serve() {
 	if e := c.guarded(func() error { c.leave(); return nil }); e != nil {
 		c.b.forget(c)
 	}
+	_ = c.guarded(func() error { c.tellDisconnected(); return nil })
 }
 
 // guarded runs f. A panic, mochi's or ours, ends this connection and nothing else.
@@ -556,14 +560,30 @@ func (c *conn) endLocked(err error) {
 		if c.out == nil {
 			c.out = outbufs.Get().(*outbuf)
 		}
-		c.out.b = mqtt.AppendDisconnect(c.out.b, c.version, reason, "")
+		c.out.b = c.appendGoodbye(c.out.b, reason, err)
 	}
 	c.ending, c.cause = true, err
 	c.ended.Store(true)
 	_ = c.sock.SetReadDeadline(past)
 	_ = c.sock.SetWriteDeadline(time.Now().Add(closeIn))
 	c.cond.Broadcast()
+	if c.cancel != nil {
+		c.cancel()
+	}
 	c.startFlushLocked()
+}
+
+// appendGoodbye appends a DISCONNECT, with a text where there is one and the client takes it.
+func (c *conn) appendGoodbye(b []byte, reason mqtt.Reason, err error) []byte {
+	var wanted *ordered
+	if !errors.As(err, &wanted) || wanted.text == "" {
+		return mqtt.AppendDisconnect(b, c.version, reason, "")
+	}
+	with := mqtt.AppendDisconnect(b, c.version, reason, wanted.text)
+	if c.maxPacket > 0 && len(with)-len(b) > int(c.maxPacket) { // MQTT-3.14.2-3
+		return mqtt.AppendDisconnect(b, c.version, reason, "")
+	}
+	return with
 }
 
 // halt makes serve stop taking packets in; what is handed in is still acknowledged.
@@ -571,6 +591,9 @@ func (c *conn) halt() {
 	c.halted.Store(true)
 	_ = c.sock.SetReadDeadline(past)
 	c.mu.Lock()
+	if c.cancel != nil {
+		c.cancel()
+	}
 	c.cond.Broadcast()
 	c.mu.Unlock()
 }

@@ -133,20 +133,32 @@ type allow struct {
 	subscribe func(device, filter string) bool
 }
 
-func (a *allow) Connect(c *broker.ConnectInfo) error {
+func (a *allow) Connect(_ context.Context, c *broker.ConnectInfo) (broker.Rights, error) {
 	if a.connect != nil {
-		return a.connect(c)
+		if err := a.connect(c); err != nil {
+			return nil, err
+		}
 	}
-	return nil
+	return a.Rights(c.ClientID), nil
 }
 
-func (a *allow) MayPublish(device string, topic []byte) bool {
-	return a.publish == nil || a.publish(device, string(topic))
+func (a *allow) Rights(client string) broker.Rights { return &rights{a, client} }
+
+// rights of one client, as its allow says.
+type rights struct {
+	*allow
+	id string
 }
 
-func (a *allow) MaySubscribe(device, filter string) bool {
-	return a.subscribe == nil || a.subscribe(device, filter)
+func (r *rights) MayPublish(topic []byte) bool {
+	return r.publish == nil || r.publish(r.id, string(topic))
 }
+
+func (r *rights) MaySubscribe(filter string) bool {
+	return r.subscribe == nil || r.subscribe(r.id, filter)
+}
+
+func (r *rights) Limits() broker.Limits { return broker.Limits{} }
 
 // rig is a running broker on a store in memory, which outlives it.
 type rig struct {
@@ -155,6 +167,7 @@ type rig struct {
 	cfg    broker.Config
 	in     *intake
 	auth   *allow
+	watch  broker.Watcher // nil: none
 	reg    *prometheus.Registry
 	b      *broker.Broker
 	store  *kv.Store
@@ -185,7 +198,7 @@ func (r *rig) start() {
 	}
 	r.store, r.in.store = store, store
 	r.reg = prometheus.NewRegistry()
-	r.b, err = broker.New(r.cfg, store, r.in, r.auth, log, r.reg)
+	r.b, err = broker.New(r.cfg, store, r.in, r.auth, r.watch, log, r.reg)
 	if err != nil {
 		r.t.Fatal(err)
 	}

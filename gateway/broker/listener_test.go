@@ -387,7 +387,7 @@ func TestListenErrors(t *testing.T) {
 	} {
 		t.Run(x.name, func(t *testing.T) {
 			free := broker.Listener{Name: "free", Protocol: "mqtt", Address: "127.0.0.1:0"}
-			b, err := broker.New(broker.Config{Listeners: []broker.Listener{free, x.l}}, r.store, r.in, r.auth, quiet, nil)
+			b, err := broker.New(broker.Config{Listeners: []broker.Listener{free, x.l}}, r.store, r.in, r.auth, nil, quiet, nil)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -410,7 +410,7 @@ func TestListenErrors(t *testing.T) {
 		{broker.Listener{Name: "a", Protocol: "ws", Address: ":1", TLS: broker.TLS{Cert: "x"}}, "did you mean wss"},
 		{broker.Listener{Name: "a", Protocol: "wss", Address: ":1", TLS: broker.TLS{Cert: "x", Key: "y", RequireClientCert: true}}, "client_ca"},
 	} {
-		if _, err := broker.New(broker.Config{Listeners: []broker.Listener{x.l}}, r.store, r.in, r.auth, quiet, nil); err == nil || !strings.Contains(err.Error(), x.want) {
+		if _, err := broker.New(broker.Config{Listeners: []broker.Listener{x.l}}, r.store, r.in, r.auth, nil, quiet, nil); err == nil || !strings.Contains(err.Error(), x.want) {
 			t.Errorf("%+v: %v", x.l, err)
 		}
 	}

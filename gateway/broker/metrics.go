@@ -29,6 +29,7 @@ const (
 	endTakeover = "takeover" // by a newer connection
 	endRefused  = "refused"  // a publish was not taken, or CONNECT
 	endStop     = "stop"     // of the gateway
+	endOrdered  = "ordered"  // an operator, or the queue of commands, wanted it
 	endOther    = "other"
 )
 
@@ -51,6 +52,7 @@ type metrics struct {
 	notRetained     prometheus.Counter
 	wills           prometheus.Counter
 	sent            [3]prometheus.Counter
+	commands        prometheus.Counter
 	sentBytes       prometheus.Counter
 	queued          prometheus.Gauge
 	drops           *prometheus.CounterVec
@@ -78,7 +80,7 @@ func newMetrics(b *Broker, reg prometheus.Registerer) *metrics {
 		turnedAway: vec("connections_turned_away_total", "Connections closed at once, by the limit that was reached.",
 			"limit", limitTotal, limitAddress),
 		endedBy: vec("connections_ended_total", "Connections ended, by reason.",
-			"reason", endClient, endTimeout, endProtocol, endSlow, endTakeover, endRefused, endStop, endOther),
+			"reason", endClient, endTimeout, endProtocol, endSlow, endTakeover, endRefused, endStop, endOrdered, endOther),
 		acceptErrors: counter("accept_errors_total", "Failed accepts. A rise means that the process is out of descriptors."),
 		panics:       counter("panics_total", "Connections ended by a panic. Any is a bug to report."),
 		takeovers:    counter("takeovers_total", "Sessions taken over by a newer connection. A rise means that two devices share an id, or links die silently."),
@@ -96,6 +98,7 @@ func newMetrics(b *Broker, reg prometheus.Registerer) *metrics {
 		notRetained: counter("retained_refused_total",
 			"Messages with RETAIN that were taken but not kept, because too many or too large ones are."),
 		wills:     counter("wills_total", "Wills published: devices that vanished."),
+		commands:  counter("commands_sent_total", "Commands written to devices, repeats included. They are part of the PUBLISH packets sent with QoS 1."),
 		sentBytes: counter("sent_bytes_total", "Bytes written to clients."),
 		queued: prometheus.NewGauge(prometheus.GaugeOpts{
 			Name: "holdfast_broker_deliveries_queued",
@@ -119,7 +122,7 @@ func newMetrics(b *Broker, reg prometheus.Registerer) *metrics {
 	if reg != nil {
 		reg.MustRegister(m.connections, m.connects, m.refusedConnects, m.turnedAway, m.endedBy, m.acceptErrors, m.panics,
 			m.takeovers, m.expired, received, m.receivedBytes, m.acked, m.ackSeconds, m.repeats, m.refused, m.notRetained, m.wills,
-			sent, m.sentBytes, m.queued, m.drops,
+			sent, m.sentBytes, m.commands, m.queued, m.drops,
 			gauge("sessions", "Sessions, of connected and of offline clients.", b.sessionCount),
 			gauge("subscriptions", "Subscriptions of all sessions.", func() int { return int(b.subs.count.Load()) }),
 			gauge("retained_messages", "Retained messages.", func() int { n, _ := b.retained.stats(); return n }),
@@ -148,9 +151,12 @@ func (m *metrics) ended(err error) {
 	var (
 		broken  *mqtt.Error
 		refused *refusal
+		wanted  *ordered
 	)
 	label := endOther
 	switch {
+	case errors.As(err, &wanted):
+		label = endOrdered
 	case errors.Is(err, errGoodbye), isEOF(err), isReset(err), errors.Is(err, net.ErrClosed):
 		label = endClient
 	case errors.Is(err, errSlow):

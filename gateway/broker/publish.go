@@ -114,7 +114,7 @@ func (c *conn) publish(frame []byte) error {
 	switch {
 	case tooDeep(topic, c.b.cfg.MaxTopicLevels):
 		refused = mqtt.TopicNameInvalid
-	case !c.b.auth.MayPublish(c.id, topic):
+	case !c.rights.MayPublish(topic):
 		refused = mqtt.NotAuthorized
 	}
 	if refused == mqtt.Success {

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"math"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	mochi "github.com/mochi-mqtt/server/v2"
@@ -28,6 +29,8 @@ type session struct {
 	client *mochi.Client // mochi's view of the session, made at the first SUBSCRIBE; under life
 	answer *capture      // the client's net.Conn; under life
 
+	rights atomic.Pointer[held] // nil: to be asked for
+
 	mu      sync.Mutex // guards what follows; never held while waiting for anything
 	conn    *conn      // nil: offline
 	fresh   bool       // no connection has had it yet
@@ -35,6 +38,7 @@ type session struct {
 	stored  bool       // it has rows
 	version mqtt.Version
 	era     uint64
+	who     string // principal of the last connection; "": nobody in particular
 	expiry  uint32 // seconds that it outlives its connection; neverEnds: it does not end
 	endsAt  time.Time
 	timer   *time.Timer // to endsAt; nil: connected, or never
@@ -60,7 +64,11 @@ type subscription struct {
 	retainAsPublished bool
 	retainHandling    byte
 	identifier        uint32 // 0: none
+	answered          bool   // its SUBACK is on its way, as far as Link.Covers must know
 }
+
+// requests says whether commands may come by the subscription.
+func (s *subscription) requests() bool { return !s.shared && s.qos > 0 && mayRequest(s.match) }
 
 // newEra gives a number that no earlier incarnation of a session had.
 func newEra() uint64 {
@@ -113,8 +121,14 @@ func (b *Broker) attach(c *conn, k *mqtt.Connect, expiry uint32, welcome func(pr
 
 	old := s.conn
 	fresh := s.fresh
-	// A session that ends with its connection ends when that is taken over, too.
-	ended := !fresh && (k.CleanStart || old != nil && s.expiry == 0)
+	who := principal(c.rights)
+	if old != nil && !old.ended.Load() && s.who != "" && s.who != who {
+		s.mu.Unlock()
+		return &refusal{mqtt.NotAuthorized, "the client id is in use by somebody else"}
+	}
+	// A session that ends with its connection ends when that is taken over, too; and nobody
+	// inherits somebody else's.
+	ended := !fresh && (k.CleanStart || old != nil && s.expiry == 0 || s.who != who)
 	var (
 		ops   []kv.Op
 		wills []*will
@@ -138,12 +152,16 @@ func (b *Broker) attach(c *conn, k *mqtt.Connect, expiry uint32, welcome func(pr
 		s.timer.Stop()
 		s.timer = nil
 	}
-	s.conn, s.fresh, s.expiry, s.version = c, false, expiry, c.version
+	s.conn, s.fresh, s.expiry, s.version, s.who = c, false, expiry, c.version, who
+	s.rights.Store(&held{c.rights})
+	for i := range s.subs {
+		s.subs[i].answered = true
+	}
 	s.resend, s.unacked = 0, 0
 	switch {
 	case expiry > 0:
 		s.stored = true
-		row := sessionRow{version: c.version, expiry: expiry, era: s.era}
+		row := sessionRow{version: c.version, expiry: expiry, era: s.era, who: who}
 		ops = append(ops, kv.Op{Key: sessionKey(s.id), Value: row.encode()})
 	case s.stored:
 		ops = s.dropRowsLocked(ops) // from now on it ends with the connection, also by a crash
@@ -200,7 +218,7 @@ func (s *session) detach(c *conn) {
 		ops = s.endLocked(ops)
 	default:
 		s.stored = true
-		row := sessionRow{version: s.version, expiry: s.expiry, era: s.era, disconnected: now.UnixMilli()}
+		row := sessionRow{version: s.version, expiry: s.expiry, era: s.era, disconnected: now.UnixMilli(), who: s.who}
 		ops = append(ops, kv.Op{Key: sessionKey(s.id), Value: row.encode()})
 		s.startTimerLocked(now)
 		if w != nil && w.delay > 0 && !stopping {
