@@ -59,7 +59,7 @@ func (r *receiver) take(topic string, payload []byte) {
 		}
 	case wire.KindOther:
 		r.one(string(payload))
-	case wire.KindMessage, wire.KindGap, wire.KindEvent, wire.KindState, wire.KindCommand:
+	case wire.KindMessage, wire.KindGap, wire.KindEvent, wire.KindState, wire.KindCommand, wire.KindCommandEvent, wire.KindDeviceEvent:
 	}
 }
 

@@ -169,7 +169,7 @@ func (r *Receiver) receive(topic string, payload []byte) ([]Delivery, error) {
 		}
 		return []Delivery{{Kind: State, Gateway: t.Gateway, Topic: topic, State: s}}, nil
 
-	case wire.KindEvent, wire.KindCommand:
+	case wire.KindEvent, wire.KindCommand, wire.KindCommandEvent, wire.KindDeviceEvent:
 		return []Delivery{{Kind: Event, Gateway: t.Gateway, Topic: topic, Payload: payload}}, nil
 
 	default:

@@ -39,16 +39,21 @@ const (
 	KindBatch               // gw/{gateway}/data/{lane}
 	KindMessage             // gw/{gateway}/msg/{device}
 	KindGap                 // gw/{gateway}/evt/gap
-	KindEvent               // gw/{gateway}/evt/… that is not a gap
+	KindEvent               // gw/{gateway}/evt/… that is none of the other events
 	KindState               // gw/{gateway}/state
 	KindCommand             // gw/{gateway}/cmd/…: from the cloud to a gateway
+
+	KindCommandEvent // gw/{gateway}/evt/cmd/{device}/{id}/{state}
+	KindDeviceEvent  // gw/{gateway}/evt/device/{device}/{online|offline}
 )
 
 // Topic is a topic upstream, taken apart.
 type Topic struct {
 	Kind    Kind
 	Gateway string
-	Name    string // the lane, the device, or for events and commands all that follows
+	Name    string // the lane, the device, or for KindEvent and KindCommand all that follows
+	ID      string // KindCommandEvent: the command's id; "": it is not known
+	State   string // KindCommandEvent, KindDeviceEvent
 }
 
 // ParseTopic tells what is sent on topic. Whatever is not exactly one of our topics is KindOther.
@@ -82,6 +87,16 @@ func ParseTopic(topic string) Topic {
 	case "evt":
 		if rest == "gap" {
 			return Topic{Kind: KindGap, Gateway: gateway}
+		}
+		if _, device, id, state, ok := ParseCommandEventTopic(topic); ok {
+			return Topic{Kind: KindCommandEvent, Gateway: gateway, Name: device, ID: id, State: state}
+		}
+		if _, device, online, ok := ParseDeviceEventTopic(topic); ok {
+			state := StateOffline
+			if online {
+				state = StateOnline
+			}
+			return Topic{Kind: KindDeviceEvent, Gateway: gateway, Name: device, State: state}
 		}
 		return Topic{Kind: KindEvent, Gateway: gateway, Name: rest}
 	case "cmd":

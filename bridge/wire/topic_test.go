@@ -88,7 +88,7 @@ func TestParseTopicLeavesOtherTopicsAlone(t *testing.T) {
 		"gw/g/msg/%2f":            wire.KindOther, // lower case
 		"dt/icu/bed-7/vitals":     wire.KindOther,
 		"gw/g/evt/gap":            wire.KindGap,
-		"gw/g/evt/cmd/d/1/QUEUED": wire.KindEvent,
+		"gw/g/evt/cmd/d/1/QUEUED": wire.KindCommandEvent,
 		"gw/g/cmd/d/submit":       wire.KindCommand,
 	} {
 		if got := wire.ParseTopic(topic).Kind; got != want {
