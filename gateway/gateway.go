@@ -228,7 +228,10 @@ func (g *Gateway) openHTTP(ctx context.Context) error {
 	if g.cfg.HTTP.Address == "" {
 		return nil
 	}
-	g.http = httpapi.New(httpapi.Config{Address: g.cfg.HTTP.Address}, g, g.registry, g.log.With("part", "http"), g.registry)
+	cfg := httpapi.Config{Address: g.cfg.HTTP.Address, Gateway: g.cfg.Gateway.ID, Epoch: g.spool.Epoch()}
+	g.http = httpapi.New(cfg, httpapi.Parts{
+		Source: g, Lanes: g.spool, Events: httpapi.NewEvents(0), Gatherer: g.registry, Log: g.log.With("part", "http"), Metrics: g.registry,
+	})
 	if err := g.http.Listen(ctx); err != nil {
 		return err
 	}

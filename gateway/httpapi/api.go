@@ -11,17 +11,9 @@ import (
 	"net/http"
 	"time"
 
-	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"golang.org/x/net/netutil"
 )
-
-// Source is what the door shows. *gateway.Gateway is one.
-type Source interface {
-	// Ready is nil if the spool is open and every listener accepts.
-	Ready() error
-	Status() Status
-}
 
 // Bounds of what a caller may cost.
 const (
@@ -36,12 +28,14 @@ const (
 // Config of a Server.
 type Config struct {
 	Address string // host:port
+	// Gateway and Epoch are the first parts of every message id.
+	Gateway, Epoch string
 }
 
 // Server serves the API. Make it with New, then Listen, then Run once.
 type Server struct {
-	cfg     Config
-	src     Source
+	cfg Config
+	p       Parts
 	log     *slog.Logger
 	metrics http.Handler
 	m       *metrics
@@ -59,11 +53,11 @@ const (
 	viewer
 )
 
-// New makes a server of what src and the metrics in g show. reg takes its own metrics, nil for none.
-func New(cfg Config, src Source, g prometheus.Gatherer, log *slog.Logger, reg prometheus.Registerer) *Server {
+// New makes a server of what the parts show and do.
+func New(cfg Config, p Parts) *Server {
 	s := &Server{
-		cfg: cfg, src: src, log: log, m: newMetrics(reg),
-		metrics: promhttp.HandlerFor(g, promhttp.HandlerOpts{
+		cfg: cfg, p: p, log: p.Log, m: newMetrics(p.Metrics),
+		metrics: promhttp.HandlerFor(p.Gatherer, promhttp.HandlerOpts{
 			ErrorHandling:       promhttp.ContinueOnError,
 			MaxRequestsInFlight: 2,
 			Timeout:             writeTimeout / 2,
@@ -162,7 +156,7 @@ func (s *Server) health(w http.ResponseWriter, _ *http.Request) {
 }
 
 func (s *Server) ready(w http.ResponseWriter, _ *http.Request) {
-	if err := s.src.Ready(); err != nil {
+	if err := s.p.Source.Ready(); err != nil {
 		fail(w, http.StatusServiceUnavailable, "not_ready", err.Error())
 		return
 	}
@@ -170,5 +164,5 @@ func (s *Server) ready(w http.ResponseWriter, _ *http.Request) {
 }
 
 func (s *Server) status(w http.ResponseWriter, _ *http.Request) {
-	reply(w, http.StatusOK, s.src.Status())
+	reply(w, http.StatusOK, s.p.Source.Status())
 }

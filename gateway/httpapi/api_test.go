@@ -36,7 +36,7 @@ func server(t *testing.T, src httpapi.Source) *httpapi.Server {
 	t.Helper()
 	reg := prometheus.NewRegistry()
 	log := slog.New(slog.NewTextHandler(t.Output(), nil))
-	return httpapi.New(httpapi.Config{Address: "127.0.0.1:0"}, src, reg, log, reg)
+	return httpapi.New(httpapi.Config{Address: "127.0.0.1:0"}, httpapi.Parts{Source: src, Gatherer: reg, Log: log, Metrics: reg})
 }
 
 // ask sends a request as from peer; change may alter it.
@@ -221,7 +221,7 @@ func TestAnAddressInUseIsNamed(t *testing.T) {
 	}
 	defer a.Close()
 	reg := prometheus.NewRegistry()
-	b := httpapi.New(httpapi.Config{Address: a.Addr().String()}, source{}, reg, slog.New(slog.DiscardHandler), reg)
+	b := httpapi.New(httpapi.Config{Address: a.Addr().String()}, httpapi.Parts{Source: source{}, Gatherer: reg, Log: slog.New(slog.DiscardHandler), Metrics: reg})
 	err := b.Listen(t.Context())
 	if err == nil || !strings.Contains(err.Error(), "http.address "+a.Addr().String()) {
 		t.Errorf("Listen = %v", err)
