@@ -3,7 +3,7 @@ package gateway
 import (
 	"errors"
 	"fmt"
-	"log/slog"
+	"strings"
 	"sync"
 	"time"
 
@@ -19,14 +19,13 @@ import (
 type downlink struct {
 	registry *devices.Registry
 	queue    *devices.Queue
-	log      *slog.Logger
 
 	mu   sync.Mutex
 	here map[*broker.Link]uint64 // presence token of each connection
 }
 
-func newDownlink(r *devices.Registry, q *devices.Queue, log *slog.Logger) *downlink {
-	return &downlink{registry: r, queue: q, log: log, here: map[*broker.Link]uint64{}}
+func newDownlink(r *devices.Registry, q *devices.Queue) *downlink {
+	return &downlink{registry: r, queue: q, here: map[*broker.Link]uint64{}}
 }
 
 // Connected implements broker.Watcher.
@@ -92,22 +91,18 @@ func (l link) Send(d *devices.Delivery) (uint16, error) {
 func (l link) End(reason string) { l.Link.End(mqtt.AdministrativeAction, reason) }
 
 // answer hands what a device says of a command to the queue. taken is false if m is an ordinary message.
-//
-// An answer that is not believed is acknowledged all the same, with ops: 3.1.1 has no other word than none, and the
-// device would send it again for ever. It is counted, logged, and changes nothing.
 func (d *downlink) answer(m *broker.Message, ops []kv.Op, done kv.Done, token uint64) (taken bool, err error) {
 	device, id, kind, ok := wire.ParseAnswerTopic(m.Record.Topic)
 	if !ok {
 		return false, nil
 	}
+	if device != string(m.Record.Device) { // a role that lets it publish there does not make it that device
+		d.queue.Disbelieve()
+		return true, fmt.Errorf("%w: it comes from another device", devices.ErrAnswer)
+	}
 	contentType := ""
 	if p := m.Record.Props; p != nil {
-		contentType = p.ContentType
+		contentType = strings.Clone(p.ContentType) // a view of the read buffer
 	}
-	if device != string(m.Record.Device) {
-		err = fmt.Errorf("%w: it comes from another device", devices.ErrAnswer)
-	} else {
-		err = d.queue.Answer(device, id, devices.AnswerKind(kind), m.Record.Payload, contentType, ops, done, token)
-	}
-	return true, err
+	return true, d.queue.Answer(device, id, devices.AnswerKind(kind), m.Record.Payload, contentType, ops, done, token)
 }

@@ -1,8 +1,7 @@
 package gateway
 
 import (
-	"encoding/json"
-	"unicode/utf8"
+	"time"
 
 	"holdfast/bridge/wire"
 	"holdfast/devices"
@@ -18,7 +17,7 @@ type journal struct {
 	gateway string
 	clock   *clock
 	// watch is shown each event when it is on disk, on the goroutine that completes commits; nil: nobody looks.
-	watch func(e *devices.Event, atMS int64)
+	watch func(e devices.Event)
 }
 
 // Commit implements devices.Journal.
@@ -30,14 +29,13 @@ func (j *journal) Commit(ops []kv.Op, events []devices.Event, done func(error)) 
 			records = append(records, j.record(e, now, unsynced))
 		}
 	}
-	return j.spool.AppendAll(j.lane, records, ops, &journalDone{j, events, now, done}, 0)
+	return j.spool.AppendAll(j.lane, records, ops, &journalDone{j, events, done}, 0)
 }
 
 // journalDone shows events to watchers and then tells who waits.
 type journalDone struct {
 	j      *journal
 	events []devices.Event
-	atMS   int64
 	done   func(error)
 }
 
@@ -45,7 +43,7 @@ type journalDone struct {
 func (d *journalDone) Done(_, _ uint64, err error) {
 	if err == nil && d.j.watch != nil {
 		for i := range d.events {
-			d.j.watch(&d.events[i], d.atMS)
+			d.j.watch(d.events[i])
 		}
 	}
 	if d.done != nil {
@@ -59,6 +57,7 @@ func (j *journal) record(e *devices.Event, now int64, unsynced bool) spool.Recor
 	if unsynced {
 		clockState = wire.ClockUnsynced
 	}
+	at := wire.Time{Time: time.UnixMilli(now)}
 	var device, topic string
 	var payload []byte
 	switch {
@@ -66,23 +65,29 @@ func (j *journal) record(e *devices.Event, now int64, unsynced bool) spool.Recor
 		c := e.Command
 		device = c.Device
 		topic = wire.CommandEventTopic(j.gateway, c.Device, c.ID, c.State.String())
-		ev := commandEvent(c)
-		ev.Gateway, ev.At, ev.ClockState = j.gateway, wire.UnixMilli(now), clockState
+		ev := wire.CommandEvent{
+			Gateway: j.gateway, Device: c.Device, ID: c.ID, Name: c.Name, State: c.State.String(), Final: c.Ended(), At: at, ClockState: clockState,
+			Attempts: c.Attempts, Reason: c.Reason, Late: c.Late, Repeat: e.Repeat, Source: c.Source,
+		}
 		if e.Previous != 0 {
 			ev.Previous = e.Previous.String()
 		}
-		ev.Repeat = e.Repeat
+		if p := c.Progress; p != nil {
+			ev.Progress = &wire.EventProgress{Text: p.Text}
+			if p.Percent >= 0 {
+				ev.Progress.Percent = &p.Percent
+			}
+		}
+		if len(c.Result) > 0 {
+			ev.SetResult(c.Result, c.ResultType)
+		}
 		payload = ev.Encode()
 	case e.Refusal != nil:
 		r := e.Refusal
 		device = r.Device
-		id := r.ID
-		if id == "" {
-			id = "-"
-		}
-		topic = wire.CommandEventTopic(j.gateway, r.Device, id, wire.StateRefused)
+		topic = wire.CommandEventTopic(j.gateway, r.Device, r.ID, wire.StateRefused)
 		ev := wire.CommandEvent{
-			Gateway: j.gateway, Device: r.Device, ID: r.ID, State: wire.StateRefused, At: wire.UnixMilli(now), ClockState: clockState,
+			Gateway: j.gateway, Device: r.Device, ID: r.ID, State: wire.StateRefused, Final: true, At: at, ClockState: clockState,
 			Code: r.Code, Reason: r.Reason,
 		}
 		payload = ev.Encode()
@@ -91,7 +96,7 @@ func (j *journal) record(e *devices.Event, now int64, unsynced bool) spool.Recor
 		device = e.Device.Device
 		topic = wire.DeviceEventTopic(j.gateway, device, p.Connected)
 		ev := wire.DeviceEvent{
-			Gateway: j.gateway, Device: device, State: wire.StateOffline, At: wire.UnixMilli(now), ClockState: clockState,
+			Gateway: j.gateway, Device: device, State: wire.StateOffline, At: at, ClockState: clockState,
 			Address: p.Address, Protocol: p.Protocol, Reason: p.Reason,
 		}
 		if p.Connected {
@@ -107,30 +112,4 @@ func (j *journal) record(e *devices.Event, now int64, unsynced bool) spool.Recor
 		r.Flags |= spool.FlagClockUnsynced
 	}
 	return r
-}
-
-// commandEvent says what a command's event has in common upstream and wherever else it is told.
-func commandEvent(c *devices.Command) wire.CommandEvent {
-	ev := wire.CommandEvent{
-		Device: c.Device, ID: c.ID, Name: c.Name, State: c.State.String(), Attempts: c.Attempts, Reason: c.Reason,
-		Late: c.Late, Source: c.Source,
-	}
-	if p := c.Progress; p != nil {
-		ev.Progress = &wire.EventProgress{Text: p.Text}
-		if p.Percent >= 0 {
-			ev.Progress.Percent = &p.Percent
-		}
-	}
-	if len(c.Result) > 0 {
-		ev.ContentType = c.ResultType
-		switch {
-		case json.Valid(c.Result):
-			ev.Result = c.Result
-		case utf8.Valid(c.Result):
-			ev.Result, _ = json.Marshal(string(c.Result)) // a string always marshals
-		default:
-			ev.ResultBase64 = encodeBase64(c.Result)
-		}
-	}
-	return ev
 }

@@ -123,3 +123,16 @@ func onlyStore(err error) error {
 	}
 	return err
 }
+
+// request makes a queue's request of what the cloud or the API asks.
+func request(device string, s *wire.Submit) devices.Request {
+	r := devices.Request{
+		ID: s.ID, Device: device, Name: s.Name, Payload: s.Payload, ContentType: s.ContentType, TTL: time.Duration(s.TTL),
+		NotBefore: s.NotBefore.Time, ExecutionTimeout: time.Duration(s.ExecutionTimeout), MaxAttempts: s.MaxAttempts, OneWay: s.OneWay,
+		Urgent: s.Urgent, SupersedeKey: s.SupersedeKey, Feedback: devices.Feedback(s.Feedback),
+	}
+	if s.HasTTL && r.TTL <= 0 {
+		r.TTL = -1 // over before it began: for the queue to refuse
+	}
+	return r
+}

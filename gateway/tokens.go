@@ -63,23 +63,22 @@ func newSecret() string {
 
 // openTokens reads the tokens, and makes the administrator's if dir has none: the first start does, and whoever removes
 // the file has the next start make another one.
-func openTokens(store *kv.Store, dir string) (t *tokens, made bool, err error) {
+func openTokens(store *kv.Store, dir string) (t *tokens, err error) {
 	t = &tokens{store: store, now: time.Now, rows: map[string]tokenRow{}, byHash: map[[sha256.Size]byte]string{}}
 	path := filepath.Join(dir, adminFile)
 	secret, err := os.ReadFile(path)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		made = true
 		secret = []byte(newSecret())
 		if err := writeSecret(path, secret); err != nil {
-			return nil, false, err
+			return nil, err
 		}
 	case err != nil:
-		return nil, false, fmt.Errorf("admin token: %w", err)
+		return nil, fmt.Errorf("admin token: %w", err)
 	}
 	text := strings.TrimSpace(string(secret))
 	if len(text) < 32 {
-		return nil, false, fmt.Errorf("admin token %s holds no token: remove the file, and the next start makes a new one", path)
+		return nil, fmt.Errorf("admin token %s holds no token: remove the file, and the next start makes a new one", path)
 	}
 	t.admin = sha256.Sum256([]byte(text))
 	err = store.Scan([]byte{kv.PrefixToken}, func(k, v []byte) error {
@@ -94,9 +93,9 @@ func openTokens(store *kv.Store, dir string) (t *tokens, made bool, err error) {
 		return nil
 	})
 	if err != nil {
-		return nil, false, err
+		return nil, err
 	}
-	return t, made, nil
+	return t, nil
 }
 
 // writeSecret makes a file that only its owner can read, whole or not at all.
