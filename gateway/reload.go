@@ -44,4 +44,3 @@ func (g *Gateway) needRestart(cfg *config.Config) (keys []string) {
 	}
 	return keys
 }
-

@@ -34,7 +34,7 @@ type Config struct {
 
 // Server serves the API. Make it with New, then Listen, then Run once.
 type Server struct {
-	cfg Config
+	cfg     Config
 	p       Parts
 	log     *slog.Logger
 	metrics http.Handler
