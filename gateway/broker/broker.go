@@ -37,13 +37,16 @@ type Broker struct {
 
 	queuedBytes atomic.Int64 // of the messages in the queues of all sessions
 
-	stop chan struct{}  // closed when Run begins to stop
-	wg   sync.WaitGroup // accept loops, connections, flushes, timers that fired
+	stop   chan struct{}  // closed when Run begins to stop
+	wg     sync.WaitGroup // accept loops, connections, flushes, timers that fired
+	places chan struct{}  // of TLS handshakes that compute; see gate
 
-	connMu   sync.Mutex // guards what follows
-	conns    map[*conn]struct{}
-	byAddr   map[netip.Addr]int
-	stopping bool // nothing new begins
+	connMu     sync.Mutex // guards what follows
+	conns      map[*conn]struct{}
+	byAddr     map[netip.Addr]int
+	byListener map[*Listener]int
+	connecting map[string][]*conn // in CONNECT, by client id
+	stopping   bool               // nothing new begins
 
 	sessMu   sync.RWMutex // guards sessions
 	sessions map[string]*session
@@ -63,11 +66,14 @@ func New(cfg Config, store *kv.Store, intake Intake, auth Authorizer, watcher Wa
 	}
 	b := &Broker{
 		cfg: cfg, store: store, intake: intake, auth: auth, watcher: watcher, log: log,
-		fan:      newFanout(cfg.MaxFanoutBytes),
-		stop:     make(chan struct{}),
-		conns:    map[*conn]struct{}{},
-		byAddr:   map[netip.Addr]int{},
-		sessions: map[string]*session{},
+		fan:        newFanout(cfg.MaxFanoutBytes),
+		stop:       make(chan struct{}),
+		conns:      map[*conn]struct{}{},
+		byAddr:     map[netip.Addr]int{},
+		byListener: map[*Listener]int{},
+		connecting: map[string][]*conn{},
+		places:     newPlaces(),
+		sessions:   map[string]*session{},
 	}
 	b.retained = retained{most: cfg.MaxRetained, mostBytes: cfg.MaxRetainedBytes, pending: map[string]int{}}
 	b.m = newMetrics(b, metrics)
@@ -101,6 +107,9 @@ func (b *Broker) Listen() error {
 			return err
 		}
 		b.sockets = append(b.sockets, s)
+		if s.vault != nil {
+			b.tellLoaded(s.vault)
+		}
 	}
 	return nil
 }
@@ -136,9 +145,14 @@ func (b *Broker) Run(ctx context.Context) error {
 	var workers sync.WaitGroup
 	workers.Go(func() { b.fan.run(newDeliverer(b).guarded) })
 	b.startTimers()
+	secure := false
 	for _, s := range b.sockets {
 		b.wg.Add(1)
 		go b.accept(s)
+		secure = secure || s.vault != nil
+	}
+	if secure {
+		workers.Go(b.watchTLS)
 	}
 	purge := time.NewTicker(purgeEvery)
 	defer purge.Stop()

@@ -40,6 +40,7 @@ type conn struct {
 	sock     net.Conn  // the TCP connection: deadlines are set here
 	nc       net.Conn  // what packets go over: sock, TLS on it, or a websocket
 	nested   bool      // nc has a buffer of its own
+	vault    *vault    // the certificates of a TLS listener
 	opened   time.Time // when it was accepted
 
 	// Only serve touches these.
@@ -67,8 +68,10 @@ type conn struct {
 	maxPacket uint32 // the client's; 0: none
 	window    int    // QoS 1 and 2 messages it may have unacknowledged
 
-	ended  atomic.Bool // ending, for those without the lock
-	halted atomic.Bool // the gateway stops: take nothing more in
+	ended  atomic.Bool           // ending, for those without the lock
+	halted atomic.Bool           // the gateway stops: take nothing more in
+	meter  atomic.Pointer[meter] // nil: it may publish as much as it can; what is in it only serve touches
+	peer   atomic.Pointer[peer]  // nil: it showed no certificate
 
 	// handing is held by serve from the look at a QoS 2 packet id to the hand-in that follows
 	// from it. Whoever takes the session over passes through it once, so that nothing of the
@@ -546,15 +549,15 @@ func (c *conn) close() {
 // end ends the connection for the reason err; only the first call counts. What is already in
 // out is written, with a DISCONNECT after it where MQTT 5 has one, then the socket is closed.
 // It never blocks.
-func (c *conn) end(err error) {
+func (c *conn) end(err error) (first bool) {
 	c.mu.Lock()
-	c.endLocked(err)
-	c.mu.Unlock()
+	defer c.mu.Unlock()
+	return c.endLocked(err)
 }
 
-func (c *conn) endLocked(err error) {
+func (c *conn) endLocked(err error) (first bool) {
 	if c.ending {
-		return
+		return false
 	}
 	if reason, told := reasonOf(err); told && c.established && c.version == mqtt.V5 { // 3.1.1 has none from servers
 		if c.out == nil {
@@ -571,6 +574,7 @@ func (c *conn) endLocked(err error) {
 		c.cancel()
 	}
 	c.startFlushLocked()
+	return true
 }
 
 // appendGoodbye appends a DISCONNECT, with a text where there is one and the client takes it.

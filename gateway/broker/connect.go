@@ -46,6 +46,8 @@ func (c *conn) connect(frame []byte) error {
 		state := t.ConnectionState()
 		info.TLS = &state
 	}
+	c.b.enterConnect(c)
+	defer c.b.leaveConnect(c)
 	rights, told, err := c.authorize(&info)
 	switch {
 	case !told:
@@ -54,6 +56,7 @@ func (c *conn) connect(frame []byte) error {
 		return refuse(connectReason(err), err)
 	}
 	c.rights = rights
+	c.setLimits()
 	if w := k.Will; w != nil {
 		switch {
 		case tooDeep(w.Topic, c.b.cfg.MaxTopicLevels):
@@ -114,6 +117,7 @@ func (c *conn) connect(frame []byte) error {
 		c.b.m.connects.Inc()
 		c.b.log.Debug("client connected", "client", c.id, "remote", c.remote, "listener", c.listener.Name,
 			"mqtt", c.version.String(), "clean", k.CleanStart)
+		c.b.leaveConnect(c)
 		c.tellConnected()
 	case c.sess == nil && errors.As(err, &refused):
 		return refuse(refused.reason, err)

@@ -1,6 +1,7 @@
 package broker
 
 import (
+	"slices"
 	"time"
 
 	"holdfast/internal/mqtt"
@@ -49,6 +50,24 @@ func (q *queue) pop() {
 	if q.head == len(q.items) {
 		*q = queue{} // an idle client keeps no room
 	}
+}
+
+// dropQueuedLocked takes out what drop says, as denied.
+func (s *session) dropQueuedLocked(drop func(m *message) bool) {
+	if !slices.ContainsFunc(s.queue.items[s.queue.head:], func(x queued) bool { return drop(x.message) }) {
+		return
+	}
+	var kept queue
+	for _, x := range s.queue.items[s.queue.head:] {
+		if !drop(x.message) {
+			kept.push(x)
+			continue
+		}
+		s.b.queuedBytes.Add(-int64(x.message.size()))
+		s.b.m.queued.Dec()
+		s.b.m.dropped(dropDenied)
+	}
+	s.queue = kept
 }
 
 // deliver queues a message for the client. A queue that is full takes nothing more: what waits

@@ -31,25 +31,26 @@ type session struct {
 
 	rights atomic.Pointer[held] // nil: to be asked for
 
-	mu      sync.Mutex // guards what follows; never held while waiting for anything
-	conn    *conn      // nil: offline
-	fresh   bool       // no connection has had it yet
-	gone    bool       // it has ended and is not in Broker.sessions any more
-	stored  bool       // it has rows
-	version mqtt.Version
-	era     uint64
-	who     string // principal of the last connection; "": nobody in particular
-	expiry  uint32 // seconds that it outlives its connection; neverEnds: it does not end
-	endsAt  time.Time
-	timer   *time.Timer // to endsAt; nil: connected, or never
-	subs    []subscription
-	rx      map[uint16]*rx
-	waiting *pendingWill // nil: none
-	queue   queue
-	flights []flight // sent or to be sent again, in order
-	resend  int      // flights[resend:] were not sent on this connection yet
-	unacked int      // sent on this connection and not yet answered
-	lastID  uint16
+	mu        sync.Mutex // guards what follows; never held while waiting for anything
+	conn      *conn      // nil: offline
+	fresh     bool       // no connection has had it yet
+	gone      bool       // it has ended and is not in Broker.sessions any more
+	forgotten bool       // nobody is to find it again; see Broker.End
+	stored    bool       // it has rows
+	version   mqtt.Version
+	era       uint64
+	who       string // principal of the last connection; "": nobody in particular
+	expiry    uint32 // seconds that it outlives its connection; neverEnds: it does not end
+	endsAt    time.Time
+	timer     *time.Timer // to endsAt; nil: connected, or never
+	subs      []subscription
+	rx        map[uint16]*rx
+	waiting   *pendingWill // nil: none
+	queue     queue
+	flights   []flight // sent or to be sent again, in order
+	resend    int      // flights[resend:] were not sent on this connection yet
+	unacked   int      // sent on this connection and not yet answered
+	lastID    uint16
 }
 
 const neverEnds = math.MaxUint32
@@ -122,13 +123,17 @@ func (b *Broker) attach(c *conn, k *mqtt.Connect, expiry uint32, welcome func(pr
 	old := s.conn
 	fresh := s.fresh
 	who := principal(c.rights)
+	if c.ended.Load() { // by Broker.End, which has not found it here
+		s.mu.Unlock()
+		return errEnded
+	}
 	if old != nil && !old.ended.Load() && s.who != "" && s.who != who {
 		s.mu.Unlock()
 		return &refusal{mqtt.NotAuthorized, "the client id is in use by somebody else"}
 	}
 	// A session that ends with its connection ends when that is taken over, too; and nobody
 	// inherits somebody else's.
-	ended := !fresh && (k.CleanStart || old != nil && s.expiry == 0 || s.who != who)
+	ended := !fresh && (k.CleanStart || old != nil && s.expiry == 0 || s.who != who || s.forgotten)
 	var (
 		ops   []kv.Op
 		wills []*will
@@ -148,11 +153,15 @@ func (b *Broker) attach(c *conn, k *mqtt.Connect, expiry uint32, welcome func(pr
 		ops = s.clearLocked(ops)
 		s.era = newEra()
 	}
+	withdrawn := 0
+	if !fresh && !ended { // the rights may be others than when it was here last
+		ops, withdrawn = s.withdrawLocked(c.rights, ops)
+	}
 	if s.timer != nil {
 		s.timer.Stop()
 		s.timer = nil
 	}
-	s.conn, s.fresh, s.expiry, s.version, s.who = c, false, expiry, c.version, who
+	s.conn, s.fresh, s.expiry, s.version, s.who, s.forgotten = c, false, expiry, c.version, who, false
 	s.rights.Store(&held{c.rights})
 	for i := range s.subs {
 		s.subs[i].answered = true
@@ -172,6 +181,7 @@ func (b *Broker) attach(c *conn, k *mqtt.Connect, expiry uint32, welcome func(pr
 	c.sess = s
 	s.mu.Unlock()
 
+	s.tellWithdrawn(withdrawn)
 	if old != nil {
 		b.m.takeovers.Inc()
 		old.end(errTakenOver)
@@ -214,7 +224,7 @@ func (s *session) detach(c *conn) {
 	var ops []kv.Op
 	now := time.Now()
 	switch {
-	case s.expiry == 0:
+	case s.expiry == 0, s.forgotten:
 		ops = s.endLocked(ops)
 	default:
 		s.stored = true
@@ -256,20 +266,8 @@ func (s *session) expire() {
 		s.mu.Unlock() // a connection was faster
 		return
 	}
-	var w *will
-	var ops []kv.Op
-	if s.waiting != nil { // a will is due at the end of the session at the latest
-		w = s.waiting.will
-		ops = s.stopWillLocked(ops)
-	}
-	ops = s.endLocked(ops)
-	s.mu.Unlock()
 	s.b.m.expired.Inc()
-	if w != nil {
-		s.b.publishWill(s.id, w, ops...)
-		return
-	}
-	s.b.apply(ops)
+	s.endOffline()
 }
 
 // endLocked ends the session: the next connection of this client finds none.
