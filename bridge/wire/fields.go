@@ -339,7 +339,7 @@ func (f *field) float() (float64, error) {
 		n, err = strconv.ParseFloat(string(f.raw), 64)
 	}
 	if err != nil || math.IsNaN(n) || math.IsInf(n, 0) {
-		return 0, errors.New("is not a number that can be used")
+		return 0, errors.New("not a number that can be used")
 	}
 	return n, nil
 }
