@@ -69,27 +69,27 @@ type DevicePage struct {
 
 // NewDevice is the body of POST /devices. Without credential the device gets a token.
 type NewDevice struct {
-	ID         string            `json:"id"`
-	Name       string            `json:"name,omitempty"`
+	ID         string            `json:"id" doc:"The MQTT client id it comes with."`
+	Name       string            `json:"name,omitempty" doc:"For people."`
 	Labels     map[string]string `json:"labels,omitempty"`
-	Role       string            `json:"role,omitempty"`
-	Enabled    *bool             `json:"enabled,omitempty"` // default true
+	Role       string            `json:"role,omitempty" doc:"What it may publish and subscribe to; default: device."`
+	Enabled    *bool             `json:"enabled,omitempty" doc:"Default: true."`
 	Credential *NewCredential    `json:"credential,omitempty"`
 }
 
 // NewCredential is the body of POST /devices/{id}/credentials.
 type NewCredential struct {
-	Kind         string `json:"kind,omitempty"` // token (default), password, certificate; in NewDevice also none
-	Password     string `json:"password,omitempty"`
-	Fingerprint  string `json:"fingerprint,omitempty"`
-	Lifetime     string `json:"lifetime,omitempty"`      // "720h"; default: it does not expire
-	RetireOthers string `json:"retire_others,omitempty"` // the others expire after this overlap, "24h"; "0s": at once; default: they stay
+	Kind         string `json:"kind,omitempty" enum:"token,password,certificate,none" doc:"Default: token, which is made here. none is for a new device that comes with a client certificate that names it."`
+	Password     string `json:"password,omitempty" doc:"Kind password: at least 12 characters."`
+	Fingerprint  string `json:"fingerprint,omitempty" doc:"Kind certificate: SHA-256 of its DER bytes, 64 hex digits, colons allowed."`
+	Lifetime     string `json:"lifetime,omitempty" doc:"A duration such as 720h; default: it does not expire."`
+	RetireOthers string `json:"retire_others,omitempty" doc:"The others expire after this overlap, such as 24h; 0s: at once; default: they stay. Not for a new device."`
 }
 
 // DevicePatch is the body of PATCH /devices/{id}; what is absent stays.
 type DevicePatch struct {
 	Name    *string           `json:"name,omitempty"`
-	Labels  map[string]string `json:"labels,omitzero"` // replaces all; {} removes all
+	Labels  map[string]string `json:"labels,omitzero" doc:"Replaces all labels; {} removes them."`
 	Enabled *bool             `json:"enabled,omitempty"`
 	Role    *string           `json:"role,omitempty"`
 }
@@ -132,6 +132,11 @@ type MessagePage struct {
 	Next     string    `json:"next,omitempty"`
 }
 
+// Health answers GET /healthz and GET /readyz.
+type Health struct {
+	Status string `json:"status"` // alive, ready
+}
+
 // LaneList answers GET /lanes.
 type LaneList struct {
 	Lanes []spool.LaneStat `json:"lanes"`
@@ -151,7 +156,7 @@ type TokenList struct {
 type NewToken struct {
 	Name     string `json:"name"`
 	Role     Role   `json:"role"`
-	Lifetime string `json:"lifetime,omitempty"` // "720h"; default: it does not expire
+	Lifetime string `json:"lifetime,omitempty" doc:"A duration such as 720h; default: it does not expire."`
 }
 
 // TokenMade answers POST /tokens. Secret is what the bearer shows; it is told this once.
@@ -167,8 +172,8 @@ type CancelRequest struct {
 
 // Event is one server-sent event: its JSON is the data field, ID the id field, Kind the event field.
 type Event struct {
-	ID      string    `json:"id"`   // {start}-{n}; n counts 1, 2, 3 … since the start
-	Kind    string    `json:"kind"` // command, device, upstream, refusal, reset (some events are no longer there)
+	ID      string    `json:"id"`                                                // {start}-{n}; n counts 1, 2, 3 … since the start
+	Kind    string    `json:"kind" enum:"command,device,upstream,refusal,reset"` // reset: some events are no longer there
 	At      time.Time `json:"at"`
 	Command *Command  `json:"command,omitempty"`
 	Device  *Presence `json:"device,omitempty"`
