@@ -51,7 +51,10 @@ func (o *ordered) Error() string { return o.text }
 
 // causeText says for people why a connection has ended.
 func causeText(err error) string {
+	var refused *refusal
 	switch {
+	case errors.As(err, &refused):
+		return refused.text
 	case err == nil, errors.Is(err, errEnded):
 		return errEnded.Error()
 	case isEOF(err), isReset(err), errors.Is(err, net.ErrClosed):

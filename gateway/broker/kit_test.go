@@ -25,7 +25,10 @@ import (
 	"holdfast/internal/testkit"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	broker.LookEvery(20 * time.Millisecond)
+	goleak.VerifyTestMain(m)
+}
 
 var versions = []mqtt.Version{mqtt.V311, mqtt.V5}
 
@@ -129,26 +132,40 @@ func (in *intake) payloads() []string {
 // allow is an Authorizer that lets everybody do everything but what deny names.
 type allow struct {
 	connect   func(c *broker.ConnectInfo) error
+	await     func(ctx context.Context, c *broker.ConnectInfo) error // after connect
+	who       func(c *broker.ConnectInfo) string                     // the principal; nil: nobody in particular
+	limits    func(device string) broker.Limits
 	publish   func(device, topic string) bool
 	subscribe func(device, filter string) bool
 }
 
-func (a *allow) Connect(_ context.Context, c *broker.ConnectInfo) (broker.Rights, error) {
+func (a *allow) Connect(ctx context.Context, c *broker.ConnectInfo) (broker.Rights, error) {
 	if a.connect != nil {
 		if err := a.connect(c); err != nil {
 			return nil, err
 		}
 	}
-	return a.Rights(c.ClientID), nil
+	if a.await != nil {
+		if err := a.await(ctx, c); err != nil {
+			return nil, err
+		}
+	}
+	r := &rights{allow: a, id: c.ClientID}
+	if a.who != nil {
+		r.principal = a.who(c)
+	}
+	return r, nil
 }
 
-func (a *allow) Rights(client string) broker.Rights { return &rights{a, client} }
+func (a *allow) Rights(client string) broker.Rights { return &rights{allow: a, id: client} }
 
 // rights of one client, as its allow says.
 type rights struct {
 	*allow
-	id string
+	id, principal string
 }
+
+func (r *rights) Principal() string { return r.principal }
 
 func (r *rights) MayPublish(topic []byte) bool {
 	return r.publish == nil || r.publish(r.id, string(topic))
@@ -158,7 +175,12 @@ func (r *rights) MaySubscribe(filter string) bool {
 	return r.subscribe == nil || r.subscribe(r.id, filter)
 }
 
-func (r *rights) Limits() broker.Limits { return broker.Limits{} }
+func (r *rights) Limits() broker.Limits {
+	if r.limits == nil {
+		return broker.Limits{}
+	}
+	return r.allow.limits(r.id)
+}
 
 // rig is a running broker on a store in memory, which outlives it.
 type rig struct {
@@ -168,6 +190,7 @@ type rig struct {
 	in     *intake
 	auth   *allow
 	watch  broker.Watcher // nil: none
+	log    *slog.Logger   // nil: the test's
 	reg    *prometheus.Registry
 	b      *broker.Broker
 	store  *kv.Store
@@ -191,7 +214,10 @@ func newRig(t testing.TB, change func(r *rig)) *rig {
 
 func (r *rig) start() {
 	r.t.Helper()
-	log := testkit.Logger(r.t)
+	log := r.log
+	if log == nil {
+		log = testkit.Logger(r.t)
+	}
 	store, err := kv.Open("db", kv.Options{FS: r.fs, Log: log})
 	if err != nil {
 		r.t.Fatal(err)
