@@ -31,8 +31,13 @@ func newDownlink(r *devices.Registry, q *devices.Queue) *downlink {
 // Connected implements broker.Watcher.
 func (d *downlink) Connected(l *broker.Link) {
 	info := l.Info()
+	var id *devices.Identity
+	if r, ok := l.Rights().(rights); ok {
+		id = r.Identity
+	}
 	token := d.registry.Connected(l.Client(), devices.Connection{
-		Address: info.Remote, Protocol: info.Protocol, Listener: info.Listener, TLS: info.TLS, Will: info.Will,
+		Identity: id,
+		Address:  info.Remote, Protocol: info.Protocol, Listener: info.Listener, TLS: info.TLS, Will: info.Will,
 	})
 	d.mu.Lock()
 	d.here[l] = token
@@ -96,13 +101,12 @@ func (d *downlink) answer(m *broker.Message, ops []kv.Op, done kv.Done, token ui
 	if !ok {
 		return false, nil
 	}
-	if device != string(m.Record.Device) { // a role that lets it publish there does not make it that device
-		d.queue.Disbelieve()
-		return true, fmt.Errorf("%w: it comes from another device", devices.ErrAnswer)
+	if device != string(m.Record.Device) {
+		id = "" // a role that lets it publish there does not make it that device: no command of its own is meant
 	}
 	contentType := ""
 	if p := m.Record.Props; p != nil {
 		contentType = strings.Clone(p.ContentType) // a view of the read buffer
 	}
-	return true, d.queue.Answer(device, id, devices.AnswerKind(kind), m.Record.Payload, contentType, ops, done, token)
+	return true, d.queue.Answer(string(m.Record.Device), id, devices.AnswerKind(kind), m.Record.Payload, contentType, ops, done, token)
 }

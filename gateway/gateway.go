@@ -446,6 +446,9 @@ func (g *Gateway) Status() httpapi.Status {
 	} else {
 		st.Ready = true
 	}
+	for _, c := range g.broker.Certificates() {
+		st.Certificates = append(st.Certificates, httpapi.Certificate{Listener: c.Listener, File: c.File, Subject: c.Subject, NotAfter: c.NotAfter})
+	}
 	b := g.broker.Stats()
 	st.Broker.Connections, st.Broker.Sessions, st.Broker.Subscriptions = b.Connections, b.Sessions, b.Subscriptions
 	st.Broker.Retained, st.Broker.RetainedBytes = b.Retained, b.RetainedBytes

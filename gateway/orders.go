@@ -37,7 +37,7 @@ func newOrders(gateway string, u bridge.Config, q *devices.Queue, log *slog.Logg
 func (o *orders) Run(ctx context.Context) error {
 	opts := mqttup.CommandsFromConfig(o.upstream, o.gateway)
 	opts.Log = o.log
-	opts.OnLink = o.link
+	opts.OnState = o.link
 	return mqttup.TakeCommands(ctx, opts, wire.CommandFilter(o.gateway), o.take)
 }
 
@@ -61,25 +61,25 @@ func (o *orders) ready() (up bool, err string) {
 	return o.up, o.err
 }
 
-// take takes one publish. It returns at once; ack is called when what follows from it is stored.
-func (o *orders) take(topic string, payload []byte, retained bool, ack func()) {
-	gateway, device, action, ok := wire.ParseCommandTopic(topic)
+// take takes one publish. It returns at once; the publish is acknowledged when what follows from it is stored.
+func (o *orders) take(m mqttup.Incoming) {
+	gateway, device, action, ok := wire.ParseCommandTopic(m.Topic)
 	if !ok || gateway != o.gateway {
-		o.log.Warn("not a command's topic", "upstream", o.upstream.Name, "topic", topic)
-		ack()
+		o.log.Warn("not a command's topic", "upstream", o.upstream.Name, "topic", m.Topic)
+		m.Ack()
 		return
 	}
 	stored := func(err error) {
 		if err == nil {
-			ack()
+			m.Ack()
 		}
 	}
 	var err error
 	switch action {
 	case wire.ActionSubmit:
-		err = o.submit(device, payload, retained, stored)
+		err = o.submit(device, m.Payload, m.Retained, stored)
 	case wire.ActionCancel:
-		err = o.cancel(device, payload, stored)
+		err = o.cancel(device, m.Payload, stored)
 	default:
 		err = o.refuse(device, "", devices.CodeInvalid,
 			fmt.Sprintf("there is no action %q: publish to …/cmd/%s/submit or …/cmd/%s/cancel", action, device, device), stored)

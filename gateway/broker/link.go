@@ -81,6 +81,9 @@ func newLink(c *conn, k *mqtt.Connect) *Link {
 // Client is the client id.
 func (l *Link) Client() string { return l.info.Client }
 
+// Rights are what Authorizer.Connect let the client in with.
+func (l *Link) Rights() Rights { return l.c.rights }
+
 // Info describes the connection.
 func (l *Link) Info() LinkInfo { return l.info }
 

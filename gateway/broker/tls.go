@@ -81,6 +81,36 @@ func (v *vault) config() *tls.Config {
 	}
 }
 
+// Certificate is a file that a TLS listener uses, and when the first thing in it ends.
+type Certificate struct {
+	Listener string
+	File     string // path
+	Key      string // what it is for, as in the configuration: cert, client_ca, crl
+	Subject  string // of the listener's own certificate
+	NotAfter time.Time
+}
+
+// Certificates are those that new handshakes use. Of what never ends there is none.
+func (b *Broker) Certificates() (all []Certificate) {
+	for _, s := range b.sockets {
+		if s.vault == nil {
+			continue
+		}
+		m := s.vault.now.Load()
+		for _, e := range m.ends {
+			if e.at.IsZero() {
+				continue
+			}
+			c := Certificate{Listener: s.Name, File: e.path, Key: e.file, NotAfter: e.at}
+			if e.file == "cert" {
+				c.Subject = m.subject
+			}
+			all = append(all, c)
+		}
+	}
+	return all
+}
+
 // load reads the files. The errors name the file and the way out.
 func (t *TLS) load() (*material, error) {
 	pair, err := tls.LoadX509KeyPair(t.Cert, t.Key)
