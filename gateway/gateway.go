@@ -296,7 +296,8 @@ func (g *Gateway) openHTTP(ctx context.Context) (err error) {
 	}
 	cfg := httpapi.Config{Address: g.cfg.HTTP.Address, Gateway: g.cfg.Gateway.ID, Epoch: g.spool.Epoch()}
 	g.http = httpapi.New(cfg, httpapi.Parts{
-		Source: g, Lanes: g.spool, Events: httpapi.NewEvents(0), Gatherer: g.registry, Log: g.log.With("part", "http"), Metrics: g.registry,
+		Source: g, Devices: g.devices, Commands: g.commands, Lanes: g.spool, Tokens: g.tokens, Events: g.events,
+		Gatherer: g.registry, Log: g.log.With("part", "http"), Metrics: g.registry,
 	})
 	if err := g.http.Listen(ctx); err != nil {
 		return err
