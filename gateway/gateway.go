@@ -459,12 +459,17 @@ func (g *Gateway) Status() httpapi.Status {
 	}
 	for _, b := range g.bridges {
 		s := b.Status()
-		st.Upstreams = append(st.Upstreams, httpapi.Upstream{
+		u := httpapi.Upstream{
 			Name: s.Name, URL: s.URL, Format: s.Format, State: string(s.State), Connected: s.Connected, Since: s.Since,
 			RetryAt: s.RetryAt, Attempts: s.Attempts, LastError: s.LastError, LastAck: s.LastAck, InFlight: s.InFlight,
 			Sends: s.Sends, SentMessages: s.SentMessages, SentBytes: s.SentBytes, AckedMessages: s.AckedMessages,
 			ExpiredMessages: s.ExpiredMessages, ParkedMessages: s.ParkedMessages,
-		})
+		}
+		if o := g.orders[s.Name]; o != nil {
+			up, err := o.ready()
+			u.Commands, u.CommandsError = &up, err
+		}
+		st.Upstreams = append(st.Upstreams, u)
 	}
 	return st
 }

@@ -92,6 +92,7 @@ func (r *running) status() (st httpapi.Status) {
 	if err != nil {
 		r.t.Fatal(err)
 	}
+	req.Header.Set("Authorization", "Bearer "+r.token())
 	resp, err := (&http.Client{Transport: &http.Transport{DisableKeepAlives: true}}).Do(req)
 	if err != nil {
 		r.t.Fatal(err)
@@ -101,6 +102,16 @@ func (r *running) status() (st httpapi.Status) {
 		r.t.Fatal(err)
 	}
 	return st
+}
+
+// token is the administrator's.
+func (r *running) token() string {
+	r.t.Helper()
+	b, err := os.ReadFile(filepath.Join(r.Status().DataDir, "admin.token"))
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	return strings.TrimSpace(string(b))
 }
 
 func (r *running) accepted(lane string) uint64 {

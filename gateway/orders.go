@@ -23,14 +23,13 @@ type orders struct {
 	queue    *devices.Queue
 	log      *slog.Logger
 
-	mu    sync.Mutex
-	up    bool
-	since time.Time
-	err   string
+	mu  sync.Mutex
+	up  bool
+	err string
 }
 
 func newOrders(gateway string, u bridge.Config, q *devices.Queue, log *slog.Logger) *orders {
-	return &orders{gateway: gateway, upstream: u, queue: q, log: log, since: time.Now()}
+	return &orders{gateway: gateway, upstream: u, queue: q, log: log}
 }
 
 // Run takes commands until ctx ends.
@@ -45,10 +44,7 @@ func (o *orders) Run(ctx context.Context) error {
 func (o *orders) link(up bool, err error) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	if up != o.up {
-		o.up, o.since = up, time.Now()
-	}
-	o.err = ""
+	o.up, o.err = up, ""
 	if err != nil {
 		o.err = err.Error()
 	}

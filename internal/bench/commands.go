@@ -123,6 +123,7 @@ func measureReturn(ctx context.Context, c config, s *section) error {
 			for i := range devices {
 				devices[i] = &returning{id: benchDevice(i)}
 			}
+			g.AwaitCommands(e)
 			// They have been here before: that is how a gateway without a register knows them.
 			if err := parallel(n, 64, func(i int) error { return devices[i].visit(ctx, g.Addr) }); err != nil {
 				e.Fatalf("first visit: %v", err)
@@ -339,6 +340,7 @@ func measureSubmit(ctx context.Context, c config, s *section) error {
 		err := round(c.dir, func(e *env) {
 			up := testkit.StartMosquitto(e)
 			g := testkit.StartGateway(e, c.bin, "bench", commandsYAML(up))
+			g.AwaitCommands(e)
 			if err := parallel(devices, 32, func(i int) error {
 				return (&returning{id: benchDevice(i)}).visit(ctx, g.Addr)
 			}); err != nil {

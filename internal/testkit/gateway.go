@@ -66,6 +66,7 @@ type Status struct {
 		Connected bool   `json:"connected"`
 		LastError string `json:"last_error"`
 		InFlight  int    `json:"in_flight"`
+		Commands  bool   `json:"commands"` // they come down from it now
 	} `json:"upstreams"`
 }
 
@@ -98,6 +99,23 @@ func (a Account) Balance() error {
 		}
 	}
 	return nil
+}
+
+// AwaitCommands waits until commands come down from every upstream.
+func (g *Gateway) AwaitCommands(t T) {
+	t.Helper()
+	EventuallyNil(t, 20*time.Second, "commands come down", func() error {
+		s, err := g.Status()
+		if err != nil {
+			return err
+		}
+		for _, u := range s.Upstreams {
+			if !u.Commands {
+				return fmt.Errorf("not from %s", u.Name)
+			}
+		}
+		return nil
+	})
 }
 
 // Status asks the gateway how it is.
