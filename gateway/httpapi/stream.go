@@ -1,7 +1,9 @@
 package httpapi
 
 import (
+	"errors"
 	"net/http"
+	"os"
 	"slices"
 	"strings"
 	"time"
@@ -69,7 +71,7 @@ func (s *Server) events(c *call) error {
 		if err == nil {
 			err = rc.Flush()
 		}
-		if err != nil && c.r.Context().Err() == nil {
+		if errors.Is(err, os.ErrDeadlineExceeded) { // else it went away
 			s.m.streamsCut.Inc()
 			s.log.Debug("event stream cut: its reader takes nothing", "who", c.who, "address", c.r.RemoteAddr, "err", err)
 		}

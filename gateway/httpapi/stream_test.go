@@ -260,7 +260,7 @@ func TestEventsHaveNoPayloads(t *testing.T) {
 }
 
 func TestEventsAreFiltered(t *testing.T) {
-	inBubble(t, 0, func(t *testing.T, l *live) {
+	inBubble(t, 0, func(_ *testing.T, l *live) {
 		kinds, device, cmd := l.watch("?kinds=device,upstream", ""), l.watch("?device=pump", ""), l.watch("?command=c2&kinds=command", "")
 		defer kinds.close()
 		defer device.close()
