@@ -222,6 +222,10 @@ func TestBadBodies(t *testing.T) {
 	}
 	for _, tc := range []struct{ target, body, code, say string }{
 		{"POST /api/v1/devices", `{"name":"x"}`, "bad_body", "id is missing"},
+		{"POST /api/v1/devices", `{"id":"x","id":"y"}`, "bad_body", `"id" stands there twice`},
+		{"POST /api/v1/devices", `{"id":"x","labels":{"a":"b","a":"c"}}`, "bad_body", `labels: "a" stands there twice`},
+		{"POST /api/v1/devices", `{"id":"x","labels":{"a":{"b":{"c":1}}}}`, "bad_body", "labels.a: is an object"},
+		{"POST /api/v1/devices", "{\"id\":\"\xff\"}", "bad_body", "UTF-8"},
 		{"POST /api/v1/devices", `{"ID":"x"}`, "bad_body", `"ID"`},
 		{"POST /api/v1/devices", `{"id":7}`, "bad_body", "id: is a number, but a text is wanted"},
 		{"POST /api/v1/devices", `{"id":"x","enabled":"yes"}`, "bad_body", "enabled: is a text, but true or false is wanted"},

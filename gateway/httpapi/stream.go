@@ -146,9 +146,7 @@ func (s *Server) awaitEnd(c *call, id string, pos uint64, wait time.Duration) (d
 		return s.p.Commands.Get(id)
 	}
 	defer give(s.waiters)
-	rc := http.NewResponseController(c.w)
-	_ = rc.SetReadDeadline(time.Now().Add(wait + readTimeout)) // else the server's ends the request
-	_ = rc.SetWriteDeadline(time.Now().Add(wait + writeTimeout))
+	_ = http.NewResponseController(c.w).SetWriteDeadline(time.Now().Add(wait + writeTimeout)) // else the answer comes too late
 	timer := time.NewTimer(wait)
 	defer timer.Stop()
 	var batch []*happening

@@ -10,6 +10,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"runtime"
 	"strconv"
 	"strings"
 	"sync"
@@ -475,6 +476,48 @@ func TestAStreamEndsWithItsToken(t *testing.T) {
 			t.Errorf("after %v: %v", time.Since(begin), err)
 		}
 	})
+}
+
+// TestHalfAnAnswerIsSeenToBeHalf: a panic after something was written must not look like the end.
+func TestHalfAnAnswerIsSeenToBeHalf(t *testing.T) {
+	inBubble(t, 0, func(t *testing.T, l *live) {
+		s := l.watch("", "")
+		defer s.close()
+		if _, err := s.block(); err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait()
+		l.tokens.panics = true
+		if _, err := s.block(); !errors.Is(err, io.ErrUnexpectedEOF) {
+			t.Errorf("the stream ends with %v", err)
+		}
+		synctest.Wait()
+		l.tokens.panics = false
+		l.watch("", "").close()
+	})
+}
+
+// TestEventsKeepNoPayloads: 10,000 events of 64 KiB would be all the memory of a small gateway.
+func TestEventsKeepNoPayloads(t *testing.T) {
+	hub := httpapi.NewEvents(0)
+	gone := make(chan struct{})
+	func() {
+		payload := make([]byte, 64<<10)
+		runtime.AddCleanup(&payload[0], func(c chan struct{}) { close(c) }, gone)
+		hub.Publish(devices.Event{Command: &devices.Command{ID: "c1", Device: "pump", Payload: payload}})
+	}()
+	for deadline := time.Now().Add(10 * time.Second); ; {
+		runtime.GC()
+		select {
+		case <-gone:
+			runtime.KeepAlive(hub)
+			return
+		case <-time.After(10 * time.Millisecond):
+		}
+		if time.Now().After(deadline) {
+			t.Fatal("the hub holds a payload")
+		}
+	}
 }
 
 func TestWaitingForACommandEndsWithIt(t *testing.T) {
