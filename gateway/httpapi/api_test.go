@@ -245,6 +245,8 @@ func TestBadBodies(t *testing.T) {
 		{"POST /api/v1/devices/pump/commands", "\xa1\x64name\x61n", "bad_body", "Content-Type"},
 		{"POST /api/v1/tokens", `{"name":"x"}`, "bad_body", "role is missing"},
 		{"POST /api/v1/tokens", `{"name":"x","role":"root"}`, "bad_body", "viewer, operator or admin"},
+		{"POST /api/v1/tokens", `{"name":"","role":"viewer"}`, "invalid_token", "1 to 64"},
+		{"POST /api/v1/tokens", `{"name":"a/b","role":"viewer"}`, "invalid_token", "1 to 64"},
 		{"POST /api/v1/tokens", `{"name":"x","role":"viewer","lifetime":"0s"}`, "invalid_token", "720h"},
 	} {
 		method, path, _ := strings.Cut(tc.target, " ")
