@@ -235,7 +235,7 @@ var common = map[string]func(r *rig, w *row, op operation) *answered{
 		return w.call(r)
 	},
 	"internal": func(r *rig, w *row, _ operation) *answered {
-		r.tokens.panics = true
+		r.tokens.panics.Store(true)
 		return w.call(r)
 	},
 }

@@ -487,12 +487,12 @@ func TestHalfAnAnswerIsSeenToBeHalf(t *testing.T) {
 			t.Fatal(err)
 		}
 		synctest.Wait()
-		l.tokens.panics = true
+		l.tokens.panics.Store(true)
 		if _, err := s.block(); !errors.Is(err, io.ErrUnexpectedEOF) {
 			t.Errorf("the stream ends with %v", err)
 		}
 		synctest.Wait()
-		l.tokens.panics = false
+		l.tokens.panics.Store(false)
 		l.watch("", "").close()
 	})
 }
