@@ -24,3 +24,45 @@ func Recount(r *Registry) (stored, counted Tally, err error) {
 
 // Tally is the counts of devices.
 type Tally counts
+
+// HoldHashes takes the room in which passwords are hashed until the function returned is called.
+func HoldHashes(r *Registry) (release func()) {
+	for range argonSlots {
+		r.slots <- struct{}{}
+	}
+	return func() {
+		for range argonSlots {
+			<-r.slots
+		}
+	}
+}
+
+// Throttled is how many addresses, and pairs of address and device, are remembered for their failures.
+func Throttled(r *Registry) (peers, pairs int) {
+	r.guard.mu.Lock()
+	defer r.guard.mu.Unlock()
+	return len(r.guard.peers.items), len(r.guard.pairs.items)
+}
+
+// PatternMatches says whether a role with this one pattern may publish to topic.
+func PatternMatches(pattern, topic, own string) bool {
+	s := compileRules([]string{pattern})
+	return s.allowsTopic([]byte(topic), own)
+}
+
+// PatternCovers says whether a role with this one pattern may subscribe to filter.
+func PatternCovers(pattern, filter, own string) bool {
+	s := compileRules([]string{pattern})
+	return s.allowsFilter(filter, own)
+}
+
+// Flapping is of how many devices it is remembered what was told of them.
+func Flapping(r *Registry) (n int) {
+	for i := range r.conns {
+		s := &r.conns[i]
+		s.mu.Lock()
+		n += len(s.told)
+		s.mu.Unlock()
+	}
+	return n
+}
