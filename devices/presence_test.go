@@ -382,8 +382,10 @@ func TestWhoMayNoLongerBeConnectedIsKicked(t *testing.T) {
 func TestAConnectionThatComesTooLateIsKicked(t *testing.T) {
 	s := newSite(t)
 	for id, end := range map[string]func(id string) error{
-		"removed":  func(id string) error { return s.Remove(t.Context(), id) },
-		"disabled": func(id string) error { return second(s.Patch(t.Context(), id, devices.DevicePatch{Enabled: ptr(false)})) },
+		"removed": func(id string) error { return s.Remove(t.Context(), id) },
+		"disabled": func(id string) error {
+			return second(s.Patch(t.Context(), id, devices.DevicePatch{Enabled: ptr(false)}))
+		},
 		"revoked": func(id string) error {
 			d, _ := s.Get(id)
 			return s.RemoveCredential(t.Context(), id, d.Credentials[0].ID)

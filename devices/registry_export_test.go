@@ -1,5 +1,7 @@
 package devices
 
+import "runtime"
+
 // SetMaxDevices lowers how many devices may be registered.
 func SetMaxDevices(r *Registry, n int) { r.maxDevices = n }
 
@@ -64,5 +66,38 @@ func Flapping(r *Registry) (n int) {
 		n += len(s.told)
 		s.mu.Unlock()
 	}
+	return n
+}
+
+// DecodeDeviceRow returns the device of a row and the row written again.
+func DecodeDeviceRow(row []byte) (d Device, again []byte, err error) {
+	x, err := decodeDevice("id", row)
+	if err != nil {
+		return Device{}, nil, err
+	}
+	return x.show(Presence{}), x.encode(), nil
+}
+
+// DecodePresenceRow does the same for a presence.
+func DecodePresenceRow(row []byte) (p Presence, again []byte, err error) {
+	if p, err = decodePresence(row); err != nil {
+		return p, nil, err
+	}
+	return p, encodePresence(&p), nil
+}
+
+// DecodeCountsRow does the same for counts.
+func DecodeCountsRow(row []byte) (t Tally, again []byte, err error) {
+	c, err := decodeCounts(row)
+	return Tally(c), c.encode(), err
+}
+
+// SetCache bounds how many devices are kept that nobody uses. Before the first.
+func SetCache(r *Registry, n int) { r.entries.cache.max = n }
+
+// Held is how many devices are in memory after what nobody holds was collected.
+func Held(r *Registry) (n int) {
+	runtime.GC()
+	r.entries.each(func(*entry) { n++ })
 	return n
 }
