@@ -258,11 +258,10 @@ func (s *site) run() (stop func()) {
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
 	go func() { ended <- s.Run(ctx) }()
-	return func() {
-		s.t.Helper()
+	return sync.OnceFunc(func() {
 		cancel()
 		if err := <-ended; err != nil {
 			s.t.Errorf("run: %v", err)
 		}
-	}
+	})
 }

@@ -37,7 +37,7 @@ func (r *Role) Validate() error {
 	if r.Name == "" || len(r.Name) > MaxRoleName || strings.ContainsFunc(r.Name, func(c rune) bool {
 		return c >= utf8.RuneSelf || !alphanumeric(byte(c)) && c != '-' && c != '_' && c != '.'
 	}) {
-		errs = append(errs, fmt.Errorf("role %q: a name has 1 to %d letters, digits and - _ .", r.Name, MaxRoleName))
+		errs = append(errs, fmt.Errorf("role %q: a name has 1 to %d letters, digits, dots, - and _", r.Name, MaxRoleName))
 	}
 	for _, list := range []struct {
 		name     string
