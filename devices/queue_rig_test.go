@@ -1,8 +1,10 @@
 package devices_test
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"slices"
 	"strings"
 	"sync"
@@ -118,7 +120,7 @@ func (c *fakeClock) jump(d time.Duration) {
 	c.wall = c.wall.Add(d)
 }
 
-// off is a reboot: the machine is off for d.
+// reboot is one: the machine is off for d.
 func (c *fakeClock) reboot(d time.Duration) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -218,11 +220,13 @@ type queueRig struct {
 	j     *queueJournal
 	clock *fakeClock
 	cfg   devices.QueueConfig
+	quiet bool // no log
 }
 
 func openQueueRig(t testing.TB, fs *vfs.MemFS, clock *fakeClock, cfg devices.QueueConfig) *queueRig {
 	t.Helper()
-	r := &queueRig{t: t, fs: fs, clock: clock, cfg: cfg}
+	_, test := t.(*testing.T)
+	r := &queueRig{t: t, fs: fs, clock: clock, cfg: cfg, quiet: !test}
 	r.open()
 	return r
 }
@@ -237,6 +241,9 @@ func newQueueRig(t testing.TB, cfg devices.QueueConfig) *queueRig {
 func (r *queueRig) open() {
 	r.t.Helper()
 	log := testkit.Logger(r.t)
+	if r.quiet {
+		log = slog.New(slog.DiscardHandler)
+	}
 	store, err := kv.Open("store", kv.Options{FS: r.fs, Log: log})
 	if err != nil {
 		r.t.Fatal(err)
@@ -440,3 +447,21 @@ func history(c devices.Command) string {
 }
 
 func numbered(prefix string, n int) string { return fmt.Sprintf("%s-%d", prefix, n) }
+
+func newCrashableFS() *vfs.MemFS { return vfs.NewCrashableMem() }
+
+func discardLog() *slog.Logger { return slog.New(slog.DiscardHandler) }
+
+func openTestStore(t testing.TB, fs vfs.FS) *kv.Store {
+	t.Helper()
+	store, err := kv.Open("store", kv.Options{FS: fs, Log: discardLog()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { store.Close() })
+	return store
+}
+
+func contextWithCancel(t testing.TB) (context.Context, context.CancelFunc) {
+	return context.WithCancel(t.Context())
+}

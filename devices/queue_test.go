@@ -989,9 +989,11 @@ func TestHistoryIsRemoved(t *testing.T) {
 	}
 	r.wantState("waits", devices.Queued)
 	r.submit(devices.Request{ID: "a-0", OneWay: true}) // the id is free again
+	r.ack(l)
 	r.pass(time.Second)
 	r.reopen()
 	r.tick() // counts what is there
+	l = r.link("dev")
 	run("d", 200)
 	r.tick()
 	if n := left(); n > 103 || n < 100 {
