@@ -100,6 +100,40 @@ func TestEndForgetsTheSession(t *testing.T) {
 	})
 }
 
+// The old connection may take its time to go: who comes meanwhile finds nothing.
+func TestForgetDoesNotWaitForTheOldConnection(t *testing.T) {
+	eachVersion(t, func(t *testing.T, v mqtt.Version) {
+		stuck, free := make(chan struct{}), make(chan struct{})
+		r := newRig(t, func(r *rig) {
+			r.auth.publish = func(_, topic string) bool {
+				if topic == "stuck" {
+					close(stuck)
+					<-free
+				}
+				return true
+			}
+		})
+		p := r.client(v, "dev", keep)
+		p.subscribe(1, filter("t", 1))
+		p.publish(1, 1, "stuck", "")
+		<-stuck
+		r.b.End("dev", mqtt.AdministrativeAction, "", true)
+		q, a := r.connect(v, "dev", keep)
+		if a.SessionPresent {
+			t.Error("session present")
+		}
+		q.subscribe(1, filter("new", 1))
+		close(free)
+		eventually(t, "end of the old one", func() bool { return r.b.Stats().Connections == 1 })
+		x := r.client(v, "other")
+		x.publishDone(1, 1, "t", "")
+		x.publishDone(1, 2, "new", "new")
+		if m := q.message(); string(m.Payload) != "new" {
+			t.Errorf("got %s", m.Topic)
+		}
+	})
+}
+
 // Connections that begin after End find nothing of the session, and keep what they make, however
 // close they follow.
 func TestForgetRacesWithReconnect(t *testing.T) {

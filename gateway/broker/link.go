@@ -3,6 +3,7 @@ package broker
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 
 	"holdfast/internal/mqtt"
@@ -106,7 +107,7 @@ func (l *Link) Covers(topic string) bool {
 	return false
 }
 
-// Send has p written to this connection with QoS 1, whatever p.QoS and p.ID say; p.Dup stays. The
+// Send has p written to this connection with QoS 1, whatever p says of QoS, id and RETAIN; p.Dup stays. The
 // commands keep their order. They count against the client's receive maximum together with the
 // session's deliveries, wait here while that is full or the client does not read, and go before
 // deliveries that were not sent yet. Who sends bounds how many wait.
@@ -128,7 +129,7 @@ func (l *Link) Send(p *mqtt.Publish, token uint64, packetID uint16) (uint16, err
 		return 0, ErrLinkGone
 	}
 	cmd := command{pub: *p, token: token}
-	cmd.pub.QoS = 1
+	cmd.pub.QoS, cmd.pub.Retain, cmd.pub.SubscriptionIDs = 1, false, s.identifiersLocked(c, p.Topic)
 	if c.maxPacket > 0 {
 		if size := mqtt.PublishSize(c.version, &cmd.pub); size > int(c.maxPacket) {
 			return 0, fmt.Errorf("%w: %d bytes, and it takes %d", ErrTooLarge, size, c.maxPacket)
@@ -147,6 +148,20 @@ func (l *Link) Send(p *mqtt.Publish, token uint64, packetID uint16) (uint16, err
 	}
 	c.mu.Unlock()
 	return packetID, nil
+}
+
+// identifiersLocked gives the subscription identifiers that a message on topic carries (MQTT-3.3.4-3).
+func (s *session) identifiersLocked(c *conn, topic []byte) (ids []uint32) {
+	if c.version != mqtt.V5 {
+		return nil
+	}
+	for i := range s.subs {
+		sub := &s.subs[i]
+		if sub.identifier != 0 && !sub.shared && mqtt.Match(sub.match, view(topic)) && !slices.Contains(ids, sub.identifier) {
+			ids = append(ids, sub.identifier)
+		}
+	}
+	return ids
 }
 
 // End ends the connection. An MQTT 5 client is told reason and text.

@@ -133,10 +133,7 @@ func (s *session) fill(c *conn) {
 			s.sendLocked(c, &s.flights[s.resend], now, true)
 			s.resend++
 			s.unacked++
-		case c.link.waitingLocked():
-			if s.unacked >= c.sendMax {
-				return
-			}
+		case c.link.waitingLocked() && s.unacked < c.sendMax: // else QoS 0 may still go
 			c.link.sendCommandLocked()
 			s.unacked++
 		case s.queue.len() > 0:

@@ -9,7 +9,6 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
-	"log/slog"
 	"net"
 	"os"
 	"runtime"
@@ -30,7 +29,9 @@ type vault struct {
 	mu    sync.Mutex // makes loads one after the other; guards what follows
 	seen  prints     // of the files when they were last loaded, or could not be
 	fresh prints     // as they were at the last look, if that differed from seen
-	told  map[string]time.Duration
+	wrong string     // why they could not be loaded; "": they were
+	again time.Time  // when to try once more
+	told  map[ending]time.Duration
 }
 
 // material is what a listener's files hold. It does not change once it is made.
@@ -53,7 +54,7 @@ type ending struct {
 
 // newVault loads the files of l.
 func newVault(l *Listener) (*vault, error) {
-	v := &vault{listener: l, told: map[string]time.Duration{}}
+	v := &vault{listener: l, told: map[ending]time.Duration{}}
 	v.seen = l.TLS.look()
 	m, err := l.TLS.load()
 	if err != nil {
@@ -391,10 +392,19 @@ func (b *Broker) reloadLocked(v *vault) error {
 	v.seen = v.listener.TLS.look() // before it is read: what changes meanwhile is seen later
 	m, err := v.listener.TLS.load()
 	if err != nil {
-		b.log.Warn("certificates not loaded, those from before stay", "listener", v.listener.Name, "err", err)
+		if v.wrong != err.Error() {
+			b.log.Warn("certificates not loaded, those from before stay", "listener", v.listener.Name, "err", err)
+		}
+		v.wrong, v.again = err.Error(), time.Now().Add(retryAfter)
 		return fmt.Errorf("listener %q: %w", v.listener.Name, err)
 	}
+	v.wrong = ""
 	v.use(m)
+	for e := range v.told {
+		if !slices.Contains(m.ends, e) {
+			delete(v.told, e)
+		}
+	}
 	b.tellLoaded(v)
 	b.endInvalid(v, true)
 	return nil
@@ -486,6 +496,10 @@ func (c *conn) recheckPeer(m *material, now time.Time) error {
 	return nil
 }
 
+// retryAfter is when files that could not be loaded are tried again although they are the same: it may
+// have been for want of descriptors.
+const retryAfter = time.Minute
+
 // lookEvery is how often the files are looked at. A change counts when it is seen twice: the key
 // may come a moment after its certificate.
 var lookEvery = 2 * time.Second
@@ -513,6 +527,8 @@ func (b *Broker) lookAt(v *vault) {
 	defer v.mu.Unlock()
 	p := v.listener.TLS.look()
 	switch {
+	case p.equal(v.seen) && v.wrong != "" && !time.Now().Before(v.again):
+		_ = b.reloadLocked(v)
 	case p.equal(v.seen):
 		v.fresh = p
 	case !p.equal(v.fresh):
@@ -538,19 +554,18 @@ func (b *Broker) warnLocked(v *vault, now time.Time) {
 		if i < 0 {
 			continue
 		}
-		key := fmt.Sprint(e.file, e.at.Unix())
-		if last, told := v.told[key]; told && last <= warnAt[i] {
+		if last, told := v.told[e]; told && last <= warnAt[i] {
 			continue
 		}
-		v.told[key] = warnAt[i]
+		v.told[e] = warnAt[i]
 		what := []any{"listener", v.listener.Name, "file", e.file, "path", e.path, "not_after", e.at.UTC().Format(time.RFC3339)}
 		switch {
 		case e.file == "crl" && left <= 0:
-			b.log.Warn("revocation list is overdue: it still revokes what it lists, put a newer one in its place", what...)
+			b.log.Warn("revocation list is overdue: it still revokes what it lists; put a newer one in its place", what...)
 		case left <= 0:
 			b.log.Warn("certificate has expired: put a new one in its place", what...)
 		default:
-			b.log.Warn("certificate or revocation list ends soon: put a new one in its place", append(what, slog.Duration("left", left.Round(time.Minute)))...)
+			b.log.Warn("certificate or revocation list ends soon: put a new one in its place", append(what, "hours_left", int(left.Hours()))...)
 		}
 	}
 }
