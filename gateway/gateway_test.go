@@ -319,7 +319,7 @@ func TestDataDirectories(t *testing.T) {
 func startUpstream(t *testing.T) string {
 	t.Helper()
 	up, err := broker.New(broker.Config{Listeners: []broker.Listener{{Name: "up", Protocol: "mqtt", Address: "127.0.0.1:0"}}},
-		openStore(t), acceptAll{}, everybody{}, testkit.Logger(t), nil)
+		openStore(t), acceptAll{}, everybody{}, nil, testkit.Logger(t), nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -416,9 +416,13 @@ func (acceptAll) Publish(_ *broker.Message, _ []kv.Op, done kv.Done, token uint6
 
 type everybody struct{}
 
-func (everybody) Connect(*broker.ConnectInfo) error { return nil }
-func (everybody) MayPublish(string, []byte) bool    { return true }
-func (everybody) MaySubscribe(string, string) bool  { return true }
+func (e everybody) Connect(context.Context, *broker.ConnectInfo) (broker.Rights, error) {
+	return e, nil
+}
+func (e everybody) Rights(string) broker.Rights { return e }
+func (everybody) MayPublish([]byte) bool        { return true }
+func (everybody) MaySubscribe(string) bool      { return true }
+func (everybody) Limits() broker.Limits         { return broker.Limits{} }
 
 func openStore(t *testing.T) *kv.Store {
 	t.Helper()

@@ -40,7 +40,7 @@ func newDemoCloud(dir string, log *slog.Logger) (_ *demoCloud, err error) {
 	c.broker, err = broker.New(broker.Config{
 		Listeners: []broker.Listener{{Name: "upstream", Protocol: "mqtt", Address: "127.0.0.1:0"}},
 		MaxPacket: 1 << 20, MaxSessionQueue: 1 << 20, MaxSessionQueueBytes: 256 << 20,
-	}, c.store, openIntake{c.store}, openDoor{}, log, nil)
+	}, c.store, openIntake{c.store}, openDoor{}, nil, log, nil)
 	if err == nil {
 		err = c.broker.Listen()
 	}
@@ -84,13 +84,21 @@ func (i openIntake) Publish(_ *broker.Message, ops []kv.Op, done kv.Done, token 
 type openDoor struct{}
 
 // Connect implements broker.Authorizer.
-func (openDoor) Connect(*broker.ConnectInfo) error { return nil }
+func (d openDoor) Connect(context.Context, *broker.ConnectInfo) (broker.Rights, error) {
+	return d, nil
+}
 
-// MayPublish implements broker.Authorizer.
-func (openDoor) MayPublish(string, []byte) bool { return true }
+// Rights implements broker.Authorizer.
+func (d openDoor) Rights(string) broker.Rights { return d }
 
-// MaySubscribe implements broker.Authorizer.
-func (openDoor) MaySubscribe(string, string) bool { return true }
+// MayPublish implements broker.Rights.
+func (openDoor) MayPublish([]byte) bool { return true }
+
+// MaySubscribe implements broker.Rights.
+func (openDoor) MaySubscribe(string) bool { return true }
+
+// Limits implements broker.Rights.
+func (openDoor) Limits() broker.Limits { return broker.Limits{} }
 
 // uplink is the line between gateway and upstream: a TCP proxy that can be cut.
 type uplink struct {

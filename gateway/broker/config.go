@@ -1,12 +1,9 @@
 package broker
 
 import (
-	"crypto/tls"
-	"crypto/x509"
 	"errors"
 	"fmt"
 	"net"
-	"os"
 	"time"
 )
 
@@ -104,6 +101,8 @@ type Listener struct {
 	Protocol string `yaml:"protocol"` // mqtt, mqtts, ws or wss
 	Address  string `yaml:"address"`  // host:port
 	TLS      TLS    `yaml:"tls"`      // for mqtts and wss
+	// MaxConnections are open on it at once; 0: no limit of its own, see Config.MaxConnections.
+	MaxConnections int `yaml:"max_connections"`
 }
 
 // TLS names the files of a TLS listener.
@@ -112,6 +111,7 @@ type TLS struct {
 	Key               string `yaml:"key"`       // PEM
 	ClientCA          string `yaml:"client_ca"` // PEM; set: client certificates are checked against it
 	RequireClientCert bool   `yaml:"require_client_cert"`
+	CRL               string `yaml:"crl"` // PEM or DER, signed by ClientCA: certificates in it are refused
 }
 
 // Secure says whether the listener speaks TLS.
@@ -142,31 +142,11 @@ func (l *Listener) Validate() (err error) {
 		say("tls is set, but protocol is %s; did you mean %ss?", l.Protocol, l.Protocol)
 	case l.TLS.RequireClientCert && l.TLS.ClientCA == "":
 		say("tls.require_client_cert needs tls.client_ca")
+	case l.TLS.CRL != "" && l.TLS.ClientCA == "":
+		say("tls.crl needs tls.client_ca, whose certificates sign it")
+	}
+	if l.MaxConnections < 0 {
+		say("max_connections of %d: must be 0 (no limit) or more", l.MaxConnections)
 	}
 	return err
-}
-
-// config loads the files.
-func (t *TLS) config() (*tls.Config, error) {
-	pair, err := tls.LoadX509KeyPair(t.Cert, t.Key)
-	if err != nil {
-		return nil, fmt.Errorf("load certificate %q and key %q: %w", t.Cert, t.Key, err)
-	}
-	c := &tls.Config{Certificates: []tls.Certificate{pair}, MinVersion: tls.VersionTLS12}
-	if t.ClientCA == "" {
-		return c, nil
-	}
-	pem, err := os.ReadFile(t.ClientCA)
-	if err != nil {
-		return nil, fmt.Errorf("load client CA: %w", err)
-	}
-	c.ClientCAs = x509.NewCertPool()
-	if !c.ClientCAs.AppendCertsFromPEM(pem) {
-		return nil, fmt.Errorf("load client CA %q: no certificate in it", t.ClientCA)
-	}
-	c.ClientAuth = tls.VerifyClientCertIfGiven
-	if t.RequireClientCert {
-		c.ClientAuth = tls.RequireAndVerifyClientCert
-	}
-	return c, nil
 }

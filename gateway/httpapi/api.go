@@ -1,5 +1,7 @@
-// Package httpapi is the operators' door: is it alive, is it ready, what is it doing. It asks the
-// gateway and changes nothing yet.
+// Package httpapi is the operators' door: is the gateway alive, is it ready, what is it doing; which devices may come, what
+// are they to do; what happens now. It asks the parts and keeps nothing itself but the last events.
+//
+// One table (route.go) says what may be asked, who may ask it, and what the API's own description in OpenAPI says of it.
 package httpapi
 
 import (
@@ -9,25 +11,22 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"slices"
+	"strings"
+	"sync"
 	"time"
 
-	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"golang.org/x/net/netutil"
-)
 
-// Source is what the door shows. *gateway.Gateway is one.
-type Source interface {
-	// Ready is nil if the spool is open and every listener accepts.
-	Ready() error
-	Status() Status
-}
+	"holdfast/spool"
+)
 
 // Bounds of what a caller may cost.
 const (
-	maxConnections = 64
+	maxConnections = 128 // among them maxStreams and maxWaiters that stay
 	maxHeader      = 16 << 10
-	maxBody        = 64 << 10
+	maxBody        = 64 << 10 // but of a command, see wire.MaxSubmit
 	readTimeout    = 10 * time.Second
 	writeTimeout   = 30 * time.Second
 	idleTimeout    = 60 * time.Second
@@ -36,61 +35,62 @@ const (
 // Config of a Server.
 type Config struct {
 	Address string // host:port
+	// Gateway and Epoch are the first parts of every message id.
+	Gateway, Epoch string
 }
 
 // Server serves the API. Make it with New, then Listen, then Run once.
 type Server struct {
 	cfg     Config
-	src     Source
+	p       Parts
 	log     *slog.Logger
 	metrics http.Handler
 	m       *metrics
+	doc     *document
 	handler http.Handler
 	ln      net.Listener
+
+	wrong    attempts
+	streams  chan struct{} // cap: how many may be open
+	waiters  chan struct{} // cap: how many may wait for a command
+	stopping chan struct{} // closed when Run is asked to stop
+	stop     sync.Once     // closes it
 }
 
-// access says who may call.
-type access int
-
-const (
-	// open: everybody. Nothing of it tells more than that a gateway is here.
-	open access = iota
-	// viewer: whoever may look at everything. Until there are tokens that is this machine.
-	viewer
-)
-
-// New makes a server of what src and the metrics in g show. reg takes its own metrics, nil for none.
-func New(cfg Config, src Source, g prometheus.Gatherer, log *slog.Logger, reg prometheus.Registerer) *Server {
+// New makes a server of what the parts show and do.
+func New(cfg Config, p Parts) *Server {
 	s := &Server{
-		cfg: cfg, src: src, log: log, m: newMetrics(reg),
-		metrics: promhttp.HandlerFor(g, promhttp.HandlerOpts{
+		cfg: cfg, p: p, log: p.Log, m: newMetrics(p.Metrics), doc: describe(table),
+		metrics: promhttp.HandlerFor(p.Gatherer, promhttp.HandlerOpts{
 			ErrorHandling:       promhttp.ContinueOnError,
 			MaxRequestsInFlight: 2,
 			Timeout:             writeTimeout / 2,
 			DisableCompression:  true, // loopback: not worth the memory
 		}),
-	}
-	table := []struct {
-		path   string
-		access access
-		get    http.HandlerFunc
-	}{
-		{"/healthz", open, s.health},
-		{"/readyz", open, s.ready},
-		{"/metrics", viewer, s.metrics.ServeHTTP},
-		{"/api/v1/status", viewer, s.status},
+		streams:  make(chan struct{}, maxStreams),
+		waiters:  make(chan struct{}, maxWaiters),
+		stopping: make(chan struct{}),
 	}
 	mux := http.NewServeMux()
-	for _, row := range table {
-		mux.Handle("GET "+row.path, s.guard(row.path, row.access, row.get))
-		mux.Handle(row.path, s.guard(row.path, open, func(w http.ResponseWriter, _ *http.Request) {
-			w.Header().Set("Allow", "GET, HEAD")
-			fail(w, http.StatusMethodNotAllowed, "method_not_allowed", fmt.Sprintf("%s takes GET", row.path))
-		}))
+	methods := map[string][]string{}
+	for i := range table {
+		row := &table[i]
+		mux.Handle(row.name(), s.serve(row)) // GET is HEAD, too
+		methods[row.path] = append(methods[row.path], row.method)
+		if row.method == http.MethodGet {
+			methods[row.path] = append(methods[row.path], http.MethodHead)
+		}
 	}
-	mux.Handle("/", s.guard("other", open, func(w http.ResponseWriter, _ *http.Request) {
-		fail(w, http.StatusNotFound, "not_found", "there is nothing here: try /api/v1/status, /metrics, /healthz or /readyz")
-	}))
+	for path, allowed := range methods {
+		slices.Sort(allowed)
+		mux.Handle(path, s.serve(&route{path: path, h: func(_ *Server, c *call) error {
+			c.w.Header().Set("Allow", strings.Join(allowed, ", "))
+			return failf(codeMethod, "%s takes %s, not %.20s", path, strings.Join(allowed, ", "), c.r.Method)
+		}}))
+	}
+	mux.Handle("/", s.serve(&route{path: "other", h: func(*Server, *call) error {
+		return failf(codeNotFound, "there is nothing here: /api/v1/openapi.json says what there is; try /api/v1/status, /metrics, /healthz or /readyz")
+	}}))
 	s.handler = mux
 	return s
 }
@@ -127,7 +127,7 @@ func (s *Server) Close() error {
 	return nil
 }
 
-// Run serves until ctx ends, then lets requests that are under way end.
+// Run serves until ctx ends, then ends the streams at once and lets other requests that are under way end.
 func (s *Server) Run(ctx context.Context) error {
 	srv := &http.Server{
 		Handler:           s.handler,
@@ -145,7 +145,8 @@ func (s *Server) Run(ctx context.Context) error {
 		return fmt.Errorf("serve http on %s: %w", s.cfg.Address, err)
 	case <-ctx.Done():
 	}
-	// Requests are answered from memory: one that needs longer than this has a peer that does not read.
+	s.stop.Do(func() { close(s.stopping) })
+	// Requests are answered from memory or wait for one commit: one that needs longer than this has a peer that does not read.
 	grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), 500*time.Millisecond)
 	defer cancel()
 	if err := srv.Shutdown(grace); err != nil {
@@ -157,18 +158,53 @@ func (s *Server) Run(ctx context.Context) error {
 	return nil
 }
 
-func (s *Server) health(w http.ResponseWriter, _ *http.Request) {
-	reply(w, http.StatusOK, map[string]string{"status": "alive"})
-}
+func (s *Server) health(c *call) error { return c.reply(http.StatusOK, Health{"alive"}) }
 
-func (s *Server) ready(w http.ResponseWriter, _ *http.Request) {
-	if err := s.src.Ready(); err != nil {
-		fail(w, http.StatusServiceUnavailable, "not_ready", err.Error())
-		return
+func (s *Server) ready(c *call) error {
+	if err := s.p.Source.Ready(); err != nil {
+		return failf(codeNotReady, "%v", err)
 	}
-	reply(w, http.StatusOK, map[string]string{"status": "ready"})
+	return c.reply(http.StatusOK, Health{"ready"})
 }
 
-func (s *Server) status(w http.ResponseWriter, _ *http.Request) {
-	reply(w, http.StatusOK, s.src.Status())
+func (s *Server) showMetrics(c *call) error {
+	s.metrics.ServeHTTP(c.w, c.r)
+	return nil
+}
+
+// status answers with no list null.
+func (s *Server) status(c *call) error {
+	st := s.p.Source.Status()
+	if st.Broker.Listeners == nil {
+		st.Broker.Listeners = []Listener{}
+	}
+	if st.Lanes == nil {
+		st.Lanes = []spool.LaneStat{}
+	}
+	if st.Upstreams == nil {
+		st.Upstreams = []Upstream{}
+	}
+	if st.Ledger.Accounts == nil {
+		st.Ledger.Accounts = []spool.Account{}
+	}
+	if st.Certificates == nil {
+		st.Certificates = []Certificate{}
+	}
+	return c.reply(http.StatusOK, st)
+}
+
+func (s *Server) openAPI(c *call) error {
+	h := c.w.Header()
+	h.Set("ETag", s.doc.etag)
+	h.Set("Cache-Control", "no-cache") // keep it, but ask
+	for tag := range strings.SplitSeq(c.r.Header.Get("If-None-Match"), ",") {
+		if tag = strings.TrimPrefix(strings.TrimSpace(tag), "W/"); tag == s.doc.etag || tag == "*" {
+			c.w.WriteHeader(http.StatusNotModified)
+			return nil
+		}
+	}
+	h.Set("Content-Type", "application/json")
+	c.w.WriteHeader(http.StatusOK)
+	_, _ = c.w.Write(s.doc.json)
+	return nil
 }

@@ -1,55 +1,162 @@
 package httpapi
 
 import (
-	"encoding/json"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/netip"
+	"runtime/debug"
 	"strconv"
 	"strings"
+	"time"
 )
 
-// guard lets a request through to h if the caller may, and counts it.
-func (s *Server) guard(route string, who access, h http.HandlerFunc) http.Handler {
+// handler answers a call, or says why not.
+type handler func(s *Server, c *call) error
+
+// serve makes row's handler of http: it counts, logs, lets in who may, and survives what goes wrong.
+func (s *Server) serve(row *route) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		rec := &recorder{ResponseWriter: w, code: http.StatusOK}
-		defer func() { s.m.requests.WithLabelValues(route, strconv.Itoa(rec.code)).Inc() }()
-		hd := rec.Header()
-		hd.Set("Cache-Control", "no-store")
-		hd.Set("X-Content-Type-Options", "nosniff")
-		hd.Set("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'")
-		r.Body = http.MaxBytesReader(rec, r.Body, maxBody)
-		if who == viewer && !mayView(rec, r) {
-			return
+		began := time.Now()
+		c := &call{w: &recorder{ResponseWriter: w, code: http.StatusOK}, r: r, row: row, object: objectOf(r)}
+		defer func() {
+			if p := recover(); p != nil {
+				s.panicked(c, p)
+			}
+			s.finish(c, time.Since(began))
+			if c.aborted {
+				panic(http.ErrAbortHandler) // half an answer is out: the caller has to see that it is not whole
+			}
+		}()
+		h := c.w.Header()
+		h.Set("Cache-Control", "no-store")
+		h.Set("X-Content-Type-Options", "nosniff")
+		h.Set("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'")
+		err := s.admit(c)
+		if err == nil {
+			err = c.readQuery()
 		}
-		h(rec, r)
+		if err == nil {
+			r.Body = http.MaxBytesReader(c.w, r.Body, row.maxBody())
+			err = row.h(s, c)
+		}
+		if err != nil {
+			s.refuse(c, err)
+		}
 	})
 }
 
-// mayView answers those who may not look. A web page in a browser on this machine is a peer on
-// loopback too: by a name of its own that it lets resolve to 127.0.0.1 it could read what it likes
-// (DNS rebinding), so the name that was asked for has to be this machine's.
-func mayView(w http.ResponseWriter, r *http.Request) bool {
-	switch {
-	case !loopbackPeer(r):
-		fail(w, http.StatusForbidden, "forbidden",
-			"only this machine may look at this: ask from the gateway itself, or through a tunnel such as ssh -L 8080:"+loopbackHint(r))
-	case !loopbackName(r.Host):
-		fail(w, http.StatusForbidden, "host_not_allowed", "ask for it as localhost or 127.0.0.1")
-	default:
-		return true
-	}
-	return false
-}
-
-func loopbackHint(r *http.Request) string {
-	port := "8080"
-	if a, ok := r.Context().Value(http.LocalAddrContextKey).(net.Addr); ok {
-		if _, p, err := net.SplitHostPort(a.String()); err == nil {
-			port = p
+// objectOf is what the path names: "pump-7/c1".
+func objectOf(r *http.Request) string {
+	var parts []string
+	for _, name := range []string{"id", "credential", "lane", "name"} {
+		if v := r.PathValue(name); v != "" {
+			parts = append(parts, v)
 		}
 	}
-	return "127.0.0.1:" + port
+	return strings.Join(parts, "/")
+}
+
+func (s *Server) panicked(c *call, p any) {
+	id := newID()
+	s.log.Error("request panicked: please report this", "id", id, "route", c.row.name(), "panic", p, "stack", string(debug.Stack()))
+	if c.w.wrote {
+		c.aborted = true
+		return
+	}
+	reply(c.w, http.StatusInternalServerError, Error{ErrorBody{
+		codeInternal, "this is a defect of Holdfast, not your fault; the log of the gateway says more about failure " + id,
+	}})
+}
+
+func (s *Server) finish(c *call, took time.Duration) {
+	s.m.requests.WithLabelValues(c.row.path, strconv.Itoa(c.w.code)).Inc()
+	if !c.row.stream {
+		s.m.seconds.WithLabelValues(c.row.path).Observe(took.Seconds())
+	}
+	if c.row.changes() && c.role != 0 {
+		s.log.Info("changed through the api", "who", c.who, "what", c.row.id, "object", c.object, "status", c.w.code, "address", c.r.RemoteAddr)
+	}
+	if s.log.Enabled(c.r.Context(), slog.LevelDebug) {
+		s.log.Debug("request", "method", c.r.Method, "path", c.r.URL.Path, "status", c.w.code, "took_ms", took.Milliseconds(),
+			"who", c.who, "address", c.r.RemoteAddr)
+	}
+}
+
+// admit lets the caller in or says why not. Whoever has a token may come from anywhere, under any name of this machine: no web
+// page can make a browser send one. Only what is shown without a token is bound to this machine.
+func (s *Server) admit(c *call) error {
+	if c.row.who == 0 {
+		return nil
+	}
+	token, shown := bearer(c.r)
+	switch {
+	case shown:
+	case c.row.loopback && !loopbackPeer(c.r):
+		return failf(codeUnauthorized, "without a token only this machine may look at this: make one with holdfast token add NAME --role viewer, and send it as Authorization: Bearer TOKEN")
+	case c.row.loopback && !loopbackName(c.r.Host):
+		return failf(codeHost, "ask for it as localhost or 127.0.0.1, or send a token as Authorization: Bearer TOKEN")
+	case c.row.loopback:
+		return nil
+	default:
+		return failf(codeUnauthorized, "a token is needed, as Authorization: Bearer TOKEN: on the gateway itself holdfast commands read DATA_DIR/admin.token; elsewhere, make one with holdfast token add NAME --role %s", c.row.who)
+	}
+	name, role, ok := s.p.Tokens.Check(token)
+	if !ok {
+		return s.wrongToken(c)
+	}
+	c.who, c.role, c.token = name, role, token
+	if role < c.row.who {
+		c.w.Header().Set("WWW-Authenticate", `Bearer error="insufficient_scope"`)
+		return failf(codeForbidden, "this needs a token with role %s; %q is %s: make one with holdfast token add NAME --role %s", c.row.who, name, role, c.row.who)
+	}
+	return nil
+}
+
+// wrongToken counts attempts by address. A token has 256 random bits: nobody finds one by trying, at any speed. What the delay does
+// is tell a program with an old token to slow down. So it holds for wrong tokens only: behind a proxy everybody has the same
+// address, and one of them must not lock the others out.
+func (s *Server) wrongToken(c *call) error {
+	s.m.wrongTokens.Inc()
+	wait, first := s.wrong.attempt(peer(c.r), time.Now())
+	if first {
+		s.log.Warn("many wrong tokens from one address", "address", peer(c.r))
+	}
+	if wait > 0 {
+		f := failf(codeTooManyAttempts, "too many wrong tokens from %s: wait %v, and look whether yours was removed or has expired", peer(c.r), wait)
+		f.retry = int(wait.Seconds())
+		return f
+	}
+	c.w.Header().Set("WWW-Authenticate", `Bearer error="invalid_token"`)
+	return failf(codeUnauthorized, "token is not known, or has expired: on the gateway itself holdfast commands read DATA_DIR/admin.token; elsewhere, make one with holdfast token add NAME --role %s", c.row.who)
+}
+
+// bearer gives the token of a request (RFC 6750 §2.1).
+func bearer(r *http.Request) (token string, ok bool) {
+	values := r.Header.Values("Authorization")
+	if len(values) != 1 {
+		return "", false
+	}
+	scheme, token, ok := strings.Cut(values[0], " ")
+	if !ok || !strings.EqualFold(scheme, "bearer") {
+		return "", false
+	}
+	return strings.TrimSpace(token), true
+}
+
+// peer is whose attempts are counted together: an IPv4 address, or a network of IPv6, of which one machine has as many
+// addresses as it likes.
+func peer(r *http.Request) netip.Prefix {
+	a, err := netip.ParseAddrPort(r.RemoteAddr)
+	if err != nil {
+		return netip.Prefix{}
+	}
+	addr, bits := a.Addr().Unmap().WithZone(""), 32
+	if addr.Is6() {
+		bits = 64
+	}
+	p, _ := addr.Prefix(bits) // bits fit
+	return p
 }
 
 // loopbackPeer tells whether a program on this machine asks, for itself: one that hands on what
@@ -64,6 +171,8 @@ func loopbackPeer(r *http.Request) bool {
 	return err == nil && peer.Addr().Unmap().IsLoopback()
 }
 
+// loopbackName tells whether the name that was asked for is this machine's. A web page in a browser on this machine is a peer on
+// loopback too: by a name of its own that it lets resolve to 127.0.0.1 it could read what it likes (DNS rebinding).
 func loopbackName(host string) bool {
 	name := host
 	if h, _, err := net.SplitHostPort(host); err == nil {
@@ -75,53 +184,4 @@ func loopbackName(host string) bool {
 	}
 	ip, err := netip.ParseAddr(name)
 	return err == nil && ip.Unmap().IsLoopback()
-}
-
-// recorder notes the status that was answered.
-type recorder struct {
-	http.ResponseWriter
-	code  int
-	wrote bool
-}
-
-func (r *recorder) WriteHeader(code int) {
-	if !r.wrote {
-		r.code, r.wrote = code, true
-	}
-	r.ResponseWriter.WriteHeader(code)
-}
-
-func (r *recorder) Write(b []byte) (int, error) {
-	r.wrote = true
-	return r.ResponseWriter.Write(b)
-}
-
-// Unwrap is for http.ResponseController.
-func (r *recorder) Unwrap() http.ResponseWriter { return r.ResponseWriter }
-
-// reply answers with v as JSON. A peer that is gone is no error of ours.
-func reply(w http.ResponseWriter, code int, v any) {
-	b, err := json.MarshalIndent(v, "", "  ")
-	if err != nil {
-		fail(w, http.StatusInternalServerError, "internal", err.Error())
-		return
-	}
-	w.Header().Set("Content-Type", "application/json")
-	w.WriteHeader(code)
-	_, _ = w.Write(append(b, '\n'))
-}
-
-// Error is how every refusal looks: {"error":{"code","message"}}.
-type Error struct {
-	Error ErrorBody `json:"error"`
-}
-
-// ErrorBody is the inside of an Error.
-type ErrorBody struct {
-	Code    string `json:"code"`    // for programs: stays
-	Message string `json:"message"` // for people: may change
-}
-
-func fail(w http.ResponseWriter, status int, code, message string) {
-	reply(w, status, Error{ErrorBody{code, message}})
 }

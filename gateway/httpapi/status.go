@@ -3,6 +3,7 @@ package httpapi
 import (
 	"time"
 
+	"holdfast/devices"
 	"holdfast/spool"
 )
 
@@ -23,6 +24,18 @@ type Status struct {
 	Lanes     []spool.LaneStat `json:"lanes"`
 	Upstreams []Upstream       `json:"upstreams"`
 	Ledger    Ledger           `json:"ledger"`
+
+	Devices      devices.Counts      `json:"devices"`
+	Commands     devices.QueueCounts `json:"commands"`
+	Certificates []Certificate       `json:"certificates"` // that listeners show; the first to expire first
+}
+
+// Certificate is one that a listener shows.
+type Certificate struct {
+	Listener string    `json:"listener"`
+	File     string    `json:"file"`
+	Subject  string    `json:"subject"`
+	NotAfter time.Time `json:"not_after"`
 }
 
 // Ledger is where every message that was accepted is now.

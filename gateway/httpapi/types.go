@@ -1,9 +1,14 @@
 package httpapi
 
 import (
+	"bytes"
+	"encoding/base64"
 	"time"
+	"unicode"
+	"unicode/utf8"
 
 	"holdfast/devices"
+	"holdfast/spool"
 )
 
 // Command is a command as the API shows it.
@@ -17,6 +22,37 @@ type Command struct {
 	Result        *string `json:"result,omitempty"`
 	ResultBase64  string  `json:"result_base64,omitempty"`
 	ResultType    string  `json:"result_content_type,omitempty"`
+}
+
+// NewCommand shows c; full with its payload and result.
+func NewCommand(c *devices.Command, full bool) Command {
+	v := Command{Command: *c, TTL: c.TTL.String(), ExecutionTimeout: c.ExecutionTimeout.String()}
+	v.Command.Payload, v.Command.Result = nil, nil
+	if full {
+		v.Payload, v.PayloadBase64 = textOrBase64(c.Payload)
+		v.Result, v.ResultBase64 = textOrBase64(c.Result)
+		v.ResultType = c.ResultType
+	}
+	return v
+}
+
+// textOrBase64 gives b as text if it is text without control characters, else in base64; neither for nil.
+func textOrBase64(b []byte) (text *string, base64Text string) {
+	switch {
+	case b == nil:
+		return nil, ""
+	case isText(b):
+		s := string(b)
+		return &s, ""
+	default:
+		return nil, base64.StdEncoding.EncodeToString(b)
+	}
+}
+
+func isText(b []byte) bool {
+	return utf8.Valid(b) && !bytes.ContainsFunc(b, func(r rune) bool {
+		return unicode.IsControl(r) && r != '\n' && r != '\t' && r != '\r'
+	})
 }
 
 // CommandPage answers GET /commands and GET /devices/{id}/commands, the newest first. Next is what to give as ?before= for the following page; "": none.
@@ -33,27 +69,27 @@ type DevicePage struct {
 
 // NewDevice is the body of POST /devices. Without credential the device gets a token.
 type NewDevice struct {
-	ID         string            `json:"id"`
-	Name       string            `json:"name,omitempty"`
+	ID         string            `json:"id" doc:"The MQTT client id it comes with."`
+	Name       string            `json:"name,omitempty" doc:"For people."`
 	Labels     map[string]string `json:"labels,omitempty"`
-	Role       string            `json:"role,omitempty"`
-	Enabled    *bool             `json:"enabled,omitempty"` // default true
+	Role       string            `json:"role,omitempty" doc:"What it may publish and subscribe to; default: device."`
+	Enabled    *bool             `json:"enabled,omitempty" doc:"Default: true."`
 	Credential *NewCredential    `json:"credential,omitempty"`
 }
 
 // NewCredential is the body of POST /devices/{id}/credentials.
 type NewCredential struct {
-	Kind         string `json:"kind,omitempty"` // token (default), password, certificate; in NewDevice also none
-	Password     string `json:"password,omitempty"`
-	Fingerprint  string `json:"fingerprint,omitempty"`
-	Lifetime     string `json:"lifetime,omitempty"`      // "720h"; default: it does not expire
-	RetireOthers string `json:"retire_others,omitempty"` // the others expire after this overlap, "24h"; "0s": at once; default: they stay
+	Kind         string `json:"kind,omitempty" enum:"token,password,certificate,none" doc:"Default: token, which is made here. none is for a new device that comes with a client certificate that names it."`
+	Password     string `json:"password,omitempty" doc:"Kind password: at least 12 characters."`
+	Fingerprint  string `json:"fingerprint,omitempty" doc:"Kind certificate: SHA-256 of its DER bytes, 64 hex digits, colons allowed."`
+	Lifetime     string `json:"lifetime,omitempty" doc:"A duration such as 720h; default: it does not expire."`
+	RetireOthers string `json:"retire_others,omitempty" doc:"The others expire after this overlap, such as 24h; 0s: at once; default: they stay. Not for a new device."`
 }
 
 // DevicePatch is the body of PATCH /devices/{id}; what is absent stays.
 type DevicePatch struct {
 	Name    *string           `json:"name,omitempty"`
-	Labels  map[string]string `json:"labels,omitempty"`
+	Labels  map[string]string `json:"labels,omitzero" doc:"Replaces all labels; {} removes them."`
 	Enabled *bool             `json:"enabled,omitempty"`
 	Role    *string           `json:"role,omitempty"`
 }
@@ -70,10 +106,74 @@ type CredentialMade struct {
 	Secret     string             `json:"secret,omitempty"`
 }
 
+// Message is a spooled message, as GET /lanes/{lane}/messages shows it.
+type Message struct {
+	Seq      uint64    `json:"seq"`
+	ID       string    `json:"id"` // the message's id for ever: {gateway}/{epoch}/{lane}/{seq}
+	Device   string    `json:"device"`
+	Topic    string    `json:"topic"`
+	Received time.Time `json:"received"`
+	QoS      int       `json:"qos"`
+	Retain   bool      `json:"retain,omitempty"`
+	Will     bool      `json:"will,omitempty"`
+	// Unsynced: the gateway's clock was not synchronised when it was received.
+	Unsynced    bool   `json:"clock_unsynced,omitempty"`
+	ContentType string `json:"content_type,omitempty"`
+	Size        int    `json:"size"` // of the payload, bytes
+	// Payload if it is text, else PayloadBase64; no more than its first 4 KiB, and Truncated says so.
+	Payload       *string `json:"payload,omitempty"`
+	PayloadBase64 string  `json:"payload_base64,omitempty"`
+	Truncated     bool    `json:"truncated,omitempty"`
+}
+
+// MessagePage answers GET /lanes/{lane}/messages, the oldest first. Next is what to give as ?after=; "": there are no more now.
+type MessagePage struct {
+	Messages []Message `json:"messages"`
+	Next     string    `json:"next,omitempty"`
+}
+
+// Health answers GET /healthz and GET /readyz.
+type Health struct {
+	Status string `json:"status"` // alive, ready
+}
+
+// LaneList answers GET /lanes.
+type LaneList struct {
+	Lanes []spool.LaneStat `json:"lanes"`
+}
+
+// UpstreamList answers GET /upstreams.
+type UpstreamList struct {
+	Upstreams []Upstream `json:"upstreams"`
+}
+
+// TokenList answers GET /tokens, by name.
+type TokenList struct {
+	Tokens []Token `json:"tokens"`
+}
+
+// NewToken is the body of POST /tokens.
+type NewToken struct {
+	Name     string `json:"name"`
+	Role     Role   `json:"role"`
+	Lifetime string `json:"lifetime,omitempty" doc:"A duration such as 720h; default: it does not expire."`
+}
+
+// TokenMade answers POST /tokens. Secret is what the bearer shows; it is told this once.
+type TokenMade struct {
+	Token  Token  `json:"token"`
+	Secret string `json:"secret"`
+}
+
+// CancelRequest is the body of DELETE /commands/{id}, which may be left out.
+type CancelRequest struct {
+	Reason string `json:"reason,omitempty"`
+}
+
 // Event is one server-sent event: its JSON is the data field, ID the id field, Kind the event field.
 type Event struct {
-	ID      string    `json:"id"`   // {start}-{n}; n counts 1, 2, 3 … since the start
-	Kind    string    `json:"kind"` // command, device, upstream, refusal, reset (some events are no longer there)
+	ID      string    `json:"id"`                                                // {start}-{n}; n counts 1, 2, 3 … since the start
+	Kind    string    `json:"kind" enum:"command,device,upstream,refusal,reset"` // reset: some events are no longer there
 	At      time.Time `json:"at"`
 	Command *Command  `json:"command,omitempty"`
 	Device  *Presence `json:"device,omitempty"`

@@ -16,6 +16,7 @@ import (
 	"go.yaml.in/yaml/v3"
 
 	"holdfast/bridge"
+	"holdfast/devices"
 	"holdfast/gateway/broker"
 	"holdfast/spool"
 )
@@ -39,10 +40,20 @@ type Gateway struct {
 	DataDir string `yaml:"data_dir"` // made with mode 0700 if it is not there
 }
 
-// Devices is who may connect.
+// Devices is who may connect, what they may do, and how commands get to them.
 type Devices struct {
-	Anonymous               bool `yaml:"anonymous"`                  // any client id is a device
-	AllowAnonymousOnNetwork bool `yaml:"allow_anonymous_on_network"` // also on listeners that other machines reach
+	Anonymous               bool           `yaml:"anonymous"`                  // any client id is a device
+	AllowAnonymousOnNetwork bool           `yaml:"allow_anonymous_on_network"` // also on listeners that other machines reach
+	Roles                   []devices.Role `yaml:"roles"`                      // besides the built-in ones, or instead of one of the same name
+	Commands                Commands       `yaml:"commands"`
+}
+
+// Commands is how commands wait and are sent; see devices.QueueConfig.
+type Commands struct {
+	Window     int           `yaml:"window"`      // commands of one device that are under way at once
+	AckTimeout time.Duration `yaml:"ack_timeout"` // from the PUBLISH to the device's PUBACK
+	History    time.Duration `yaml:"history"`     // how long a command is kept after its end
+	MaxPending int           `yaml:"max_pending"` // commands without an end, of all devices
 }
 
 // Spool is how messages are kept until every upstream has them.
@@ -87,6 +98,7 @@ const (
 	loopbackDataDir = "holdfast-data"
 	defaultLaneSize = 1 << 30
 	defaultLaneAge  = 7 * 24 * time.Hour
+	defaultPending  = 200_000
 )
 
 // Default is the configuration of a gateway without a file: what a newcomer's first minute needs,
@@ -108,6 +120,9 @@ func Default() (*Config, error) {
 func defaults() *Config {
 	return &Config{
 		Gateway: Gateway{DataDir: defaultDataDir},
+		Devices: Devices{Commands: Commands{
+			Window: 1, AckTimeout: 30 * time.Second, History: 7 * 24 * time.Hour, MaxPending: defaultPending,
+		}},
 		Spool: Spool{
 			Durability:   Fsync,
 			SyncInterval: 100 * time.Millisecond,
@@ -317,7 +332,7 @@ func (c *Config) paths() []*string {
 	ps := []*string{&c.Gateway.DataDir}
 	for i := range c.Listeners {
 		t := &c.Listeners[i].TLS
-		ps = append(ps, &t.Cert, &t.Key, &t.ClientCA)
+		ps = append(ps, &t.Cert, &t.Key, &t.ClientCA, &t.CRL)
 	}
 	for i := range c.Upstreams {
 		u := &c.Upstreams[i]

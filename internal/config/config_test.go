@@ -2,7 +2,14 @@ package config_test
 
 import (
 	"bytes"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
 	"errors"
+	"math/big"
 	"os"
 	"path/filepath"
 	"strings"
@@ -12,6 +19,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"holdfast/bridge"
+	"holdfast/devices"
 	"holdfast/gateway/broker"
 	"holdfast/internal/config"
 	"holdfast/spool"
@@ -55,7 +63,9 @@ func TestDefaultsAreThoseOfTheManual(t *testing.T) {
 	want := &config.Config{
 		Gateway:   config.Gateway{ID: "gw1", DataDir: "/var/lib/holdfast"},
 		Listeners: []broker.Listener{{Name: "local", Protocol: "mqtt", Address: "127.0.0.1:1883"}},
-		Devices:   config.Devices{Anonymous: true},
+		Devices: config.Devices{Anonymous: true, Commands: config.Commands{
+			Window: 1, AckTimeout: 30 * time.Second, History: 168 * time.Hour, MaxPending: 200_000,
+		}},
 		Spool: config.Spool{
 			Durability: "fsync", SyncInterval: 100 * time.Millisecond, DiskReserve: 64 << 20,
 			Lanes: []spool.LaneConfig{
@@ -99,11 +109,16 @@ gateway:
   data_dir: data
 listeners:
   - { name: lan, protocol: mqtt, address: "127.0.0.1:1883" }
-  - { name: tls, protocol: mqtts, address: "0.0.0.0:8883", tls: { cert: c.pem, key: k.pem, client_ca: /ca.pem, require_client_cert: true } }
-  - { name: web, protocol: ws, address: "127.0.0.1:8083" }
+  - { name: tls, protocol: mqtts, address: "0.0.0.0:8883", tls: { cert: c.pem, key: k.pem, client_ca: /ca.pem, require_client_cert: true, crl: crl.pem } }
+  - { name: web, protocol: ws, address: "127.0.0.1:8083", max_connections: 12 }
 devices:
   anonymous: true
   allow_anonymous_on_network: true
+  roles:
+    - { name: pump, publish: ["dt/{device}/#"], subscribe: ["cmd/{device}/req/#", "+/{device}"],
+        limits: { connects_per_minute: 6, messages_per_second: 10, bytes_per_second: 64KiB } }
+    - { name: mute }
+  commands: { window: 4, ack_timeout: 90s, history: 7d, max_pending: 1000 }
 spool:
   durability: interval
   sync_interval: 250ms
@@ -136,10 +151,21 @@ log: { level: debug, format: json }
 			{Name: "lan", Protocol: "mqtt", Address: "127.0.0.1:1883"},
 			{Name: "tls", Protocol: "mqtts", Address: "0.0.0.0:8883", TLS: broker.TLS{
 				Cert: "/etc/holdfast/c.pem", Key: "/etc/holdfast/k.pem", ClientCA: "/ca.pem", RequireClientCert: true,
+				CRL: "/etc/holdfast/crl.pem",
 			}},
-			{Name: "web", Protocol: "ws", Address: "127.0.0.1:8083"},
+			{Name: "web", Protocol: "ws", Address: "127.0.0.1:8083", MaxConnections: 12},
 		},
-		Devices: config.Devices{Anonymous: true, AllowAnonymousOnNetwork: true},
+		Devices: config.Devices{
+			Anonymous: true, AllowAnonymousOnNetwork: true,
+			Roles: []devices.Role{
+				{
+					Name: "pump", Publish: []string{"dt/{device}/#"}, Subscribe: []string{"cmd/{device}/req/#", "+/{device}"},
+					Limits: devices.Limits{ConnectsPerMinute: 6, MessagesPerSecond: 10, BytesPerSecond: 64 << 10},
+				},
+				{Name: "mute"},
+			},
+			Commands: config.Commands{Window: 4, AckTimeout: 90 * time.Second, History: 168 * time.Hour, MaxPending: 1000},
+		},
 		Spool: config.Spool{
 			Durability: "interval", SyncInterval: 250 * time.Millisecond, DiskReserve: 3 << 29,
 			Lanes: []spool.LaneConfig{
@@ -275,6 +301,37 @@ func TestProblems(t *testing.T) {
 		"anonymous on the network": {
 			ok + "listeners:\n  - { name: a, protocol: mqtt, address: \":1883\" }\n",
 			[]string{`g.yaml:4:41: listeners[0].address: ":1883" is reached by other machines, and devices.anonymous lets everybody in: listen on 127.0.0.1, or set devices.anonymous to false, or devices.allow_anonymous_on_network to true if the network itself keeps strangers out`},
+		},
+		"roles": {"gateway: { id: g }\ndevices:\n  roles:\n    - { publish: [\"a/x{device}\", \"a#\", \"\"], subscribe: [$share/g/a] }\n" +
+			"    - { name: a b }\n    - { name: c }\n    - { name: c, limits: { bytes_per_second: 5, messages_per_second: -1, connects_per_minute: 1s } }\n", []string{
+			`g.yaml:4:7: devices.roles[0].name: is missing: give it a name`,
+			`g.yaml:4:19: devices.roles[0].publish[0]: "a/x{device}" has {device} beside other characters: it stands for one whole level, as in cmd/{device}/req/#`,
+			`g.yaml:4:34: devices.roles[0].publish[1]: "a#" is no topic filter: '+' stands for one whole level, '#' for all that follow and only at the end`,
+			`g.yaml:4:40: devices.roles[0].publish[2]: is empty: write a topic filter, such as "dt/#" or "cmd/{device}/req/#"`,
+			`g.yaml:4:57: devices.roles[0].subscribe[0]: "$share/g/a" is a shared subscription: write the filter without $share and the group, it holds for both`,
+			`g.yaml:5:15: devices.roles[1].name: "a b" has to be 1 to 32 letters, digits, '-', '_' or '.', and begin with a letter or digit`,
+			`g.yaml:7:15: devices.roles[3].name: "c" is the name of devices.roles[2] already`,
+			`g.yaml:7:46: devices.roles[3].limits.bytes_per_second: "5" has no unit: write a size with its unit: 64KiB, 512MiB, 8GiB`,
+			`g.yaml:7:70: devices.roles[3].limits.messages_per_second: is less than nothing; 0 means no limit`,
+			`g.yaml:7:95: devices.roles[3].limits.connects_per_minute: "1s" has to be a whole number without quotes, unit or sign`,
+		}},
+		"commands": {"gateway: { id: g }\ndevices: { commands: { window: 17, ack_timeout: 1ms, history: 0, max_pending: 0 } }\n", []string{
+			`g.yaml:2:32: devices.commands.window: has to be 1 to 16: the commands of one device that are under way at once`,
+			`g.yaml:2:49: devices.commands.ack_timeout: "1ms" is outside of 1s to 10m: it is how long a device may take to acknowledge a command`,
+			`g.yaml:2:63: devices.commands.history: "0" is outside of 1m to 8760h: it is how long a command can be looked at after its end`,
+			`g.yaml:2:79: devices.commands.max_pending: has to be 1 to 1000000: the commands of all devices that have no end yet`,
+		}},
+		"revoked by whom": {
+			ok + "listeners:\n  - { name: a, protocol: mqtts, address: \"127.0.0.1:1\", tls: { cert: c, key: k, crl: x } }\n",
+			[]string{`g.yaml:4:86: listeners[0].tls.crl: needs client_ca: it lists which of the certificates that client_ca signed are revoked`},
+		},
+		"crl without tls": {
+			ok + "listeners:\n  - { name: a, protocol: mqtt, address: \"127.0.0.1:1\", tls: { client_ca: c, crl: x } }\n",
+			[]string{`g.yaml:4:61: listeners[0].tls: is given for protocol mqtt, which is not encrypted: write protocol mqtts, or remove tls`},
+		},
+		"no connections": {
+			ok + "listeners:\n  - { name: a, protocol: mqtt, address: \"127.0.0.1:1\", max_connections: -1 }\n",
+			[]string{`g.yaml:4:73: listeners[0].max_connections: has to be 0 to 1000000; 0 means no limit of its own`},
 		},
 		"shares": {
 			ok + "spool:\n  lanes:\n    - { name: telemetry, share: 60 }\n    - { name: b, share: 50 }\n",
@@ -423,10 +480,34 @@ func TestSecretsAreNotEchoed(t *testing.T) {
 
 func TestWarnings(t *testing.T) {
 	for name, tc := range map[string]struct{ text, want string }{
-		"nobody": {"gateway: { id: g }\n", "g.yaml: warning: devices.anonymous: is false, and this version has no other way in: no device can connect"},
+		"said twice, meant never": {
+			"gateway: { id: g }\ndevices: { allow_anonymous_on_network: true }\n",
+			"g.yaml:2:40: warning: devices.allow_anonymous_on_network: has no effect while devices.anonymous is false",
+		},
+		"tokens in clear": {
+			minimal + "http: { address: \"0.0.0.0:8080\" }\n",
+			"g.yaml:3:18: warning: http.address: 0.0.0.0:8080 is reached by other machines, and HTTP is not encrypted: whoever listens on the way reads the tokens; " +
+				"listen on 127.0.0.1 and put a reverse proxy with TLS before it, or come through ssh -L 8080:127.0.0.1:8080",
+		},
+		"publish as the gateway": {
+			"gateway: { id: g }\ndevices: { roles: [{ name: a, publish: [\"+/x\", gw/a/state] }] }\n",
+			`g.yaml:2:48: warning: devices.roles[0].publish[1]: "gw/a/state" has no effect: no device may publish there, only Holdfast itself does`,
+		},
+		"publish as the broker": {
+			"gateway: { id: g }\ndevices: { roles: [{ name: a, publish: [$SYS/x, \"#\"] }] }\n",
+			`g.yaml:2:41: warning: devices.roles[0].publish[0]: "$SYS/x" has no effect: no device may publish there, only Holdfast itself does`,
+		},
+		"publish commands": {
+			"gateway: { id: g }\ndevices: { roles: [{ name: a, publish: [\"cmd/+/req/#\"], subscribe: [\"cmd/+/req/#\"] }] }\n",
+			`g.yaml:2:41: warning: devices.roles[0].publish[0]: "cmd/+/req/#" has no effect: no device may publish there, only Holdfast itself does`,
+		},
+		"other placeholder": {
+			"gateway: { id: g }\ndevices: { roles: [{ name: a, publish: [\"dt/{id}/#\"] }] }\n",
+			`g.yaml:2:41: warning: devices.roles[0].publish[0]: "dt/{id}/#" has a level in braces that is taken as it is written: only {device} is replaced`,
+		},
 		"plain network": {
 			"gateway: { id: g }\ndevices: { anonymous: true, allow_anonymous_on_network: true }\nlisteners:\n  - { name: a, protocol: ws, address: \"0.0.0.0:1\" }\n",
-			"g.yaml:4:26: warning: listeners[0].protocol: ws on 0.0.0.0:1 is not encrypted: others on the network can read and change what devices send; wss is the encrypted one",
+			"g.yaml:4:26: warning: listeners[0].protocol: ws on 0.0.0.0:1 is not encrypted: others on the network can read and change what devices send, their secrets too; wss is the encrypted one",
 		},
 		"dead route": {
 			minimal + "routes:\n  - { match: \"a/#\", lane: bulk }\n  - { match: a/b, lane: alarm }\n",
@@ -568,6 +649,72 @@ upstreams:
 	}
 	if strings.Contains(text, "hunter2") || strings.Contains(text, "upstreams[4]") || strings.Count(text, "\n")+1 != len(want) {
 		t.Errorf("problems:\n%s", text)
+	}
+}
+
+// A list of revoked certificates has to be one, in force, and made by who signed the certificates.
+func TestTheListOfRevokedCertificatesIsLookedAt(t *testing.T) {
+	dir := t.TempDir()
+	write := func(name, kind string, der []byte) {
+		t.Helper()
+		if err := os.WriteFile(filepath.Join(dir, name), pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	now := time.Now()
+	for _, ca := range []string{"ours", "theirs"} {
+		key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+		if err != nil {
+			t.Fatal(err)
+		}
+		tmpl := &x509.Certificate{
+			SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: ca}, NotBefore: now.Add(-time.Hour), NotAfter: now.Add(time.Hour * 1000),
+			BasicConstraintsValid: true, IsCA: true, KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageCRLSign, SubjectKeyId: []byte(ca),
+		}
+		der, err := x509.CreateCertificate(rand.Reader, tmpl, tmpl, &key.PublicKey, key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		write(ca+".crt", "CERTIFICATE", der)
+		raw, err := x509.MarshalPKCS8PrivateKey(key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		write(ca+".key", "PRIVATE KEY", raw)
+		for name, next := range map[string]time.Time{ca + ".crl": now.Add(time.Hour), ca + "-old.crl": now.Add(-time.Minute)} {
+			list, err := x509.CreateRevocationList(rand.Reader, &x509.RevocationList{
+				Number: big.NewInt(1), ThisUpdate: now.Add(-time.Hour), NextUpdate: next,
+			}, tmpl, key)
+			if err != nil {
+				t.Fatal(err)
+			}
+			write(name, "X509 CRL", list)
+		}
+	}
+	for crl, want := range map[string]string{
+		"ours.crl":     "",
+		"ours-old.crl": "warning: listeners[0].tls.crl: the list was to be renewed by",
+		"theirs.crl":   `listeners[0].tls.crl: none of the certificates in client_ca has signed the list in file "theirs.crl"`,
+		"ours.crt":     `listeners[0].tls.crl: file "ours.crt" holds no list of revoked certificates (CRL, PEM or DER)`,
+		"none.crl":     `listeners[0].tls.crl: file "none.crl" cannot be read: no such file`,
+	} {
+		text := minimal + `listeners: [{ name: a, protocol: mqtts, address: "127.0.0.1:1",
+  tls: { cert: ours.crt, key: ours.key, client_ca: ours.crt, crl: ` + crl + " } }]\n"
+		if err := os.WriteFile(filepath.Join(dir, "g.yaml"), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		_, warnings, err := config.Load(filepath.Join(dir, "g.yaml"))
+		var got string
+		switch {
+		case err != nil:
+			got = err.Error()
+		case len(warnings) > 0:
+			got = warnings.Error()
+		}
+		got = strings.ReplaceAll(got, dir+"/", "")
+		if (want == "") != (got == "") || !strings.Contains(got, want) || strings.Contains(got, "\n") {
+			t.Errorf("%s: %q, want %q", crl, got, want)
+		}
 	}
 }
 

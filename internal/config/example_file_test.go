@@ -102,16 +102,20 @@ func TestTheExampleTellsTheDefaults(t *testing.T) {
 	for key, want := range map[string]string{
 		"data_dir": empty.Gateway.DataDir, "anonymous": "false", "allow_anonymous_on_network": "false", "durability": "fsync",
 		"sync_interval": "100ms", "disk_reserve": "64MiB", "level": "info", "format": "auto", "window": "256", "commands": "true",
-		"require_client_cert": "false",
+		"require_client_cert": "false", "max_connections": "0", "window ": "1", "ack_timeout": "30s", "history": "168h", "max_pending": "200000",
 	} {
-		if key == "format" { // of log: the upstream's comes first
+		key, ofCommands := strings.CutSuffix(key, " ")
+		switch { // others of that name come first
+		case key == "format":
 			text = text[strings.Index(text, "\nlog:"):]
+		case key == "commands" || key == "window" && !ofCommands:
+			text = text[strings.Index(text, "\nupstreams:"):]
 		}
 		if got := said(key); got != want {
 			t.Errorf("the example says the default of %s is %s, it is %s", key, got, want)
 		}
 		text = string(example(t))
-		if !strings.Contains("window commands require_client_cert", key) && !strings.Contains(printed.String(), key+": ") {
+		if !strings.Contains("require_client_cert", key) && !strings.Contains(printed.String(), key+":") {
 			t.Errorf("an empty file prints no %s", key)
 		}
 	}

@@ -3,6 +3,7 @@ package config
 import (
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -22,6 +23,7 @@ func (d *decoder) checkFiles(c *Config) {
 		path := fmt.Sprintf("listeners[%d].tls", i)
 		d.keyPair(path, l.TLS.Cert, l.TLS.Key)
 		d.authorities(path+".client_ca", l.TLS.ClientCA)
+		d.revocations(path+".crl", l.TLS.CRL, l.TLS.ClientCA)
 	}
 	for i := range c.Upstreams {
 		u := &c.Upstreams[i]
@@ -125,4 +127,42 @@ func (d *decoder) authorities(path, file string) {
 	if data, ok := d.read(path, file, true); ok && !x509.NewCertPool().AppendCertsFromPEM(data) {
 		d.problem(path, "file %q holds no certificate (PEM)", file)
 	}
+}
+
+// revocations checks that a list of revoked certificates is one, and that one of the authorities made it.
+func (d *decoder) revocations(path, file, caFile string) {
+	if file == "" {
+		return
+	}
+	data, ok := d.read(path, file, true)
+	if !ok {
+		return
+	}
+	if block, _ := pem.Decode(data); block != nil {
+		data = block.Bytes
+	}
+	list, err := x509.ParseRevocationList(data)
+	if err != nil {
+		d.problem(path, "file %q holds no list of revoked certificates (CRL, PEM or DER)", file)
+		return
+	}
+	if !list.NextUpdate.IsZero() && time.Now().After(list.NextUpdate) {
+		d.warn(path, "the list was to be renewed by %s: what was revoked since is not in it; for one of holdfast cert: holdfast cert rotate crl",
+			list.NextUpdate.Format(time.DateOnly))
+	}
+	ca, err := os.ReadFile(caFile)
+	if err != nil {
+		return // told at client_ca
+	}
+	for len(ca) > 0 {
+		var block *pem.Block
+		if block, ca = pem.Decode(ca); block == nil {
+			break
+		}
+		cert, err := x509.ParseCertificate(block.Bytes)
+		if err == nil && list.CheckSignatureFrom(cert) == nil {
+			return
+		}
+	}
+	d.problem(path, "none of the certificates in client_ca has signed the list in file %q", file)
 }

@@ -21,6 +21,20 @@ const (
 	maxLanes  = 16
 	maxWindow = 16_384 // the bridge's own limit, well below the 65,535 packet ids
 	minLane   = 1 << 20
+
+	maxConnections = 1_000_000 // more than one machine has ports and memory for: a slip of the pen
+	maxRoles       = 64
+	maxPatterns    = 64 // of one role; every publish may be held against all of them
+	maxCmdWindow   = 16
+	maxPending     = 1_000_000
+)
+
+// devicePlaceholder is the level of a role's pattern that stands for the device's own id.
+const devicePlaceholder = "{device}"
+
+const (
+	minAckTimeout, maxAckTimeout = time.Second, 10 * time.Minute
+	minHistory, maxHistory       = time.Minute, 365 * 24 * time.Hour
 )
 
 // problem reports what is wrong with the value of a key, at its place or that of the nearest
@@ -87,6 +101,7 @@ func separate(shown string) string {
 func (d *decoder) validate(c *Config) {
 	d.checkGateway(c)
 	d.checkListeners(c)
+	d.checkDevices(&c.Devices)
 	d.checkSpool(c)
 	d.checkRoutes(c)
 	d.checkUpstreams(c)
@@ -205,6 +220,9 @@ func (d *decoder) checkListeners(c *Config) {
 		if d.name(path+".name", l.Name, 32) {
 			d.unique(path+".name", l.Name, names)
 		}
+		if l.MaxConnections < 0 || l.MaxConnections > maxConnections {
+			d.problem(path+".max_connections", "has to be 0 to %d; 0 means no limit of its own", maxConnections)
+		}
 		known := d.oneOf(path+".protocol", l.Protocol, "mqtt", "mqtts", "ws", "wss")
 		secure := l.Protocol == "mqtts" || l.Protocol == "wss"
 		d.checkListenerTLS(path+".tls", l, known, secure)
@@ -223,19 +241,18 @@ func (d *decoder) checkListeners(c *Config) {
 				"network itself keeps strangers out", show(path, l.Address))
 		case known && !secure:
 			d.warn(path+".protocol", "%s on %s is not encrypted: others on the network can read and change what devices "+
-				"send; %s is the encrypted one", l.Protocol, l.Address, l.Protocol+"s")
+				"send, their secrets too; %s is the encrypted one", l.Protocol, l.Address, l.Protocol+"s")
 		}
 	}
 	if c.HTTP.Address != "" {
 		if host, port, ok := d.hostPort("http.address", c.HTTP.Address); ok {
 			d.take(taken, bound{host, "http.address", port}, c.HTTP.Address)
+			if !loopbackHost(host) {
+				d.warn("http.address", "%s is reached by other machines, and HTTP is not encrypted: whoever listens on the way "+
+					"reads the tokens; listen on 127.0.0.1 and put a reverse proxy with TLS before it, or come through "+
+					"ssh -L %d:127.0.0.1:%d", c.HTTP.Address, port, port)
+			}
 		}
-	}
-	if !c.Devices.Anonymous {
-		d.warn("devices.anonymous", "is false, and this version has no other way in: no device can connect")
-	}
-	if c.Devices.AllowAnonymousOnNetwork && !c.Devices.Anonymous {
-		d.warn("devices.allow_anonymous_on_network", "has no effect while devices.anonymous is false")
 	}
 }
 
@@ -260,12 +277,97 @@ func (d *decoder) checkListenerTLS(path string, l *broker.Listener, known, secur
 		if t.Key == "" {
 			d.problem(path+".key", "is missing: %s needs the private key of the certificate (PEM)", l.Protocol)
 		}
-	case d.has(path) && (t.Cert != "" || t.Key != "" || t.ClientCA != "" || t.RequireClientCert):
+	case d.has(path) && (t.Cert != "" || t.Key != "" || t.ClientCA != "" || t.RequireClientCert || t.CRL != ""):
 		d.problem(path, "is given for protocol %s, which is not encrypted: write protocol %ss, or remove tls", l.Protocol, l.Protocol)
 	}
 	if t.RequireClientCert && t.ClientCA == "" {
 		d.problem(path+".require_client_cert", "needs client_ca: the certificates that devices' certificates are checked with")
 	}
+	if t.CRL != "" && t.ClientCA == "" {
+		d.problem(path+".crl", "needs client_ca: it lists which of the certificates that client_ca signed are revoked")
+	}
+}
+
+func (d *decoder) checkDevices(dev *Devices) {
+	if dev.AllowAnonymousOnNetwork && !dev.Anonymous {
+		d.warn("devices.allow_anonymous_on_network", "has no effect while devices.anonymous is false")
+	}
+	if len(dev.Roles) > maxRoles {
+		d.problem("devices.roles", "has %d entries, at most %d are taken: roles are kinds of devices, {device} tells them apart",
+			len(dev.Roles), maxRoles)
+	}
+	names := map[string]string{}
+	for i := range dev.Roles {
+		r := &dev.Roles[i]
+		path := fmt.Sprintf("devices.roles[%d]", i)
+		if d.name(path+".name", r.Name, 32) {
+			d.unique(path+".name", r.Name, names)
+		}
+		d.patterns(path+".publish", r.Publish, true)
+		d.patterns(path+".subscribe", r.Subscribe, false)
+		for _, l := range []struct {
+			key   string
+			value int64
+		}{
+			{"connects_per_minute", int64(r.Limits.ConnectsPerMinute)},
+			{"messages_per_second", int64(r.Limits.MessagesPerSecond)},
+			{"bytes_per_second", r.Limits.BytesPerSecond},
+		} {
+			if l.value < 0 {
+				d.problem(path+".limits."+l.key, "is less than nothing; 0 means no limit")
+			}
+		}
+	}
+	c := &dev.Commands
+	if c.Window < 1 || c.Window > maxCmdWindow {
+		d.problem("devices.commands.window", "has to be 1 to %d: the commands of one device that are under way at once", maxCmdWindow)
+	}
+	d.within("devices.commands.ack_timeout", c.AckTimeout, minAckTimeout, maxAckTimeout, "it is how long a device may take to acknowledge a command")
+	d.within("devices.commands.history", c.History, minHistory, maxHistory, "it is how long a command can be looked at after its end")
+	if c.MaxPending < 1 || c.MaxPending > maxPending {
+		d.problem("devices.commands.max_pending", "has to be 1 to %d: the commands of all devices that have no end yet", maxPending)
+	}
+}
+
+func (d *decoder) within(path string, value, least, most time.Duration, what string) {
+	if value < least || value > most {
+		d.problem(path, "%sis outside of %s to %s: %s", showDuration(value), formatDuration(least), formatDuration(most), what)
+	}
+}
+
+// patterns checks what a role may publish to or subscribe to.
+func (d *decoder) patterns(path string, list []string, publish bool) {
+	if len(list) > maxPatterns {
+		d.problem(path, "has %d entries, at most %d are taken", len(list), maxPatterns)
+	}
+	for i, p := range list {
+		at := fmt.Sprintf("%s[%d]", path, i)
+		levels := strings.Split(p, "/")
+		inside := slices.ContainsFunc(levels, func(l string) bool { return l != devicePlaceholder && strings.Contains(l, devicePlaceholder) })
+		switch {
+		case p == "":
+			d.problem(at, `is empty: write a topic filter, such as "dt/#" or "cmd/{device}/req/#"`)
+		case strings.HasPrefix(p, "$share/"):
+			d.problem(at, "%sis a shared subscription: write the filter without $share and the group, it holds for both", show(at, p))
+		case !mqtt.ValidFilter(p):
+			d.problem(at, "%sis no topic filter: '+' stands for one whole level, '#' for all that follow and only at the end", show(at, p))
+		case inside:
+			d.problem(at, "%shas {device} beside other characters: it stands for one whole level, as in cmd/{device}/req/#", show(at, p))
+		case slices.ContainsFunc(levels, placeholderLike):
+			d.warn(at, "%shas a level in braces that is taken as it is written: only {device} is replaced", show(at, p))
+		case publish && reserved(levels):
+			d.warn(at, "%shas no effect: no device may publish there, only Holdfast itself does", show(at, p))
+		}
+	}
+}
+
+func placeholderLike(level string) bool {
+	return level != devicePlaceholder && strings.HasPrefix(level, "{") && strings.HasSuffix(level, "}")
+}
+
+// reserved tells whether the pattern is about nothing but topics that Holdfast keeps for itself.
+func reserved(levels []string) bool {
+	return strings.HasPrefix(levels[0], "$") || levels[0] == "gw" || len(levels) > 2 && levels[0] == "cmd" && levels[2] == "req"
 }
 
 func (d *decoder) checkSpool(c *Config) {

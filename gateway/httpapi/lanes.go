@@ -1,0 +1,103 @@
+package httpapi
+
+import (
+	"errors"
+	"net/http"
+	"strconv"
+	"time"
+	"unicode/utf8"
+
+	"holdfast/bridge/wire"
+	"holdfast/spool"
+)
+
+// Bounds of a look into a lane.
+const (
+	shownPayload = 4 << 10 // of one message, bytes
+	shownPage    = 1 << 20 // of all payloads of a page
+)
+
+func (s *Server) listLanes(c *call) error {
+	l := LaneList{Lanes: s.p.Lanes.Lanes()}
+	if l.Lanes == nil {
+		l.Lanes = []spool.LaneStat{}
+	}
+	return c.reply(http.StatusOK, l)
+}
+
+var errPageFull = errors.New("page is full")
+
+func (s *Server) listMessages(c *call) error {
+	after, err := c.number("after")
+	if err != nil {
+		return err
+	}
+	limit, err := c.limit()
+	if err != nil {
+		return err
+	}
+	page := MessagePage{Messages: []Message{}}
+	size, more := 0, false
+	from := after + 1
+	if from == 0 {
+		return c.reply(http.StatusOK, page) // after is the largest number there is
+	}
+	err = s.p.Lanes.Peek(c.path("lane"), from, limit+1, func(seq uint64, r *spool.Record) error {
+		if len(page.Messages) == limit || size >= shownPage {
+			more = true
+			return errPageFull
+		}
+		m := s.message(c.path("lane"), seq, r)
+		size += min(m.Size, shownPayload)
+		page.Messages = append(page.Messages, m)
+		return nil
+	})
+	if err != nil && !errors.Is(err, errPageFull) {
+		return err
+	}
+	if more {
+		page.Next = strconv.FormatUint(page.Messages[len(page.Messages)-1].Seq, 10)
+	}
+	return c.reply(http.StatusOK, page)
+}
+
+// message shows r, of which it keeps nothing.
+func (s *Server) message(lane string, seq uint64, r *spool.Record) Message {
+	m := Message{
+		Seq: seq, ID: wire.ID(s.cfg.Gateway, s.cfg.Epoch, lane, seq), Device: string(r.Device), Topic: string(r.Topic),
+		Received: time.UnixMilli(r.Received).UTC(), Size: len(r.Payload),
+		Retain: r.Flags&spool.FlagRetain != 0, Will: r.Flags&spool.FlagWill != 0, Unsynced: r.Flags&spool.FlagClockUnsynced != 0,
+	}
+	switch {
+	case r.Flags&spool.FlagQoS2 != 0:
+		m.QoS = 2
+	case r.Flags&spool.FlagQoS1 != 0:
+		m.QoS = 1
+	}
+	if r.Props != nil {
+		m.ContentType = r.Props.ContentType
+	}
+	p := r.Payload
+	if len(p) > shownPayload {
+		m.Truncated = true
+		p = p[:shownPayload]
+		if isText(r.Payload) { // not in the middle of a letter
+			for len(p) > 0 && !utf8.RuneStart(r.Payload[len(p)]) {
+				p = p[:len(p)-1]
+			}
+		}
+	}
+	if p == nil {
+		p = []byte{}
+	}
+	m.Payload, m.PayloadBase64 = textOrBase64(p)
+	return m
+}
+
+func (s *Server) listUpstreams(c *call) error {
+	l := UpstreamList{Upstreams: s.p.Source.Status().Upstreams}
+	if l.Upstreams == nil {
+		l.Upstreams = []Upstream{}
+	}
+	return c.reply(http.StatusOK, l)
+}

@@ -1,0 +1,124 @@
+package httpapi
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"holdfast/devices"
+	"holdfast/spool"
+)
+
+// Parts is what the API stands on. All of them are needed, except for Metrics.
+type Parts struct {
+	Source   Source
+	Devices  Devices
+	Commands Commands
+	Lanes    Lanes
+	Tokens   Tokens
+	Events   *Events
+	Gatherer prometheus.Gatherer // what /metrics shows
+	Log      *slog.Logger
+	Metrics  prometheus.Registerer // takes the API's own metrics; nil: none
+}
+
+// Source tells how the gateway is. *gateway.Gateway is one.
+type Source interface {
+	// Ready is nil if the spool is open and every listener accepts.
+	Ready() error
+	Status() Status
+}
+
+// Devices keeps the devices; *devices.Registry is one. Errors are those of that package; any other one of a method that
+// changes something means that it could not be stored.
+type Devices interface {
+	Add(ctx context.Context, d devices.NewDevice) (dev devices.Device, secret string, err error)
+	Get(id string) (devices.Device, error)
+	List(f devices.DeviceFilter) (page []devices.Device, next string, err error)
+	Patch(ctx context.Context, id string, p devices.DevicePatch) (devices.Device, error)
+	Remove(ctx context.Context, id string) error
+	AddCredential(ctx context.Context, id string, c devices.NewCredential) (made devices.Credential, secret string, err error)
+	RemoveCredential(ctx context.Context, id, credential string) error
+}
+
+// Commands keeps the commands; *devices.Queue is one. What it refuses is a *devices.Refusal.
+type Commands interface {
+	SubmitWait(ctx context.Context, r *devices.Request) (c devices.Command, repeat bool, err error)
+	CancelWait(ctx context.Context, id, reason string) (devices.Command, error)
+	Get(id string) (devices.Command, error)
+	List(f devices.CommandFilter) (page []devices.Command, next uint64, err error)
+}
+
+// Lanes shows what is spooled; *spool.Spool is one.
+type Lanes interface {
+	Lanes() []spool.LaneStat
+	// Peek calls fn for up to limit messages of lane from sequence from on, and ends with fn's error. r is valid during
+	// the call. spool.ErrNoLane.
+	Peek(lane string, from uint64, limit int, fn func(seq uint64, r *spool.Record) error) error
+}
+
+// Tokens keeps who may use the API. Many goroutines may call it.
+type Tokens interface {
+	// Check tells whose token it is. It is called for each request and has to be cheap; ok is false for one that has expired.
+	Check(token string) (name string, role Role, ok bool)
+	// List gives them by name.
+	List() []Token
+	// Add makes one; secret is what the bearer shows, told this once. lifetime 0: it does not expire. ErrTokenExists, ErrBadToken.
+	Add(name string, role Role, lifetime time.Duration) (made Token, secret string, err error)
+	// Remove revokes one at once. ErrNoToken, ErrLastAdmin.
+	Remove(name string) error
+}
+
+// Errors of Tokens. Texts that wrap them name the way out.
+var (
+	ErrTokenExists = errors.New("there is a token of this name already")
+	ErrBadToken    = errors.New("not a token's name")
+	ErrNoToken     = errors.New("no such token")
+	ErrLastAdmin   = errors.New("the last token with role admin stays: add another one first")
+)
+
+// Token is one bearer token, as it is shown. The secret is not part of it.
+type Token struct {
+	Name    string    `json:"name"`
+	Role    Role      `json:"role"`
+	Created time.Time `json:"created"`
+	Expires time.Time `json:"expires,omitzero"` // zero: never
+}
+
+// Role is what a token's bearer may do; each may what the one before it may.
+type Role uint8
+
+// The roles. The zero value may nothing that is not open to everybody.
+const (
+	Viewer   Role = 1 // reads
+	Operator Role = 2 // sends and cancels commands, enables and disables devices
+	Admin    Role = 3 // adds and removes devices, credentials and tokens
+)
+
+var roleNames = [...]string{Viewer: "viewer", Operator: "operator", Admin: "admin"}
+
+// String gives the role's name: "viewer".
+func (r Role) String() string {
+	if r == 0 || int(r) >= len(roleNames) {
+		return "none"
+	}
+	return roleNames[r]
+}
+
+// MarshalText implements encoding.TextMarshaler.
+func (r Role) MarshalText() ([]byte, error) { return []byte(r.String()), nil }
+
+// UnmarshalText implements encoding.TextUnmarshaler.
+func (r *Role) UnmarshalText(b []byte) error {
+	for i, name := range roleNames {
+		if name != "" && name == string(b) {
+			*r = Role(i)
+			return nil
+		}
+	}
+	return fmt.Errorf("%q is no role: it is viewer, operator or admin", b)
+}

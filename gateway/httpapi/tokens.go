@@ -1,0 +1,36 @@
+package httpapi
+
+import "net/http"
+
+func (s *Server) listTokens(c *call) error {
+	l := TokenList{Tokens: s.p.Tokens.List()}
+	if l.Tokens == nil {
+		l.Tokens = []Token{}
+	}
+	return c.reply(http.StatusOK, l)
+}
+
+func (s *Server) addToken(c *call) error {
+	var b NewToken
+	if err := c.decode(&b); err != nil {
+		return err
+	}
+	c.object = b.Name
+	life, err := lifetime(codeInvalidToken, "lifetime", b.Lifetime)
+	if err != nil {
+		return err
+	}
+	made, secret, err := s.p.Tokens.Add(b.Name, b.Role, life)
+	if err != nil {
+		return err
+	}
+	return c.reply(http.StatusCreated, TokenMade{Token: made, Secret: secret})
+}
+
+func (s *Server) removeToken(c *call) error {
+	if err := s.p.Tokens.Remove(c.path("name")); err != nil {
+		return err
+	}
+	c.w.WriteHeader(http.StatusNoContent)
+	return nil
+}
