@@ -45,6 +45,7 @@ func commands() []command {
 		configPrintCommand,
 		statusCommand,
 		cloudTailCommand,
+		cloudSendCommand,
 		spoolStatCommand,
 		spoolPeekCommand,
 		spoolVerifyCommand,
