@@ -87,7 +87,7 @@ func (f *Fleet) newDevice(i int) *device {
 	p, _ := profileOf(f.cfg.Profile, i)
 	d := &device{
 		fleet:    f,
-		id:       fmt.Sprintf("%s-%05d", f.cfg.Prefix, f.cfg.First+i),
+		id:       DeviceID(f.cfg.Prefix, f.cfg.First+i),
 		number:   i,
 		profile:  p,
 		clean:    true, // a device that was never here may find a session that is not its own
@@ -125,6 +125,9 @@ func (f *Fleet) newDevice(i int) *device {
 	}
 	return d
 }
+
+// DeviceID is the id of the device with this number in a fleet with this prefix.
+func DeviceID(prefix string, number int) string { return fmt.Sprintf("%s-%05d", prefix, number) }
 
 // DeviceIDs are the ids of all devices.
 func (f *Fleet) DeviceIDs() []string {
