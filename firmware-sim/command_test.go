@@ -618,7 +618,7 @@ func TestCommandsAgainstMosquitto(t *testing.T) {
 			Broker: "mqtt://" + addr, Version: v, Prefix: prefix, Devices: 10, Rate: 20, Flaky: 0.3, Seed: 3,
 			MinBackoff: 5 * time.Millisecond, MaxBackoff: 50 * time.Millisecond, Execution: firmwaresim.Execution{Duration: 10 * time.Millisecond},
 		})
-		eventually(t, "all devices to subscribe", func() bool { return f.SubscribedDevices() == 10 })
+		eventually(t, "all devices to subscribe", func() bool { return f.Snapshot().Subscribed == 10 })
 		f.Sleep() // mosquitto keeps what comes for their sessions
 		for i := range 3 {
 			for _, d := range f.DeviceIDs() {

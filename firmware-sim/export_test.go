@@ -50,13 +50,3 @@ func NewLedger(device, stream string, made uint64, unsent, acked []uint64) *Ledg
 	}
 	return &Ledger{devices: map[string]map[string]account{device: {stream: a}}}
 }
-
-// SubscribedDevices is how many devices have a subscription for commands.
-func (f *Fleet) SubscribedDevices() (n int) {
-	f.each(nil, func(d *device) {
-		if d.commands != nil && d.commands.subscribed {
-			n++
-		}
-	})
-	return n
-}

@@ -341,9 +341,10 @@ type Snapshot struct {
 	Devices        int           `json:"devices"`
 	Connected      int           `json:"connected"` // devices
 	Asleep         int           `json:"asleep,omitzero"`
-	Sampled        uint64        `json:"sampled"`        // made by the devices
-	Published      uint64        `json:"published"`      // sent at least once
-	QoS0           uint64        `json:"published_qos0"` // of Published: without an acknowledgement
+	Subscribed     int           `json:"subscribed,omitzero"` // devices, to their commands
+	Sampled        uint64        `json:"sampled"`             // made by the devices
+	Published      uint64        `json:"published"`           // sent at least once
+	QoS0           uint64        `json:"published_qos0"`      // of Published: without an acknowledgement
 	Acknowledged   uint64        `json:"acknowledged"`
 	Refused        uint64        `json:"refused"`           // by the server, with a reason
 	Resent         uint64        `json:"resent"`            // sendings beyond the first
@@ -393,6 +394,9 @@ func (f *Fleet) Snapshot() Snapshot {
 		if m := d.commands; m != nil {
 			n := m.counts
 			n.Open = m.open()
+			if m.subscribed {
+				s.Subscribed++
+			}
 			s.Commands.add(&n)
 			s.Answers += len(m.texts)
 			s.InFlight -= len(m.texts) - m.answers.n

@@ -2,6 +2,7 @@ package firmwaresim
 
 import (
 	"slices"
+	"sync"
 	"time"
 
 	"holdfast/internal/mqtt"
@@ -12,14 +13,16 @@ const wakeSpread = time.Second
 
 // Sleep takes devices off-line, all if none is named: they disconnect and keep their session, and go on
 // sampling and working on their commands. They stay off-line, whatever Config.Awake says, until Wake, or until
-// sampling is over.
+// sampling is over. Sleep returns when the server has closed their connections, or a second later.
 func (f *Fleet) Sleep(devices ...string) {
+	var ended sync.WaitGroup
 	f.each(devices, func(d *device) {
 		if !f.draining.Load() {
 			d.wakeAt = never
-			d.sleep()
+			d.sleep(&ended)
 		}
 	})
+	ended.Wait()
 }
 
 // Wake ends Sleep: the devices connect at moments that are spread evenly over this time from now.
@@ -69,15 +72,15 @@ func (d *device) sleepDue() {
 		}
 	case !d.asleep && d.restAt <= d.now && !draining:
 		d.wakeAt = d.restAt - d.fleet.cfg.Awake + time.Duration((0.95+0.1*d.float())*float64(d.fleet.cfg.Period))
-		d.sleep()
+		d.sleep(nil)
 	}
 	if draining {
 		d.restAt = never
 	}
 }
 
-// sleep disconnects. Who wants the device back sets wakeAt. Under mu.
-func (d *device) sleep() {
+// sleep disconnects, which ended, if it is not nil, can wait for. Who wants the device back sets wakeAt. Under mu.
+func (d *device) sleep(ended *sync.WaitGroup) {
 	d.asleep = true
 	d.connectAt, d.restAt = never, never
 	c := d.client
@@ -86,7 +89,12 @@ func (d *device) sleep() {
 	}
 	d.client, d.link, d.again = nil, nil, nil
 	f := d.fleet
+	if ended == nil {
+		ended = new(sync.WaitGroup)
+	}
+	ended.Add(1)
 	f.dialling.Go(func() {
+		defer ended.Done()
 		f.dials <- struct{}{}
 		defer func() { <-f.dials }()
 		_ = c.Disconnect(mqtt.Success) // it breaks or it ends
