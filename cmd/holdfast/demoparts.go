@@ -16,6 +16,7 @@ import (
 
 	"holdfast/bridge/cloud"
 	"holdfast/bridge/mqttup"
+	"holdfast/bridge/wire"
 	"holdfast/gateway/broker"
 	"holdfast/internal/kv"
 )
@@ -26,9 +27,12 @@ type demoCloud struct {
 	broker   *broker.Broker
 	address  string
 	receiver *cloud.Receiver
+	sender   *mqttup.Client           // set before run calls up
+	step     func(*wire.CommandEvent) // told of each step of a command, as each of run; nil: nobody is
 }
 
-// newDemoCloud makes an upstream broker out of the gateway's own. It keeps nothing but sessions, in dir.
+// newDemoCloud makes an upstream broker out of the gateway's own. It keeps nothing but sessions, in dir: what is sent to a
+// gateway that is away waits in its session.
 func newDemoCloud(dir string, log *slog.Logger) (_ *demoCloud, err error) {
 	c := &demoCloud{receiver: cloud.New(cloud.Config{})}
 	c.store, err = kv.Open(dir, kv.Options{Durability: kv.Interval, SyncInterval: time.Second, Log: log, Fatal: func(err error) {
@@ -59,8 +63,23 @@ func (c *demoCloud) run(ctx context.Context, up func(), each func([]cloud.Delive
 	served := make(chan error, 1)
 	go func() { served <- c.broker.Run(brokerCtx) }()
 	var broken error
-	o := mqttup.Options{URL: "mqtt://" + c.address, ClientID: "demo-receiver", OnUp: up}
-	err := mqttup.Subscribe(ctx, o, []string{"gw/#"}, func(topic string, payload []byte) {
+	o := mqttup.Options{URL: "mqtt://" + c.address, ClientID: "demo-cloud"}
+	client, err := mqttup.Connect(ctx, o, []string{"gw/#"}, func(topic string, payload []byte) {
+		switch wire.ParseTopic(topic).Kind {
+		case wire.KindCommand: // ours
+			return
+		case wire.KindCommandEvent:
+			e, err := wire.DecodeCommandEvent(payload)
+			if err != nil {
+				broken = errors.Join(broken, fmt.Errorf("%s: %w", topic, err))
+				return
+			}
+			if c.step != nil {
+				c.step(&e)
+			}
+			return
+		default:
+		}
 		deliveries, err := c.receiver.Receive(topic, payload)
 		if err != nil {
 			broken = errors.Join(broken, err)
@@ -68,8 +87,22 @@ func (c *demoCloud) run(ctx context.Context, up func(), each func([]cloud.Delive
 		}
 		each(deliveries)
 	})
+	if err == nil {
+		c.sender = client
+		up()
+		err = client.Wait()
+	}
 	stopBroker()
 	return errors.Join(err, broken, <-served, c.store.Close())
+}
+
+// submit sends a command to a gateway and returns when the broker has taken it over.
+func (c *demoCloud) submit(ctx context.Context, gateway, device string, s *wire.Submit) error {
+	b, err := wire.EncodeSubmit(s)
+	if err != nil {
+		return err
+	}
+	return c.sender.Publish(ctx, wire.CommandTopic(gateway, device, wire.ActionSubmit), b)
 }
 
 // openIntake takes every message and stores none: local subscribers get it, and that is all.
