@@ -27,6 +27,7 @@ type Bridge struct {
 
 	inbox  inbox
 	counts counts
+	onLink func(up bool, reason string)
 
 	mu     sync.Mutex
 	status Status // guarded by mu; the counters in it are filled in by Status
@@ -75,6 +76,10 @@ func New(cfg Config, gateway string, sp *spool.Spool, up Upstream, log *slog.Log
 	return b, nil
 }
 
+// OnLink has fn told each time that the link has come up, and each time that it was lost, with why. Call it before Run. fn must
+// not block.
+func (b *Bridge) OnLink(fn func(up bool, reason string)) { b.onLink = fn }
+
 // consumer makes a Source of a spool's consumer.
 type consumer struct{ *spool.Consumer }
 
@@ -101,6 +106,7 @@ func NewFrom(cfg Config, gateway, epoch string, src Source, up Upstream, log *sl
 	b := &Bridge{
 		cfg: cfg, gateway: gateway, epoch: epoch, source: src, upstream: up, log: log, metrics: m,
 		inbox:        inbox{ring: make(chan struct{}, 1)},
+		onLink:       func(bool, string) {},
 		window:       newWindow(len(readers)),
 		pace:         newPace(cfg.Tuning.InFlightBytes),
 		backoff:      newBackoff(cfg.Tuning.BackoffMin, cfg.Tuning.BackoffMax),
@@ -226,6 +232,7 @@ func (b *Bridge) session(ctx context.Context, sess Session) (healthy time.Durati
 	b.setState(func(s *Status) { s.State, s.Connected, s.Since = StateConnected, true, began })
 	b.metrics.up.Set(1)
 	b.log.Info("upstream connected", "upstream", b.cfg.Name, "url", redacted(b.cfg.URL), "attempt", b.backoff.attempt+1)
+	b.onLink(true, "")
 	b.pace.restart()
 	b.lastAck = 0
 	since := b.now()
@@ -245,6 +252,7 @@ func (b *Bridge) session(ctx context.Context, sess Session) (healthy time.Durati
 	}
 	b.metrics.up.Set(0)
 	b.setState(func(s *Status) { s.Connected, s.Since = false, time.Now() })
+	b.onLink(false, err.Error())
 
 	switch {
 	case b.window.oldest() == 0:

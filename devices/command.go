@@ -75,6 +75,14 @@ const (
 	MaxTTL              = 30 * 24 * time.Hour
 	DefaultExecution    = 5 * time.Minute
 	DefaultMaxAttempts  = 10
+	MaxAttempts         = 1000
+	MaxExecution        = 30 * 24 * time.Hour
+	MaxCommandID        = 128 // bytes
+	MaxCommandName      = 128
+	MaxSupersedeKey     = 128
+	MaxContentType      = 128
+	MaxResult           = 64 << 10 // of what comes with an outcome; of a larger one only the outcome is kept
+	MaxProgressText     = 256
 )
 
 // Request asks for a command. Only Device and Name have to be there.
@@ -124,7 +132,8 @@ type Command struct {
 	Upstream         string        `json:"-"`
 	Payload          []byte        `json:"-"`
 	ContentType      string        `json:"content_type,omitempty"`
-	// History has each change of state so far, the oldest first. Only Queue.Get fills it.
+	// History has each change of state so far, the oldest first; of more than 32 the first and the last ones. Only
+	// Queue.Get fills it.
 	History []Step `json:"history,omitempty"`
 }
 
@@ -168,7 +177,7 @@ const (
 	CodeUnavailable   = "unavailable"
 )
 
-// Error implements error: Submit and Cancel return a *Refusal where they refuse.
+// Error implements error: Submit and Cancel tell a *Refusal where they refuse.
 func (r *Refusal) Error() string { return r.Reason }
 
 // AnswerKind is what a device says of a command: the last level of cmd/{device}/res/{id}/…
@@ -184,4 +193,5 @@ const (
 )
 
 // ErrAnswer is wrapped by the errors of Queue.Answer that mean: refused and counted, never believed.
+// What is wrong follows it.
 var ErrAnswer = errors.New("answer not believed")

@@ -22,6 +22,8 @@ type Device struct {
 }
 
 // Kinds of a Credential.
+//
+// A Credential of another kind comes from a newer holdfast and lets nobody in.
 const (
 	CredentialToken       = "token"       // made here: 256 random bits, stored as SHA-256
 	CredentialPassword    = "password"    // chosen by a person: stored as argon2id
@@ -37,14 +39,14 @@ type Credential struct {
 	Fingerprint string    `json:"fingerprint,omitempty"` // certificate: SHA-256 of the DER bytes, hex
 }
 
-// NewCredential asks for one. Kind token needs nothing else; the others need Secret or Fingerprint.
+// NewCredential asks for one. Kind token, or "", needs nothing else; the others need Secret or Fingerprint.
 type NewCredential struct {
 	Kind        string
 	Password    string // password: at least 12 characters
 	Fingerprint string // certificate: 64 hex digits, colons allowed
 	// Lifetime is how long it is valid; 0: for ever.
 	Lifetime time.Duration
-	// RetireOthers lets the device's other credentials expire after this overlap; negative: they stay.
+	// RetireOthers lets the device's other credentials expire after this overlap; 0: at once; negative: they stay.
 	RetireOthers time.Duration
 }
 
@@ -94,6 +96,9 @@ type Connection struct {
 	Listener string
 	TLS      bool
 	Will     string
+	// Identity is what Authenticate returned for this connection: it says which credential let it in, so that the
+	// connection ends with the credential. nil: not known, and then it ends with the device only.
+	Identity *Identity
 }
 
 // Attempt is what a client shows to be let in.
@@ -126,6 +131,7 @@ type Role struct {
 const (
 	DefaultRole   = "device"
 	AnonymousRole = "anonymous"
+	MonitorRole   = "monitor" // sees everything, says nothing
 )
 
 // Errors of the Registry. Texts of wrapped errors name the way out.
@@ -138,4 +144,7 @@ var (
 	ErrDisabled       = errors.New("device is disabled")
 	ErrNoCredential   = errors.New("no such credential")
 	ErrTooManyDevices = errors.New("too many devices")
+	ErrTooOften       = errors.New("too many attempts") // not an answer to what was shown: it was not looked at, or the device connects too often
+	// ErrVersion is about a row that is left alone, and a device that can therefore not be used.
+	ErrVersion = errors.New("written by a newer holdfast: install that version again")
 )

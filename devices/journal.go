@@ -16,7 +16,8 @@ type Journal interface {
 // Event is something that happened to a command or a device: one of the pointers is set.
 type Event struct {
 	Command  *Command        // its new state
-	Previous State           // of the command; 0: it is new
+	Previous State           // of the command; 0: it is new. The same as the new one: it tells progress
+	Repeat   bool            // of the command: nothing has changed, it is told again to who submitted it again
 	Device   *PresenceChange // a device came or went
 	Refusal  *Refusal        // a command was not taken
 	// Upstream says that the cloud is told; To names the one upstream that is, "" all.

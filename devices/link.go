@@ -3,7 +3,8 @@ package devices
 import "time"
 
 // Link is one connection of a device, as the queue sees it. gateway implements it on the broker. Its methods do
-// not block and may be called from any goroutine, also when the connection has ended.
+// not block and may be called from any goroutine, also when the connection has ended. They must not wait for a lock that
+// somebody holds while calling the queue. Two values of the same connection are equal (==).
 type Link interface {
 	// Covers says whether the device has subscribed to topic with QoS 1 or 2.
 	Covers(topic string) bool

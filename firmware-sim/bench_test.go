@@ -9,12 +9,13 @@ import (
 	"testing"
 	"time"
 
+	"holdfast/bridge/wire"
 	firmwaresim "holdfast/firmware-sim"
 	"holdfast/internal/mqtt"
 )
 
-// acker acknowledges every QoS 1 PUBLISH and costs next to nothing.
-func acker(t testing.TB) string {
+// acker acknowledges every QoS 1 PUBLISH, sends so many commands to who subscribes, and costs next to nothing.
+func acker(t testing.TB, commands int) string {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -28,7 +29,7 @@ func acker(t testing.TB) string {
 			}
 			wg.Go(func() {
 				defer conn.Close()
-				acknowledge(conn)
+				acknowledge(conn, commands)
 			})
 		}
 	})
@@ -39,7 +40,8 @@ func acker(t testing.TB) string {
 	return l.Addr().String()
 }
 
-func acknowledge(conn net.Conn) {
+func acknowledge(conn net.Conn, commands int) {
+	device := ""
 	in, have := make([]byte, 32<<10), 0
 	var out []byte
 	var p mqtt.Publish
@@ -62,7 +64,20 @@ func acknowledge(conn net.Conn) {
 				}
 				out = mqtt.AppendAck(out, mqtt.TypePuback, p.ID, mqtt.V5, mqtt.Success)
 			case mqtt.TypeConnect:
+				if c, err := mqtt.ParseConnect(in[start : start+size]); err == nil {
+					device = c.ClientID
+				}
 				out = mqtt.AppendConnack(out, mqtt.V5, &mqtt.Connack{})
+			case mqtt.TypeSubscribe:
+				s, err := mqtt.ParseSubscribe(in[start:start+size], mqtt.V5)
+				if err != nil {
+					return
+				}
+				out = mqtt.AppendSuback(out, mqtt.V5, &mqtt.Suback{ID: s.ID, Reasons: make([]mqtt.Reason, len(s.Filters))})
+				for i := range commands {
+					topic := []byte(wire.RequestTopic(device, fmt.Sprintf("%s.%d", device, i), "set"))
+					out = mqtt.AppendPublish(out, mqtt.V5, &mqtt.Publish{QoS: 1, ID: uint16(i + 1), Topic: topic, Payload: []byte(`{"n":1}`)})
+				}
 			case mqtt.TypeDisconnect:
 				return
 			default:
@@ -83,7 +98,7 @@ func BenchmarkFleet(b *testing.B) {
 	for _, devices := range []int{1, 100} {
 		b.Run(fmt.Sprintf("devices=%d/window=100/size=256", devices), func(b *testing.B) {
 			f, err := firmwaresim.New(firmwaresim.Config{
-				Broker: "mqtt://" + acker(b), Devices: devices, Window: 100, Size: 256, QoS: firmwaresim.QoS1,
+				Broker: "mqtt://" + acker(b, 0), Devices: devices, Window: 100, Size: 256, QoS: firmwaresim.QoS1,
 				Messages: uint64(b.N/devices + 1),
 			}, nil)
 			if err != nil {
@@ -102,12 +117,22 @@ func BenchmarkFleet(b *testing.B) {
 	}
 }
 
-// BenchmarkIdleDevices is what a connected device costs.
+// BenchmarkIdleDevices is what a connected device costs: one that takes no commands, one that has had none yet, and one
+// that has done 100.
 func BenchmarkIdleDevices(b *testing.B) {
+	for _, commands := range []int{-1, 0, 100} {
+		b.Run(fmt.Sprintf("commands=%d", commands), func(b *testing.B) { idleDevices(b, commands) })
+	}
+}
+
+func idleDevices(b *testing.B, commands int) {
 	const devices = 2000
 	for b.Loop() {
-		addr := acker(b)
-		f, err := firmwaresim.New(firmwaresim.Config{Broker: "mqtt://" + addr, Devices: devices, Rate: 0.2, ConnectRate: 1e6}, nil)
+		addr := acker(b, max(commands, 0))
+		f, err := firmwaresim.New(firmwaresim.Config{
+			Broker: "mqtt://" + addr, Devices: devices, Rate: 0.2, ConnectRate: 1e6, Drain: -1,
+			Commands: commands >= 0, Execution: firmwaresim.Execution{Duration: -1, Progress: -1},
+		}, nil)
 		if err != nil {
 			b.Fatal(err)
 		}
@@ -122,7 +147,7 @@ func BenchmarkIdleDevices(b *testing.B) {
 				b.Error(err)
 			}
 		}()
-		for f.Snapshot().Connected < devices {
+		for f.Snapshot().Connected < devices || f.Snapshot().Commands.Answered < uint64(devices*max(commands, 0)) {
 			<-time.After(5 * time.Millisecond)
 		}
 		runtime.GC()

@@ -25,6 +25,10 @@ type Config struct {
 	// Dialer replaces net.Dialer.DialContext.
 	Dialer  func(ctx context.Context, network, address string) (net.Conn, error)
 	Version mqtt.Version // 0: 5
+	// PasswordOf gives each device a password of its own, and its id as the user name unless Username is set.
+	PasswordOf func(device string) string
+	// CertificateOf gives each device a client certificate, asked for at each connection.
+	CertificateOf func(device string) (*tls.Certificate, error)
 
 	Devices int    // 0: 1
 	Prefix  string // device ids are {prefix}-00001 and so on; "": sim
@@ -35,6 +39,8 @@ type Config struct {
 	// Rate is the messages a second of each device. 0: as fast as Window allows; nothing is
 	// sampled while offline then.
 	Rate float64
+	// NoSamples is for devices that only take commands. Rate and Messages do not count then.
+	NoSamples bool
 	// Messages ends a device's sampling after so many; 0: no limit.
 	Messages uint64
 	// Duration ends sampling; 0: when Run's context ends or Messages are reached.
@@ -58,6 +64,17 @@ type Config struct {
 	Crash float64
 	// Seed decides values and faults; the same seed gives the same.
 	Seed uint64
+
+	// Commands makes devices take commands: they subscribe to cmd/{device}/req/#, do what comes there as
+	// Execution says, and answer. See the package's documentation.
+	Commands  bool
+	Execution Execution
+
+	// Awake lets devices sleep: each is on-line for so long in every Period, and then disconnects, with its
+	// session kept. They begin spread over the first Period, and each period is up to 5 % longer or shorter.
+	// Once sampling is over all are awake, to deliver what they have. 0: they do not sleep.
+	Awake  time.Duration
+	Period time.Duration // 0: a minute
 
 	ConnectRate float64       // first connections a second, of the whole fleet; 0: 2000
 	MinBackoff  time.Duration // 0: 250 ms
@@ -153,6 +170,11 @@ func (c *Config) complete() (target, error) {
 	if c.Flaky < 0 || c.Flaky >= 1 || c.Crash < 0 || c.Crash >= 1 {
 		wrong("flaky %v, crash %v: probabilities from 0 to below 1, each second and device", c.Flaky, c.Crash)
 	}
+	set(&c.Period, time.Minute)
+	if c.Awake < 0 || c.Period <= c.Awake {
+		wrong("awake %v in each %v: some of it, not all", c.Awake, c.Period)
+	}
+	c.Execution.complete(wrong)
 	if c.ConnectRate < 0 || c.MinBackoff < 0 || c.MaxBackoff < c.MinBackoff {
 		wrong("connect rate %v, backoff %v to %v: none may be negative, nor the second less than the first", c.ConnectRate, c.MinBackoff, c.MaxBackoff)
 	}

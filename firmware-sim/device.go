@@ -3,6 +3,7 @@ package firmwaresim
 import (
 	"cmp"
 	"context"
+	"crypto/tls"
 	"errors"
 	"io"
 	"math"
@@ -34,12 +35,16 @@ type device struct {
 	link    *link        // below client, nil if there are no faults
 	dialing bool
 	clean   bool // RAM is empty: the next connection begins a new session
+	stopped bool // the fleet has ended: nothing is taken any more
 	attempt int  // connections that failed or did not last, in a row
 	since   time.Duration
 	proved  bool // this connection has brought an acknowledgement
 
 	// When what is due, as time since the fleet's start; never: not at all.
 	connectAt, sampleAt, breakAt, crashAt time.Duration
+
+	asleep         bool // off-line by plan, or because Fleet.Sleep said so
+	wakeAt, restAt time.Duration
 
 	turn    int // in profile.turns
 	made    uint64
@@ -58,6 +63,7 @@ type device struct {
 
 	accounts []account // by stream
 	counts   counts
+	commands *commander // nil: it takes none
 }
 
 // slot is a message with a packet identifier.
@@ -106,6 +112,8 @@ func (d *device) run(ctx context.Context, now time.Duration) time.Duration {
 		}
 	}
 	d.sampleDue()
+	d.work()
+	d.sleepDue()
 	if d.connectAt <= now && d.client == nil && !d.dialing {
 		d.connectAt = never
 		d.dialing = true
@@ -115,9 +123,15 @@ func (d *device) run(ctx context.Context, now time.Duration) time.Duration {
 		d.pump()
 		d.client.Flush()
 	}
-	next := min(d.connectAt, d.sampleAt)
+	next := min(d.connectAt, d.sampleAt, d.wakeAt, d.restAt)
 	if d.client != nil {
 		next = min(next, d.crashAt, d.breakAt)
+	}
+	if m := d.commands; m != nil {
+		next = min(next, m.at)
+		if m.answers.n > 0 && m.hold > now {
+			next = min(next, m.hold)
+		}
 	}
 	return max(next, now+burst)
 }
@@ -180,6 +194,9 @@ func (d *device) drop(s *sample) {
 
 // send queues a PUBLISH. Under mu.
 func (d *device) send(s *sample, id uint16, dup bool) bool {
+	if s.stream == answerStream {
+		return d.sendAnswer(s, id, dup)
+	}
 	d.payload = appendPayload(d.payload[:0], d.id, &d.source, d.profile, int(s.stream), s.n, s.ts, d.fleet.cfg.Size)
 	d.packet = mqtt.Publish{Dup: dup, QoS: min(d.qos[s.stream], d.maxQoS), ID: id, Topic: d.topics[s.stream], Payload: d.payload}
 	if d.packet.QoS == 0 {
@@ -205,8 +222,8 @@ func (d *device) send(s *sample, id uint16, dup bool) bool {
 // maxBuffered is how much may wait for the network before sampling without a rate pauses.
 const maxBuffered = 256 << 10
 
-// pump sends what the window has room for: first what a former connection left, then what
-// is in flash, then, without a rate, new samples. Under mu, with a client.
+// pump sends what the window has room for: first what a former connection left, then answers to
+// commands, then samples that are in flash, then, without a rate, new ones. Under mu, with a client.
 func (d *device) pump() {
 	for len(d.again) > 0 && d.wire < d.limit {
 		i := d.again[0]
@@ -226,7 +243,11 @@ func (d *device) pump() {
 	}
 	endless := d.fleet.endless && !d.fleet.draining.Load()
 	for d.wire < d.limit && len(d.free) > 0 {
-		if d.flash.n == 0 {
+		from := &d.flash
+		if d.answersDue() {
+			from = &d.commands.answers
+		}
+		if from.n == 0 {
 			if !endless || d.doneSampling() {
 				return
 			}
@@ -241,7 +262,7 @@ func (d *device) pump() {
 		i := d.free[len(d.free)-1]
 		d.free = d.free[:len(d.free)-1]
 		d.order++
-		d.slots[i] = slot{sample: d.flash.popFront(), order: d.order, at: d.now, state: slotUsed, onWire: true}
+		d.slots[i] = slot{sample: from.popFront(), order: d.order, at: d.now, state: slotUsed, onWire: true}
 		if d.maxQoS > 0 {
 			d.wire++
 		}
@@ -249,6 +270,9 @@ func (d *device) pump() {
 			return // the connection has just ended; resume takes care of the slot
 		}
 		if d.maxQoS == 0 { // the server takes nothing better
+			if s := d.slots[i].sample; s.stream == answerStream {
+				d.answerDone(s, mqtt.Success)
+			}
 			d.release(i)
 		}
 	}
@@ -284,6 +308,8 @@ func (d *device) onAck(c *mqtt.Client, a *mqtt.Ack) {
 	}
 	switch {
 	case s.released: // PUBREC again
+	case s.stream == answerStream:
+		d.answerDone(s.sample, a.Reason)
 	case a.Reason.Failed():
 		d.counts.refused++
 		d.accounts[s.stream].refused++
@@ -305,7 +331,13 @@ func (d *device) onBatch(c *mqtt.Client) {
 	defer d.mu.Unlock()
 	if d.client == c {
 		d.now = d.fleet.elapsed()
-		d.pump()
+		if m := d.commands; m != nil && m.at <= d.now {
+			d.work()
+			d.fleet.wake(d, m.at)
+		}
+		if d.client == c { // no command has ended it
+			d.pump()
+		}
 	}
 	d.now = 0
 }
@@ -348,6 +380,10 @@ func (d *device) offline(pause time.Duration) {
 // retry plans the next connection with full jitter: anywhere between now and a bound that
 // doubles with each failure. Under mu.
 func (d *device) retry(from time.Duration) {
+	if d.asleep {
+		d.connectAt = never
+		return
+	}
 	bound := d.fleet.cfg.MaxBackoff
 	if d.attempt < 16 {
 		bound = min(bound, d.fleet.cfg.MinBackoff<<d.attempt)
@@ -369,18 +405,32 @@ func (d *device) breakLink() {
 	}
 }
 
-// crash loses RAM: what was in flight is in flash again, as if never sent, but for what the
-// server has already taken over with a PUBREC. Under mu, with a client.
+// crash is a restart that nobody asked for. Under mu, with a client.
 func (d *device) crash() {
 	d.planFaults()
 	d.counts.crashes++
-	d.link.fail(reset, &d.random)
-	d.client.Abort()
+	d.restart()
+}
+
+// restart loses RAM: what was in flight is in flash again, as if never sent, but for what the
+// server has already taken over with a PUBREC; a command that runs is interrupted. Under mu, with
+// now set, and while no connection is being made.
+func (d *device) restart() {
+	if d.client != nil {
+		if d.link != nil {
+			d.link.fail(reset, &d.random)
+		}
+		d.client.Abort()
+	}
 	d.forget()
 	d.clean = true
 	boot := time.Second/2 + time.Duration(d.float()*float64(2*time.Second))
 	if d.sampleAt != never { // it samples nothing while it is down
 		d.sampleAt = max(d.sampleAt, d.now+boot)
+	}
+	if m := d.commands; m != nil && m.at != never {
+		m.at = d.now + boot
+		m.lost = m.current < len(m.orders) && m.orders[m.current].state == orderRuns
 	}
 	d.offline(boot)
 }
@@ -389,8 +439,12 @@ func (d *device) crash() {
 // order. Under mu.
 func (d *device) forget() {
 	for _, i := range slices.Backward(d.used()) {
-		if !d.slots[i].released {
-			d.flash.pushFront(d.slots[i].sample)
+		switch s := &d.slots[i]; {
+		case s.released:
+		case s.stream == answerStream:
+			d.commands.answers.pushFront(s.sample)
+		default:
+			d.flash.pushFront(s.sample)
 		}
 		d.slots[i] = slot{}
 		d.free = append(d.free, i)
@@ -430,6 +484,26 @@ const never = time.Duration(math.MaxInt64)
 // dial makes one attempt to connect. It runs in a goroutine of its own.
 func (d *device) dial(ctx context.Context) {
 	c, l, err := d.connect(ctx)
+	switch d.connected(ctx, c, l, err) {
+	case toSubscribe:
+		d.subscribe(ctx, c)
+	case toDisconnect:
+		_ = c.Disconnect(mqtt.Success) // it breaks or it ends
+	default:
+	}
+}
+
+// next is what is to be done with a new connection.
+type next int
+
+const (
+	toNothing next = iota
+	toSubscribe
+	toDisconnect // the device has gone to sleep meanwhile
+)
+
+// connected takes the outcome of connect.
+func (d *device) connected(ctx context.Context, c *mqtt.Client, l *link, err error) next {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.dialing = false
@@ -442,10 +516,20 @@ func (d *device) dial(ctx context.Context) {
 			d.fleet.fault("connect: "+kind(err), d.id, err)
 			d.retry(d.fleet.elapsed())
 		}
-		return
+		return toNothing
 	}
 	d.counts.connects++
-	d.client, d.link, d.clean = c, l, false
+	d.clean = false
+	if d.commands != nil && !c.Connack().SessionPresent {
+		d.commands.subscribed = false
+	}
+	if d.asleep {
+		if !c.Connack().SessionPresent { // what was in flight there is not any more
+			d.forget()
+		}
+		return toDisconnect
+	}
+	d.client, d.link = c, l
 	d.since, d.proved = d.fleet.elapsed(), false
 	d.limit = min(d.fleet.cfg.Window, int(c.Connack().ReceiveMaximum))
 	d.maxQoS = 2
@@ -459,6 +543,14 @@ func (d *device) dial(ctx context.Context) {
 	d.now = 0
 	c.Flush()
 	d.fleet.wake(d, d.since+burst)
+	if d.commands == nil {
+		return toNothing
+	}
+	d.commands.ready = d.since
+	if d.commands.subscribed {
+		return toNothing
+	}
+	return toSubscribe
 }
 
 // resume sorts out what a former connection left in flight. Under mu.
@@ -507,7 +599,7 @@ func (d *device) open(ctx context.Context, clean bool) (*mqtt.Client, *link, err
 	var l *link
 	o := mqtt.ClientOptions{
 		Address: f.to.address,
-		TLS:     f.to.tls,
+		TLS:     d.tls(),
 		Dialer:  f.cfg.Dialer,
 		Connect: mqtt.Connect{
 			Version:     f.cfg.Version,
@@ -523,6 +615,15 @@ func (d *device) open(ctx context.Context, clean bool) (*mqtt.Client, *link, err
 			d.onClose(c, err)
 			f.connected.Done()
 		},
+	}
+	if f.cfg.PasswordOf != nil {
+		o.Connect.HasPassword, o.Connect.Password = true, []byte(f.cfg.PasswordOf(d.id))
+		if f.to.username == "" {
+			o.Connect.HasUsername, o.Connect.Username = true, d.id
+		}
+	}
+	if d.commands != nil {
+		o.ManualAck, o.OnMessage = true, d.onMessage
 	}
 	if f.someQoS0 && f.endless {
 		o.OnDrained = d.onDrained
@@ -545,8 +646,27 @@ func (d *device) open(ctx context.Context, clean bool) (*mqtt.Client, *link, err
 	return c, l, err
 }
 
-// idle says that nothing waits to be sent or acknowledged. Under mu.
-func (d *device) idle() bool { return d.flash.n == 0 && len(d.free) == len(d.slots) }
+// tls is what the device shows and trusts, nil without TLS. Its certificate is loaded for each connection: ten
+// thousand need no memory, and a rotated one is used.
+func (d *device) tls() *tls.Config {
+	f := d.fleet
+	if f.to.tls == nil || f.cfg.CertificateOf == nil {
+		return f.to.tls
+	}
+	config := f.to.tls.Clone()
+	config.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
+		return f.cfg.CertificateOf(d.id)
+	}
+	return config
+}
+
+// idle says that nothing waits to be done, sent or acknowledged. Under mu.
+func (d *device) idle() bool {
+	if m := d.commands; m != nil && (m.answers.n > 0 || m.open() > 0) {
+		return false
+	}
+	return d.flash.n == 0 && len(d.free) == len(d.slots)
+}
 
 // kind gives the sort of an error, of which there are few, for counting.
 func kind(err error) string {

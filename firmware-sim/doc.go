@@ -23,6 +23,25 @@
 // new. A crash loses RAM, which is packet identifiers and the state of QoS 2: everything in
 // flash is sent as new, on a new session.
 //
+// # Commands
+//
+// With Config.Commands a device subscribes to cmd/{device}/req/#, at the beginning of each session,
+// and gets commands on cmd/{device}/req/{id}/{name}. A command is in flash when its PUBACK leaves.
+// They are worked on one after the other, in the order of their arrival, also while the link is
+// down, and answered on cmd/{device}/res/{id}/{accepted|progress|succeeded|failed|rejected}. Answers
+// are QoS 1, go before samples, never make room for them, and stay in flash until they are
+// acknowledged; so an outcome outlives lost links and crashes. Progress is told only while the link is up.
+//
+// What is done with a command is a matter of its name (Behaviour, Execution). A device does each at
+// most once. Flash keeps the last 256 ids with their outcomes: what comes again is answered from
+// there and not done again. A crash in the middle leaves open whether the command had its effect, and
+// the device says so: it failed, "interrupted by a restart". Only what may be done twice (Query) is
+// begun again, and for a reboot the restart is the outcome. A command that had not begun still is.
+//
+// The CommandLedger holds which commands came how often and what became of them.
+// CommandLedger.Verify finds what was executed twice or came out of order (by the member n of
+// payloads), and holds the device's word against what the cloud or the API says.
+//
 // # What is checked
 //
 // The Ledger holds what was published and what acknowledged. Ledger.Verify compares it with

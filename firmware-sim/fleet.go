@@ -27,6 +27,8 @@ type Fleet struct {
 	endless  bool          // no rate: as fast as the window allows
 	someQoS0 bool
 	latency  [8]histogram
+	first    histogram         // from being ready for commands to the first one
+	names    map[string]string // of commands with a behaviour of their own: each string once
 	ghosts   ghosts
 	dials    chan struct{} // bounds how many devices dial at once
 	draining atomic.Bool   // no more samples and faults
@@ -61,8 +63,14 @@ func New(cfg Config, log *slog.Logger) (*Fleet, error) {
 		wakeup:  make(chan struct{}, 1),
 		errors:  make(map[string]uint64),
 	}
-	if !f.endless {
+	if cfg.NoSamples {
+		f.endless = false
+	} else if !f.endless {
 		f.period = time.Duration(float64(time.Second) / cfg.Rate)
+	}
+	f.names = make(map[string]string, len(cfg.Execution.Names))
+	for name := range cfg.Execution.Names {
+		f.names[name] = name
 	}
 	for i := range cfg.Devices {
 		d := f.newDevice(i)
@@ -79,11 +87,11 @@ func (f *Fleet) newDevice(i int) *device {
 	p, _ := profileOf(f.cfg.Profile, i)
 	d := &device{
 		fleet:    f,
-		id:       fmt.Sprintf("%s-%05d", f.cfg.Prefix, f.cfg.First+i),
+		id:       DeviceID(f.cfg.Prefix, f.cfg.First+i),
 		number:   i,
 		profile:  p,
 		clean:    true, // a device that was never here may find a session that is not its own
-		sampleAt: never, breakAt: never, crashAt: never,
+		sampleAt: never, breakAt: never, crashAt: never, wakeAt: never, restAt: never,
 		slots:    make([]slot, f.cfg.Window),
 		accounts: make([]account, len(p.streams)),
 	}
@@ -94,8 +102,15 @@ func (f *Fleet) newDevice(i int) *device {
 	d.source.seed = d.next()
 	d.turn = int(d.next() % uint64(len(p.turns)))
 	d.connectAt = time.Duration(float64(i) / f.cfg.ConnectRate * float64(time.Second))
+	if f.cfg.Awake > 0 {
+		d.connectAt = time.Duration(d.float() * float64(f.cfg.Period))
+		d.restAt = d.connectAt + f.cfg.Awake
+	}
 	d.due = d.connectAt
-	if !f.endless {
+	if f.cfg.Commands {
+		d.commands = &commander{at: never, ready: never}
+	}
+	if !f.endless && !f.cfg.NoSamples {
 		d.sampleAt = d.connectAt + time.Duration(d.float()*float64(f.period))
 	}
 	app := f.cfg.App
@@ -110,6 +125,9 @@ func (f *Fleet) newDevice(i int) *device {
 	}
 	return d
 }
+
+// DeviceID is the id of the device with this number in a fleet with this prefix.
+func DeviceID(prefix string, number int) string { return fmt.Sprintf("%s-%05d", prefix, number) }
 
 // DeviceIDs are the ids of all devices.
 func (f *Fleet) DeviceIDs() []string {
@@ -143,6 +161,7 @@ func (f *Fleet) Run(ctx context.Context) (Report, error) {
 	f.ended.Store(int64(f.elapsed()))
 	f.draining.Store(true)
 	if f.cfg.Drain > 0 {
+		f.Wake(wakeSpread)
 		drain, stop := context.WithTimeout(life, f.cfg.Drain)
 		f.schedule(drain, life, func() bool { return f.all((*device).idle) })
 		stop()
@@ -246,7 +265,7 @@ func (f *Fleet) stop() {
 	for _, d := range f.devices {
 		d.mu.Lock()
 		c := d.client
-		d.client = nil
+		d.client, d.stopped = nil, true
 		d.mu.Unlock()
 		if c == nil {
 			continue
@@ -320,22 +339,26 @@ func (a *agenda) Pop() any {
 type Snapshot struct {
 	Elapsed        time.Duration `json:"elapsed_ns"`
 	Devices        int           `json:"devices"`
-	Connected      int           `json:"connected"`      // devices
-	Sampled        uint64        `json:"sampled"`        // made by the devices
-	Published      uint64        `json:"published"`      // sent at least once
-	QoS0           uint64        `json:"published_qos0"` // of Published: without an acknowledgement
+	Connected      int           `json:"connected"` // devices
+	Asleep         int           `json:"asleep,omitzero"`
+	Subscribed     int           `json:"subscribed,omitzero"` // devices, to their commands
+	Sampled        uint64        `json:"sampled"`             // made by the devices
+	Published      uint64        `json:"published"`           // sent at least once
+	QoS0           uint64        `json:"published_qos0"`      // of Published: without an acknowledgement
 	Acknowledged   uint64        `json:"acknowledged"`
 	Refused        uint64        `json:"refused"`           // by the server, with a reason
 	Resent         uint64        `json:"resent"`            // sendings beyond the first
 	Dropped        uint64        `json:"dropped_on_device"` // never sent: flash was full, or QoS 0 while offline
 	Abandoned      uint64        `json:"abandoned"`         // sent, not acknowledged, then dropped from a full flash
-	InFlight       int           `json:"in_flight"`
-	InFlash        int           `json:"in_flash"` // not in flight
+	InFlight       int           `json:"in_flight"`         // samples, as all above
+	InFlash        int           `json:"in_flash"`          // not in flight
 	PayloadBytes   uint64        `json:"payload_bytes"`
 	Connects       uint64        `json:"connects"` // connections made
 	FailedConnects uint64        `json:"failed_connects"`
-	Breaks         uint64        `json:"breaks"`  // simulated losses of a link
-	Crashes        uint64        `json:"crashes"` // simulated
+	Breaks         uint64        `json:"breaks"`           // simulated losses of a link
+	Crashes        uint64        `json:"crashes"`          // simulated, those of a command Reboot included
+	Answers        int           `json:"answers,omitzero"` // to commands, not acknowledged yet
+	Commands       CommandCounts `json:"commands,omitzero"`
 }
 
 // Snapshot may be called at any time.
@@ -365,6 +388,19 @@ func (f *Fleet) Snapshot() Snapshot {
 		s.FailedConnects += c.refusals
 		s.Breaks += c.breaks
 		s.Crashes += c.crashes
+		if d.asleep {
+			s.Asleep++
+		}
+		if m := d.commands; m != nil {
+			n := m.counts
+			n.Open = m.open()
+			if m.subscribed {
+				s.Subscribed++
+			}
+			s.Commands.add(&n)
+			s.Answers += len(m.texts)
+			s.InFlight -= len(m.texts) - m.answers.n
+		}
 		d.mu.Unlock()
 	}
 	return s

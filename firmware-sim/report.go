@@ -11,12 +11,16 @@ import (
 // Report is what a fleet has done.
 type Report struct {
 	Snapshot
-	Duration       time.Duration     `json:"duration_ns"` // of sampling
-	Rate           float64           `json:"acknowledged_per_second"`
-	Unacknowledged uint64            `json:"unacknowledged"` // in flash or in flight at the end
-	Reconnects     uint64            `json:"reconnects"`     // connections beyond the first of each device
-	Latency        Latency           `json:"ack_latency"`    // from sending to PUBACK or PUBREC
-	Errors         map[string]uint64 `json:"errors,omitempty"`
+	Duration       time.Duration `json:"duration_ns"` // of sampling
+	Rate           float64       `json:"acknowledged_per_second"`
+	Unacknowledged uint64        `json:"unacknowledged"` // in flash or in flight at the end
+	Reconnects     uint64        `json:"reconnects"`     // connections beyond the first of each device
+	Latency        Latency       `json:"ack_latency"`    // from sending to PUBACK or PUBREC
+	// FirstCommand is, for each connection, the time from being ready for commands to the first one. Ready: SUBSCRIBE
+	// is sent, or CONNACK says that the session with its subscription is there. It tells something where
+	// commands have been waiting.
+	FirstCommand Latency           `json:"first_command_latency,omitzero"`
+	Errors       map[string]uint64 `json:"errors,omitempty"`
 }
 
 func (f *Fleet) report() Report {
@@ -37,6 +41,7 @@ func (f *Fleet) report() Report {
 		all.merge(&f.latency[i])
 	}
 	r.Latency = all.latency()
+	r.FirstCommand = f.first.latency()
 	return r
 }
 
@@ -68,6 +73,16 @@ func (r Report) String() string {
 	}
 	if r.Dropped+r.Abandoned > 0 {
 		line("dropped on device", "%d messages never sent, %d sent and not acknowledged", r.Dropped, r.Abandoned)
+	}
+	if c := r.Commands; c.Received > 0 {
+		line("commands", "%d received, %d of them again, %d executed, %d outcomes acknowledged, %d open", c.Received, c.Repeats, c.Executed, c.Answered, c.Open)
+		line("first command", "p50 %v, p99 %v, max %v after being ready for it", short(r.FirstCommand.P50), short(r.FirstCommand.P99), short(r.FirstCommand.Max))
+	}
+	if r.Commands.Strange+r.Commands.Refused > 0 {
+		line("wrong commands", "%d messages that are none of the device, %d answers refused", r.Commands.Strange, r.Commands.Refused)
+	}
+	if r.Answers > 0 {
+		line("left on device", "%d answers not acknowledged when the time was over", r.Answers)
 	}
 	if r.Unacknowledged > 0 {
 		line("left on device", "%d messages not acknowledged when the time was over", r.Unacknowledged)

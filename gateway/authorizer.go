@@ -2,51 +2,94 @@ package gateway
 
 import (
 	"bytes"
+	"context"
+	"crypto/x509"
+	"errors"
 	"fmt"
+	"net"
 
+	"holdfast/devices"
 	"holdfast/gateway/broker"
 )
 
-// authorizer says who may do what. Until there is a registry of devices the only policy is
-// devices.anonymous: everybody, or nobody. Where nobody but Holdfast may publish holds always.
+// authorizer asks the registry who may do what. Where nobody but Holdfast may publish holds always, whatever a
+// role says. It implements broker.Authorizer.
 type authorizer struct {
-	anonymous bool
+	registry *devices.Registry
 }
 
 // Connect implements broker.Authorizer.
-func (a authorizer) Connect(*broker.ConnectInfo) error {
-	if !a.anonymous {
-		return fmt.Errorf("devices.anonymous is false, and there is no other way in yet: %w", broker.ErrNotAuthorized)
+func (a authorizer) Connect(ctx context.Context, c *broker.ConnectInfo) (broker.Rights, error) {
+	attempt := devices.Attempt{Device: c.ClientID, Username: c.Username, HasUsername: c.HasUsername, Password: c.Password}
+	if tcp, ok := c.Remote.(*net.TCPAddr); ok {
+		attempt.Address = tcp.AddrPort().Addr().Unmap()
 	}
-	return nil
+	if c.TLS != nil && len(c.TLS.VerifiedChains) > 0 {
+		attempt.Certificate = leaf(c.TLS.VerifiedChains)
+	}
+	id, err := a.registry.Authenticate(ctx, &attempt)
+	switch {
+	case err == nil:
+		return rights{id}, nil
+	case errors.Is(err, devices.ErrTooOften):
+		return nil, fmt.Errorf("%w: %w", broker.ErrTooOften, err)
+	case errors.Is(err, devices.ErrCredentials):
+		return nil, fmt.Errorf("%w: %w", broker.ErrBadCredentials, err)
+	case errors.Is(err, devices.ErrBadID):
+		return nil, fmt.Errorf("%w: %w", broker.ErrBadClientID, err)
+	case errors.Is(err, devices.ErrDisabled):
+		return nil, fmt.Errorf("%w: %w", broker.ErrNotAuthorized, err)
+	}
+	return nil, fmt.Errorf("%w: %w", broker.ErrUnavailable, err)
 }
 
-// MayPublish implements broker.Authorizer: not as the broker ($…), not as a gateway (gw/#), and no
-// commands (cmd/+/req/#), which only Holdfast sends, after it has stored them.
-func (a authorizer) MayPublish(_ string, topic []byte) bool {
+func leaf(chains [][]*x509.Certificate) *x509.Certificate {
+	if len(chains[0]) == 0 {
+		return nil
+	}
+	return chains[0][0]
+}
+
+// Rights implements broker.Authorizer.
+func (a authorizer) Rights(client string) broker.Rights { return rights{a.registry.Identity(client)} }
+
+// rights is what one device may do.
+type rights struct{ *devices.Identity }
+
+// MayPublish implements broker.Rights.
+func (r rights) MayPublish(topic []byte) bool {
+	return !reserved(topic) && r.Identity.MayPublish(topic)
+}
+
+// Limits implements broker.Rights.
+func (r rights) Limits() broker.Limits {
+	l := r.Identity.Limits()
+	return broker.Limits{MessagesPerSecond: l.MessagesPerSecond, BytesPerSecond: l.BytesPerSecond}
+}
+
+// reserved says whether only Holdfast itself publishes to topic: as the broker ($…), as the gateway (gw/#), and
+// commands (cmd/+/req/#), which it sends after it has stored them.
+func reserved(topic []byte) bool {
 	switch {
 	case len(topic) == 0 || topic[0] == '$':
-		return false
-	case topic[0] != 'g' && topic[0] != 'c': // nearly all
 		return true
+	case topic[0] != 'g' && topic[0] != 'c': // nearly all
+		return false
 	}
 	first, rest, more := cutLevel(topic)
 	switch string(first) {
 	case "gw":
-		return false // gw/# is also gw
+		return true // gw/# is also gw
 	case "cmd":
 		if !more {
-			return true
+			return false
 		}
 		_, rest, more = cutLevel(rest)
 		if !more {
-			return true
+			return false
 		}
 		kind, _, _ := cutLevel(rest)
-		return !bytes.Equal(kind, []byte("req"))
+		return bytes.Equal(kind, []byte("req"))
 	}
-	return true
+	return false
 }
-
-// MaySubscribe implements broker.Authorizer.
-func (a authorizer) MaySubscribe(string, string) bool { return true }

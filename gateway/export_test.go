@@ -5,7 +5,6 @@ import (
 
 	"github.com/cockroachdb/pebble/v2/vfs"
 
-	"holdfast/gateway/broker"
 	"holdfast/internal/config"
 	"holdfast/internal/kv"
 )
@@ -36,8 +35,8 @@ func NewIntake(sp appender, table []config.Route) (*Intake, error) {
 	return newIntake(sp, table, newClock())
 }
 
-// NewAuthorizer makes the authorizer of a configuration.
-func NewAuthorizer(anonymous bool) broker.Authorizer { return authorizer{anonymous} }
+// Reserved says whether only Holdfast itself publishes to a topic.
+var Reserved = reserved
 
 // OpenDataDir makes and locks a data directory, as a gateway does.
 func OpenDataDir(path string) (interface{ Close() error }, error) { return openDataDir(path, true) }

@@ -9,7 +9,9 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"path/filepath"
 	"slices"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -19,11 +21,13 @@ import (
 	"holdfast/bridge"
 	"holdfast/bridge/mqttup"
 	"holdfast/bridge/wire"
+	"holdfast/devices"
 	"holdfast/gateway/broker"
 	"holdfast/gateway/httpapi"
 	"holdfast/internal/config"
 	"holdfast/internal/kv"
 	"holdfast/internal/lifecycle"
+	"holdfast/internal/mqtt"
 	"holdfast/spool"
 )
 
@@ -59,14 +63,23 @@ type Gateway struct {
 	dir      *dataDir
 	store    *kv.Store
 	spool    *spool.Spool
+	journal  *journal
+	devices  *devices.Registry
+	commands *devices.Queue
+	downlink *downlink
 	broker   *broker.Broker
 	addrs    []net.Addr // of the listeners, in the order of the configuration
 	bridges  []*bridge.Bridge
+	orders   map[string]*orders // by upstream: those that commands come from
+	tokens   *tokens
+	events   *httpapi.Events
 	http     *httpapi.Server // nil: none
 	registry *prometheus.Registry
 	clock    *clock
 
 	storeOptions func(*kv.Options)
+
+	reloading sync.Mutex // one Reload at a time; guards what of cfg it changes
 
 	fatal chan error // cap 1: the store failed
 	state atomic.Int32
@@ -86,6 +99,7 @@ func New(ctx context.Context, o Options) (*Gateway, error) {
 	g := &Gateway{
 		cfg: o.Config, version: o.Version, log: o.Log, started: time.Now(),
 		registry:     prometheus.NewRegistry(),
+		orders:       map[string]*orders{},
 		clock:        newClock(),
 		storeOptions: o.storeOptions,
 		fatal:        make(chan error, 1),
@@ -113,7 +127,7 @@ func (g *Gateway) open(ctx context.Context) error {
 		return fmt.Errorf("register metrics: %w", err)
 	}
 	g.log.Info("gateway starts", "gateway", g.cfg.Gateway.ID, "version", g.version, "pid", os.Getpid())
-	for _, step := range []func(context.Context) error{g.openStore, g.openBroker, g.openBridges, g.openHTTP} {
+	for _, step := range []func(context.Context) error{g.openStore, g.openDevices, g.openBroker, g.openBridges, g.openHTTP} {
 		if err := step(ctx); err != nil {
 			return err
 		}
@@ -178,14 +192,57 @@ func (g *Gateway) openStore(context.Context) (err error) {
 	return nil
 }
 
+// openDevices opens what knows the devices and their commands. Neither reads what it does not need: a start takes the same time
+// with a hundred thousand devices.
+func (g *Gateway) openDevices(context.Context) (err error) {
+	log := g.log.With("part", "devices")
+	lane, ok := g.spool.Lane(spool.SystemLane)
+	if !ok {
+		return fmt.Errorf("lane %q: %w", spool.SystemLane, spool.ErrNoLane)
+	}
+	g.events = httpapi.NewEvents(0)
+	g.journal = &journal{spool: g.spool, lane: lane, gateway: g.cfg.Gateway.ID, clock: g.clock, watch: g.events.Publish}
+	g.devices, err = devices.OpenRegistry(g.store, devices.RegistryConfig{
+		Journal: g.journal, Roles: g.cfg.Devices.Roles, Anonymous: g.cfg.Devices.Anonymous, Log: log, Metrics: g.registry, Kick: g.kick,
+	})
+	if err != nil {
+		return err
+	}
+	c := g.cfg.Devices.Commands
+	g.commands, err = devices.OpenQueue(g.store, devices.QueueConfig{
+		Journal: g.journal, Known: g.devices.Known, Window: c.Window, AckTimeout: c.AckTimeout, MaxPending: c.MaxPending, History: c.History,
+		Log: log, Metrics: g.registry,
+		Clock: devices.ClockSource{Synced: func() bool { _, unsynced := g.clock.read(); return !unsynced }},
+	})
+	if err != nil {
+		return err
+	}
+	n, q := g.devices.Counts(), g.commands.Counts()
+	log.Info("devices open", "registered", n.Registered, "commands", q.Queued+q.Sent+q.Delivered+q.InProgress)
+	if !g.cfg.Devices.Anonymous && n.Registered == 0 {
+		log.Warn("no device is registered and devices.anonymous is false: nobody can connect yet; register one with holdfast device add ID")
+	}
+	return nil
+}
+
+// kick ends the connection of a device that may no longer have one.
+func (g *Gateway) kick(device, reason string, forget bool) {
+	g.broker.End(device, mqtt.AdministrativeAction, reason, forget)
+	if forget {
+		g.commands.Remove(device)
+	}
+}
+
 func (g *Gateway) openBroker(context.Context) error {
+	log := g.log.With("part", "broker")
 	in, err := newIntake(g.spool, g.cfg.Routes, g.clock)
 	if err != nil {
 		return err
 	}
-	auth := authorizer{anonymous: g.cfg.Devices.Anonymous}
+	g.downlink = newDownlink(g.devices, g.commands)
+	in.answers, in.log = g.downlink.answer, log
 	cfg := broker.Config{Listeners: g.cfg.Listeners, ShutdownTimeout: brokerShutdown}
-	if g.broker, err = broker.New(cfg, g.store, in, auth, g.log.With("part", "broker"), g.registry); err != nil {
+	if g.broker, err = broker.New(cfg, g.store, in, authorizer{g.devices}, g.downlink, log, g.registry); err != nil {
 		return err
 	}
 	if err := g.broker.Listen(); err != nil {
@@ -211,7 +268,13 @@ func (g *Gateway) openBridges(context.Context) error {
 		if err != nil {
 			return err
 		}
+		b.OnLink(func(up bool, reason string) {
+			g.events.PublishUpstream(httpapi.UpstreamChange{Name: u.Name, Connected: up, Error: reason})
+		})
 		g.bridges = append(g.bridges, b)
+		if u.Commands {
+			g.orders[u.Name] = newOrders(g.cfg.Gateway.ID, u, g.commands, log)
+		}
 		lanes := u.Lanes
 		if lanes == nil {
 			lanes = []string{"all"}
@@ -224,18 +287,22 @@ func (g *Gateway) openBridges(context.Context) error {
 	return nil
 }
 
-func (g *Gateway) openHTTP(ctx context.Context) error {
+func (g *Gateway) openHTTP(ctx context.Context) (err error) {
 	if g.cfg.HTTP.Address == "" {
 		return nil
 	}
+	if g.tokens, err = openTokens(g.store, g.dir.path); err != nil {
+		return err
+	}
 	cfg := httpapi.Config{Address: g.cfg.HTTP.Address, Gateway: g.cfg.Gateway.ID, Epoch: g.spool.Epoch()}
 	g.http = httpapi.New(cfg, httpapi.Parts{
-		Source: g, Lanes: g.spool, Events: httpapi.NewEvents(0), Gatherer: g.registry, Log: g.log.With("part", "http"), Metrics: g.registry,
+		Source: g, Devices: g.devices, Commands: g.commands, Lanes: g.spool, Tokens: g.tokens, Events: g.events,
+		Gatherer: g.registry, Log: g.log.With("part", "http"), Metrics: g.registry,
 	})
 	if err := g.http.Listen(ctx); err != nil {
 		return err
 	}
-	g.log.Info("http open", "address", g.http.Addr().String())
+	g.log.Info("http open", "address", g.http.Addr().String(), "admin_token", filepath.Join(g.dir.path, adminFile))
 	return nil
 }
 
@@ -273,8 +340,13 @@ func (g *Gateway) run(ctx context.Context) error {
 		name := "bridge to " + g.cfg.Upstreams[i].Name
 		bridges = append(bridges, lifecycle.Part{Name: name, Run: b.Run, Grace: bridgeDrain + bridgeGoodbye + partSlack})
 	}
+	for name, o := range g.orders {
+		bridges = append(bridges, lifecycle.Part{Name: "commands from " + name, Run: o.Run, Grace: bridgeGoodbye + partSlack})
+	}
 	parts = append(parts,
 		lifecycle.Group("bridges", bridges...),
+		lifecycle.Part{Name: "devices", Run: g.devices.Run, Grace: partSlack},
+		lifecycle.Part{Name: "commands", Run: g.commands.Run, Grace: partSlack},
 		lifecycle.Part{Name: "ledger", Run: g.watchLedger, Grace: partSlack},
 		lifecycle.Part{Name: "broker", Run: g.broker.Run, Grace: brokerShutdown + partSlack},
 		lifecycle.Part{Name: "gateway", Run: g.beReady, Grace: partSlack},
@@ -367,11 +439,16 @@ func (g *Gateway) Status() httpapi.Status {
 		Lanes:     g.spool.Lanes(),
 		Upstreams: []httpapi.Upstream{},
 		Ledger:    httpapi.NewLedger(g.spool.Accounts()),
+		Devices:   g.devices.Counts(),
+		Commands:  g.commands.Counts(),
 	}
 	if err := g.Ready(); err != nil {
 		st.NotReady = err.Error()
 	} else {
 		st.Ready = true
+	}
+	for _, c := range g.broker.Certificates() {
+		st.Certificates = append(st.Certificates, httpapi.Certificate{Listener: c.Listener, File: c.File, Subject: c.Subject, NotAfter: c.NotAfter})
 	}
 	b := g.broker.Stats()
 	st.Broker.Connections, st.Broker.Sessions, st.Broker.Subscriptions = b.Connections, b.Sessions, b.Subscriptions
@@ -382,12 +459,17 @@ func (g *Gateway) Status() httpapi.Status {
 	}
 	for _, b := range g.bridges {
 		s := b.Status()
-		st.Upstreams = append(st.Upstreams, httpapi.Upstream{
+		u := httpapi.Upstream{
 			Name: s.Name, URL: s.URL, Format: s.Format, State: string(s.State), Connected: s.Connected, Since: s.Since,
 			RetryAt: s.RetryAt, Attempts: s.Attempts, LastError: s.LastError, LastAck: s.LastAck, InFlight: s.InFlight,
 			Sends: s.Sends, SentMessages: s.SentMessages, SentBytes: s.SentBytes, AckedMessages: s.AckedMessages,
 			ExpiredMessages: s.ExpiredMessages, ParkedMessages: s.ParkedMessages,
-		})
+		}
+		if o := g.orders[s.Name]; o != nil {
+			up, err := o.ready()
+			u.Commands, u.CommandsError = &up, err
+		}
+		st.Upstreams = append(st.Upstreams, u)
 	}
 	return st
 }

@@ -92,6 +92,7 @@ func (r *running) status() (st httpapi.Status) {
 	if err != nil {
 		r.t.Fatal(err)
 	}
+	req.Header.Set("Authorization", "Bearer "+r.token())
 	resp, err := (&http.Client{Transport: &http.Transport{DisableKeepAlives: true}}).Do(req)
 	if err != nil {
 		r.t.Fatal(err)
@@ -101,6 +102,16 @@ func (r *running) status() (st httpapi.Status) {
 		r.t.Fatal(err)
 	}
 	return st
+}
+
+// token is the administrator's.
+func (r *running) token() string {
+	r.t.Helper()
+	b, err := os.ReadFile(filepath.Join(r.Status().DataDir, "admin.token"))
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	return strings.TrimSpace(string(b))
 }
 
 func (r *running) accepted(lane string) uint64 {
@@ -319,7 +330,7 @@ func TestDataDirectories(t *testing.T) {
 func startUpstream(t *testing.T) string {
 	t.Helper()
 	up, err := broker.New(broker.Config{Listeners: []broker.Listener{{Name: "up", Protocol: "mqtt", Address: "127.0.0.1:0"}}},
-		openStore(t), acceptAll{}, everybody{}, testkit.Logger(t), nil)
+		openStore(t), acceptAll{}, everybody{}, nil, testkit.Logger(t), nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -416,9 +427,13 @@ func (acceptAll) Publish(_ *broker.Message, _ []kv.Op, done kv.Done, token uint6
 
 type everybody struct{}
 
-func (everybody) Connect(*broker.ConnectInfo) error { return nil }
-func (everybody) MayPublish(string, []byte) bool    { return true }
-func (everybody) MaySubscribe(string, string) bool  { return true }
+func (e everybody) Connect(context.Context, *broker.ConnectInfo) (broker.Rights, error) {
+	return e, nil
+}
+func (e everybody) Rights(string) broker.Rights { return e }
+func (everybody) MayPublish([]byte) bool        { return true }
+func (everybody) MaySubscribe(string) bool      { return true }
+func (everybody) Limits() broker.Limits         { return broker.Limits{} }
 
 func openStore(t *testing.T) *kv.Store {
 	t.Helper()

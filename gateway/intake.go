@@ -3,7 +3,9 @@ package gateway
 import (
 	"errors"
 	"fmt"
+	"log/slog"
 
+	"holdfast/devices"
 	"holdfast/gateway/broker"
 	"holdfast/internal/config"
 	"holdfast/internal/kv"
@@ -23,6 +25,9 @@ type Intake struct {
 	spool  appender
 	routes *routes[spool.Lane]
 	clock  *clock
+	// answers takes what devices say of their commands; nil: there are none.
+	answers func(m *broker.Message, ops []kv.Op, done kv.Done, token uint64) (taken bool, err error)
+	log     *slog.Logger
 }
 
 func newIntake(sp appender, table []config.Route, c *clock) (*Intake, error) {
@@ -64,6 +69,11 @@ func newIntake(sp appender, table []config.Route, c *clock) (*Intake, error) {
 // nothing was taken. It waits while the store is behind, but not with QoS 0, which is the first to go
 // under overload.
 func (i *Intake) Publish(m *broker.Message, ops []kv.Op, done kv.Done, token uint64) error {
+	if i.answers != nil && len(m.Record.Topic) > 4 && m.Record.Topic[0] == 'c' && m.Record.Topic[1] == 'm' { // few
+		if taken, err := i.answer(m, ops, done, token); taken {
+			return err
+		}
+	}
 	now, unsynced := i.clock.read()
 	m.Record.Received = now
 	if unsynced {
@@ -79,6 +89,17 @@ func (i *Intake) Publish(m *broker.Message, ops []kv.Op, done kv.Done, token uin
 		return errShed
 	}
 	return err
+}
+
+// answer hands m over if it is a device's answer to a command. One that is not believed is acknowledged all the same, with
+// ops: MQTT 3.1.1 has no other word than none, and the device would send it again for ever. It is counted, and changes nothing.
+func (i *Intake) answer(m *broker.Message, ops []kv.Op, done kv.Done, token uint64) (taken bool, err error) {
+	taken, err = i.answers(m, ops, done, token)
+	if errors.Is(err, devices.ErrAnswer) {
+		i.log.Warn("answer to a command not believed", "device", string(m.Record.Device), "topic", string(m.Record.Topic), "err", err)
+		return true, i.spool.Append(spool.LaneNone, nil, ops, done, token, false)
+	}
+	return taken, err
 }
 
 // errShed is made once: shedding is for the moments when there is too much to do.

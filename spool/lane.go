@@ -147,6 +147,27 @@ func (b *block) fit() *block {
 	return small
 }
 
+// takes says whether r is small enough.
+func (l *lane) takes(r *Record) error {
+	if n := len(r.Device) + len(r.Topic) + len(r.Payload) + r.Props.size(); n > MaxRecord-128 {
+		return fmt.Errorf("append %d bytes to lane %q: %w", n, l.cfg.Name, ErrTooLarge)
+	}
+	return nil
+}
+
+// makeRoom has a full lane do what its rule says before n more records come. The caller holds the commit lock.
+func (l *lane) makeRoom(n int) error {
+	if !l.full() {
+		return nil
+	}
+	if l.cfg.WhenFull == Reject {
+		l.refused.Add(uint64(n))
+		return l.errFull
+	}
+	l.s.wakeHousekeeping()
+	return nil
+}
+
 // append adds r to what gathers and returns its sequence and size. The caller holds the commit lock.
 func (l *lane) append(r *Record) (seq uint64, n int) {
 	if l.open == nil {

@@ -310,14 +310,13 @@ func (s *Spool) Lane(name string) (Lane, bool) {
 // called once, with the record's sequence, 0 for LaneNone. With shed it does not wait while the
 // store is behind, but returns ErrBusy. It allocates nothing in the steady state.
 func (s *Spool) Append(to Lane, r *Record, ops []kv.Op, done kv.Done, token uint64, shed bool) error {
-	var l *lane
-	if to != LaneNone {
-		if to < 0 || int(to) >= len(s.lanes) || !s.lanes[to].configured {
-			return fmt.Errorf("append to lane %d: %w", to, ErrNoLane)
-		}
-		l = s.lanes[to]
-		if n := len(r.Device) + len(r.Topic) + len(r.Payload) + r.Props.size(); n > MaxRecord-128 {
-			return fmt.Errorf("append %d bytes to lane %q: %w", n, l.cfg.Name, ErrTooLarge)
+	l, err := s.laneFor(to)
+	if err != nil {
+		return err
+	}
+	if l != nil {
+		if err := l.takes(r); err != nil {
+			return err
 		}
 	}
 	g, err := s.store.Begin(!shed)
@@ -330,12 +329,8 @@ func (s *Spool) Append(to Lane, r *Record, ops []kv.Op, done kv.Done, token uint
 	defer g.End()
 	seq := uint64(0)
 	if l != nil {
-		if l.full() {
-			if l.cfg.WhenFull == Reject {
-				l.refused.Add(1)
-				return l.errFull
-			}
-			s.wakeHousekeeping()
+		if err := l.makeRoom(1); err != nil {
+			return err
 		}
 		n := 0
 		seq, n = l.append(r)
@@ -346,6 +341,55 @@ func (s *Spool) Append(to Lane, r *Record, ops []kv.Op, done kv.Done, token uint
 		g.Done(done, token, seq)
 	}
 	return nil
+}
+
+// AppendAll is Append for several records of one lane, all of them or none: one batch takes them, and ops with
+// them. done gets the last one's sequence, 0 if there is none.
+func (s *Spool) AppendAll(to Lane, rs []Record, ops []kv.Op, done kv.Done, token uint64) error {
+	if len(rs) == 0 {
+		to = LaneNone
+	}
+	l, err := s.laneFor(to)
+	if err != nil {
+		return err
+	}
+	for i := range rs {
+		if err := l.takes(&rs[i]); err != nil {
+			return err
+		}
+	}
+	g, err := s.store.Begin(true)
+	if err != nil {
+		return err
+	}
+	defer g.End()
+	seq := uint64(0)
+	if l != nil {
+		if err := l.makeRoom(len(rs)); err != nil {
+			return err
+		}
+		for i := range rs {
+			n := 0
+			seq, n = l.append(&rs[i])
+			g.Grow(n)
+		}
+	}
+	g.Ops(ops)
+	if done != nil {
+		g.Done(done, token, seq)
+	}
+	return nil
+}
+
+// laneFor gives a lane that takes messages; nil for LaneNone.
+func (s *Spool) laneFor(to Lane) (*lane, error) {
+	switch {
+	case to == LaneNone:
+		return nil, nil
+	case to < 0 || int(to) >= len(s.lanes) || !s.lanes[to].configured:
+		return nil, fmt.Errorf("append to lane %d: %w", to, ErrNoLane)
+	}
+	return s.lanes[to], nil
 }
 
 // size is about what the properties add to a record.

@@ -734,3 +734,47 @@ holdfast_spool_pending_messages{lane="telemetry",upstream="cloud"} 9
 		t.Error(err)
 	}
 }
+
+func TestAppendAllTakesAllOrNone(t *testing.T) {
+	r := open(t, vfs.NewMem(), func() spool.Config {
+		c := lanes("a", "b")
+		c.Lanes[1].MaxBytes, c.Lanes[1].WhenFull = 1, spool.Reject
+		return c
+	}())
+	key := []byte{kv.PrefixCommand, 'x'}
+	ops := []kv.Op{{Key: key, Value: []byte("v")}}
+	var got order
+	if err := r.AppendAll(r.lane("a"), []spool.Record{*rec(0), *rec(1), *rec(2)}, ops, &got, 7); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.AppendAll(r.lane("a"), nil, []kv.Op{{Key: key, Delete: true}}, &got, 8); err != nil {
+		t.Fatal(err)
+	}
+	r.put("b", 0, 1)
+	big := rec(0)
+	big.Payload = make([]byte, spool.MaxRecord)
+	if err := r.AppendAll(r.lane("a"), []spool.Record{*rec(3), *big}, nil, &got, 9); !errors.Is(err, spool.ErrTooLarge) {
+		t.Fatalf("append: %v", err)
+	}
+	if err := r.AppendAll(r.lane("b"), []spool.Record{*rec(3), *rec(4)}, nil, &got, 10); !errors.Is(err, spool.ErrFull) {
+		t.Fatalf("append: %v", err)
+	}
+	if err := r.store.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(order{"7:3:<nil>", "8:0:<nil>"}, got); diff != "" {
+		t.Error(diff)
+	}
+	if _, found, err := r.store.Get(key); found || err != nil {
+		t.Errorf("the row is there, %v", err)
+	}
+	rd, _ := r.reader("cloud", "a")
+	if numbers, _ := read(t, rd, 1<<20); !cmp.Equal(numbers, seq(0, 3)) {
+		t.Errorf("read %v", numbers)
+	}
+	for _, l := range r.Lanes() {
+		if l.Name == "b" && l.Refused != 2 {
+			t.Errorf("%d refused, want 2", l.Refused)
+		}
+	}
+}

@@ -34,7 +34,10 @@ const (
 	Hole                  // sequences that were passed over and that no gap explains, so far
 	Gap                   // a gateway announced that messages will not come
 	State                 // a gateway's birth or death
-	Event                 // something else on a gateway's topics: command events
+	Event                 // something else on a gateway's topics
+
+	CommandEvent // a step of a command; not looked at for repeats, see Client
+	DeviceEvent  // a device came or went
 )
 
 // Delivery is one thing that Receive found in a publish.
@@ -55,8 +58,10 @@ type Delivery struct {
 	Gap         wire.Gap // Gap
 	Explained   uint64   // Gap: how many sequences that were missing it explains
 
-	State   wire.State // State
-	Payload []byte     // Event: as it came
+	State   wire.State         // State
+	Payload []byte             // Event, CommandEvent, DeviceEvent: as it came
+	Command *wire.CommandEvent // CommandEvent
+	Device  *wire.DeviceEvent  // DeviceEvent
 }
 
 // Stats of a Receiver since it was made. Sums of sequences and messages, not of calls, unless said.
@@ -169,7 +174,21 @@ func (r *Receiver) receive(topic string, payload []byte) ([]Delivery, error) {
 		}
 		return []Delivery{{Kind: State, Gateway: t.Gateway, Topic: topic, State: s}}, nil
 
-	case wire.KindEvent, wire.KindCommand, wire.KindCommandEvent, wire.KindDeviceEvent:
+	case wire.KindCommandEvent:
+		e, err := commandEvent(topic, t, payload)
+		if err != nil {
+			return nil, err
+		}
+		return []Delivery{{Kind: CommandEvent, Gateway: t.Gateway, Topic: topic, Payload: payload, Command: e}}, nil
+
+	case wire.KindDeviceEvent:
+		e, err := deviceEvent(topic, t, payload)
+		if err != nil {
+			return nil, err
+		}
+		return []Delivery{{Kind: DeviceEvent, Gateway: t.Gateway, Topic: topic, Payload: payload, Device: e}}, nil
+
+	case wire.KindEvent, wire.KindCommand:
 		return []Delivery{{Kind: Event, Gateway: t.Gateway, Topic: topic, Payload: payload}}, nil
 
 	default:

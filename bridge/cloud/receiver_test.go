@@ -98,6 +98,10 @@ func told(t fataler, r *cloud.Receiver, topic string, payload []byte) string {
 			out = append(out, d.State.State)
 		case cloud.Event:
 			out = append(out, fmt.Sprintf("event %s", d.Payload))
+		case cloud.CommandEvent:
+			out = append(out, fmt.Sprintf("command %s %s", d.Command.ID, d.Command.State))
+		case cloud.DeviceEvent:
+			out = append(out, fmt.Sprintf("device %s %s", d.Device.Device, d.Device.State))
 		}
 	}
 	return strings.Join(out, ", ")
@@ -139,11 +143,13 @@ func TestReceiverTellsAStory(t *testing.T) {
 	step("0")("dt/x", []byte("1"))
 	step("0")("dt/x", []byte("1"))
 	step("online")(wire.StateTopic("g"), []byte(`{"state":"online","epoch":"e","version":"1","ts":1}`))
-	step("event {}")("gw/g/evt/cmd/d/1/queued", []byte("{}"))
+	step("event {}")("gw/g/evt/later", []byte("{}"))
+	step("command 1 QUEUED")("gw/g/evt/cmd/d/1/QUEUED", (&wire.CommandEvent{Gateway: "g", Device: "d", ID: "1", State: "QUEUED"}).Encode())
+	step("device d offline")("gw/g/evt/device/d/offline", (&wire.DeviceEvent{Gateway: "g", Device: "d", State: "offline"}).Encode())
 	step("event x")("gw/g/cmd/d/submit", []byte("x"))
 
 	want := cloud.Stats{
-		Publishes: 20, Messages: 19, Duplicates: 7, Passthrough: 2, Late: 5, Holes: 3, Gaps: 3, Missing: 3,
+		Publishes: 22, Messages: 19, Duplicates: 7, Passthrough: 2, Late: 5, Holes: 3, Gaps: 3, Missing: 3,
 	}
 	got := r.Stats()
 	got.MessageBytes, got.PublishBytes = 0, 0
@@ -185,6 +191,10 @@ func TestReceiverRefusesWithoutNotingAnything(t *testing.T) {
 		"event of another device": {"gw/g/msg/bed-8", ev, wire.ErrFormat},
 		"event cut":               {"gw/g/msg/bed-7", ev[:50], wire.ErrFormat},
 		"gap of another":          {"gw/h/evt/gap", announced, wire.ErrFormat},
+		"step of another":         {"gw/h/evt/cmd/d/1/QUEUED", (&wire.CommandEvent{Gateway: "g", Device: "d", ID: "1", State: "QUEUED"}).Encode(), wire.ErrFormat},
+		"step of another state":   {"gw/g/evt/cmd/d/1/SENT", (&wire.CommandEvent{Gateway: "g", Device: "d", ID: "1", State: "QUEUED"}).Encode(), wire.ErrFormat},
+		"presence of another":     {"gw/g/evt/device/e/online", (&wire.DeviceEvent{Gateway: "g", Device: "d", State: "online"}).Encode(), wire.ErrFormat},
+		"step cut":                {"gw/g/evt/cmd/d/1/QUEUED", []byte("{"), wire.ErrFormat},
 		"gap cut":                 {"gw/g/evt/gap", announced[:5], wire.ErrFormat},
 		"state":                   {"gw/g/state", []byte("{}"), wire.ErrFormat},
 	} {
@@ -192,7 +202,7 @@ func TestReceiverRefusesWithoutNotingAnything(t *testing.T) {
 			t.Errorf("%s: %+v, %v", name, got, err)
 		}
 	}
-	if got := r.Stats(); got.Invalid != 11 || got.Messages != 0 || got.Gaps != 0 || len(r.Lanes()) != 0 {
+	if got := r.Stats(); got.Invalid != 15 || got.Messages != 0 || got.Gaps != 0 || len(r.Lanes()) != 0 {
 		t.Errorf("%+v, %+v", got, r.Lanes())
 	}
 	if got := told(t, r, "gw/g/data/telemetry", good); got != "1, 2, 3" {

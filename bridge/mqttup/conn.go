@@ -29,9 +29,11 @@ type conn struct {
 	tcp      *progressConn
 
 	// Only paho's reading goroutine touches these.
-	in    *bufio.Reader
-	frame int // bytes of the present frame that paho has not read
-	guard guard
+	in        *bufio.Reader
+	frame     int    // bytes of the present frame that paho has not read
+	rewritten []byte // the head of the present frame, if it is another than came; comes before frame
+	skip      int    // bytes behind frame that paho does not get
+	guard     guard
 
 	acks    bridge.Acks // nil: publish is not used
 	flights flights     // what publish sent and nobody acknowledged
@@ -80,6 +82,7 @@ func newConn(transport net.Conn, tcp *progressConn, g guard, acks bridge.Acks, s
 // guard says which frames may come. Others end the connection.
 type guard struct {
 	maxPublish int // largest PUBLISH; 0: none may come
+	cutTo      int // 0, or how many bytes paho gets of a payload that has more; then no PUBLISH is too large
 	filters    int // of the one SUBSCRIBE that was sent
 }
 
@@ -96,7 +99,7 @@ func (g guard) check(first byte, length int) error {
 			want = 2 + g.filters
 		}
 	case 3: // PUBLISH
-		if length <= g.maxPublish {
+		if length <= g.maxPublish || g.cutTo > 0 {
 			want = length
 		}
 	}
@@ -108,10 +111,15 @@ func (g guard) check(first byte, length int) error {
 
 // Read gives paho whole frames that passed the guard.
 func (c *conn) Read(p []byte) (int, error) {
-	if c.frame == 0 {
+	if c.frame == 0 && len(c.rewritten) == 0 {
 		if err := c.begin(); err != nil {
 			return 0, c.fail(readError(err))
 		}
+	}
+	if len(c.rewritten) > 0 {
+		n := copy(p, c.rewritten)
+		c.rewritten = c.rewritten[n:]
+		return n, nil
 	}
 	if err := c.await(); err != nil {
 		return 0, c.fail(readError(err))
@@ -141,6 +149,14 @@ func (c *conn) begin() error {
 		if err := c.await(); err != nil {
 			return err
 		}
+		if c.skip > 0 {
+			n, err := c.in.Discard(min(c.skip, c.in.Buffered()))
+			c.skip -= n
+			if err != nil {
+				return err
+			}
+			continue
+		}
 		first, length, head, err := c.head()
 		if err != nil {
 			return err
@@ -162,10 +178,36 @@ func (c *conn) begin() error {
 			}
 		case 13:
 			c.pingSent.Store(0)
+		case 3:
+			if c.guard.cutTo > 0 {
+				return c.cut(first, length, head)
+			}
 		}
 		c.frame = head + length
 		return nil
 	}
+}
+
+// cut begins a PUBLISH whose payload may have more bytes than paho is given.
+func (c *conn) cut(first byte, length, head int) error {
+	start, err := c.in.Peek(min(head+length, head+2))
+	if err != nil {
+		return err
+	}
+	most := 2 + c.guard.cutTo // topic length, topic, packet id, payload (MQTT 3.1.1 §3.3)
+	if len(start) == head+2 {
+		most += int(start[head])<<8 | int(start[head+1])
+	}
+	if first&6 != 0 {
+		most += 2
+	}
+	if c.frame = head + length; length <= most {
+		return nil
+	}
+	_, _ = c.in.Discard(head) // it was there to peek at
+	c.rewritten = appendLength([]byte{first}, most)
+	c.frame, c.skip = most, length-most
+	return nil
 }
 
 // puback takes the acknowledgement of what publish sent. One that comes twice, or when the connection has

@@ -7,7 +7,11 @@ import (
 
 // ReadFrames reads all that a peer sends as paho would be given it, with a guard of a subscriber of n filters.
 func ReadFrames(transport net.Conn, filters, maxPublish int) (frames []byte, err error) {
-	c := newConn(transport, &progressConn{Conn: transport, stall: time.Second}, guard{maxPublish, filters}, nil, time.Second)
+	return readFrames(transport, guard{maxPublish: maxPublish, filters: filters})
+}
+
+func readFrames(transport net.Conn, g guard) (frames []byte, err error) {
+	c := newConn(transport, &progressConn{Conn: transport, stall: time.Second}, g, nil, time.Second)
 	defer func() {
 		_ = c.fail(errClosed)
 		<-c.flushed
@@ -29,3 +33,8 @@ func (f *Flights) Start(token uint64) (uint16, error)     { return f.f.start(tok
 func (f *Flights) Land(id uint16) (token uint64, ok bool) { return f.f.land(id) }
 
 const FirstID = firstID
+
+// ReadFramesCut is ReadFrames with a guard of TakeCommands.
+func ReadFramesCut(transport net.Conn, cutTo int) (frames []byte, err error) {
+	return readFrames(transport, guard{maxPublish: cutTo, cutTo: cutTo, filters: 1})
+}

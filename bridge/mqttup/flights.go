@@ -77,13 +77,17 @@ func appendPublish(dst []byte, id uint16, m *bridge.Message) []byte {
 	if m.Retain {
 		first |= 1
 	}
-	dst = append(dst, first)
-	length := 2 + len(m.Topic) + 2 + len(m.Payload)
-	for ; length > 0x7f; length >>= 7 {
-		dst = append(dst, byte(length)|0x80)
-	}
-	dst = append(dst, byte(length), byte(len(m.Topic)>>8), byte(len(m.Topic)))
+	dst = appendLength(append(dst, first), 2+len(m.Topic)+2+len(m.Payload))
+	dst = append(dst, byte(len(m.Topic)>>8), byte(len(m.Topic)))
 	dst = append(dst, m.Topic...)
 	dst = append(dst, byte(id>>8), byte(id))
 	return append(dst, m.Payload...)
+}
+
+// appendLength appends a remaining length (MQTT 3.1.1 §2.2.3).
+func appendLength(dst []byte, length int) []byte {
+	for ; length > 0x7f; length >>= 7 {
+		dst = append(dst, byte(length)|0x80)
+	}
+	return append(dst, byte(length))
 }

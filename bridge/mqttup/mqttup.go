@@ -43,9 +43,11 @@ type Options struct {
 	Gateway, Epoch, Version string
 
 	// For subscribers only. Persistent makes the broker keep messages while the subscriber is away. OnUp
-	// is called each time the subscription has been made. Log is told of lost connections; nil: nobody is.
+	// is called each time the subscription has been made, OnState then with true, and with false and the reason after each
+	// attempt that failed and each connection that was lost. Neither may block. Log is told of lost connections; nil: nobody is.
 	Persistent bool
 	OnUp       func()
+	OnState    func(up bool, err error)
 	Log        *slog.Logger
 
 	// ConnectTimeout bounds a subscriber's attempt to connect: 20 s. A bridge has its own.
@@ -67,7 +69,8 @@ const (
 	defaultStall          = 30 * time.Second
 	defaultMaxPayload     = 16 << 20
 
-	maxTopic = 65535
+	maxTopic    = 65535
+	maxClientID = 64
 	// handOver bounds paho's Publish, which waits that long for its own goroutine if the connection
 	// is lost at the wrong moment. The network does not count: writes only fill a buffer.
 	handOver = 2 * time.Second
@@ -99,7 +102,6 @@ func FromConfig(c bridge.Config, gateway, epoch, version string) (*Upstream, err
 // broker takes. Names that this would change or cut, or that another pair of names could lead to, get
 // a hash at the end.
 func ClientID(gateway, upstream string) string {
-	const most = 64
 	plain := "holdfast-" + gateway + "-" + upstream
 	id := strings.Map(func(r rune) rune {
 		switch {
@@ -108,11 +110,11 @@ func ClientID(gateway, upstream string) string {
 		}
 		return '_'
 	}, plain)
-	if id == plain && len(id) <= most && !strings.Contains(upstream, "-") {
+	if id == plain && len(id) <= maxClientID && !strings.Contains(upstream, "-") {
 		return id
 	}
 	sum := sha256.Sum256([]byte(gateway + "\x00" + upstream))
-	return id[:min(len(id), most-9)] + "." + hex.EncodeToString(sum[:4])
+	return id[:min(len(id), maxClientID-9)] + "." + hex.EncodeToString(sum[:4])
 }
 
 func (o Options) withDefaults() Options {
@@ -147,7 +149,7 @@ func (o Options) validate() error {
 
 // client connects a paho client over a conn of ours. lost is closed when the connection has ended
 // after that and paho has let go of it. acks takes what the broker acknowledges of conn.publish.
-func client(ctx context.Context, o Options, g guard, acks bridge.Acks, configure func(*paho.ClientOptions)) (paho.Client, *conn, <-chan struct{}, error) {
+func client(ctx context.Context, o Options, g guard, acks bridge.Acks, configure func(*paho.ClientOptions, *conn)) (paho.Client, *conn, <-chan struct{}, error) {
 	u, err := url.Parse(o.URL)
 	if err != nil {
 		return nil, nil, nil, err
@@ -183,7 +185,7 @@ func client(ctx context.Context, o Options, g guard, acks bridge.Acks, configure
 	if o.Username != "" {
 		po.SetUsername(o.Username).SetPassword(secret)
 	}
-	configure(po)
+	configure(po, c)
 	pc := paho.NewClient(po)
 	t := pc.Connect()
 	<-t.Done()

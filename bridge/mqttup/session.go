@@ -29,7 +29,7 @@ type session struct {
 // that: so it is known to take messages, and a link that is kicked at once has never come up.
 func (u *Upstream) Dial(ctx context.Context, acks bridge.Acks) (bridge.Session, error) {
 	o := u.o
-	pc, c, lost, err := client(ctx, o, guard{}, acks, func(po *paho.ClientOptions) {
+	pc, c, lost, err := client(ctx, o, guard{}, acks, func(po *paho.ClientOptions, _ *conn) {
 		po.SetOrderMatters(true)
 		if o.Gateway != "" {
 			po.SetBinaryWill(wire.StateTopic(o.Gateway), o.state(wire.StateOffline), 1, true)

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"slices"
+	"sync/atomic"
 	"time"
 
 	paho "github.com/eclipse/paho.mqtt.golang"
@@ -21,57 +22,126 @@ import (
 // Messages are taken with QoS 1 and acknowledged when handler has returned. Calls of handler come one after the other,
 // and none after Subscribe has returned; a slow handler slows the broker. payload belongs to handler.
 func Subscribe(ctx context.Context, o Options, filters []string, handler func(topic string, payload []byte)) error {
-	o = o.withDefaults()
-	if err := o.validate(); err != nil {
-		return err
-	}
 	if len(filters) == 0 {
 		return errors.New("no filters to subscribe to")
 	}
-	filters = slices.Compact(slices.Sorted(slices.Values(filters)))
-	log := o.Log
-	if log == nil {
-		log = slog.New(slog.DiscardHandler)
+	s, err := newSubscriber(o, filters)
+	if err != nil {
+		return err
 	}
-	const shortest, longest = 250 * time.Millisecond, 15 * time.Second
-	pause := shortest
-	for first := true; ; first = false {
-		began := time.Now()
-		up, err := subscribeOnce(ctx, o, filters, handler)
-		if ctx.Err() != nil {
-			return nil
-		}
+	s.take = func(*conn) func(paho.Message) {
+		return func(m paho.Message) { handler(m.Topic(), m.Payload()) }
+	}
+	s.failed = s.impatient("subscriber lost its connection")
+	return s.run(ctx)
+}
+
+// subscriber keeps a subscription, one connection after the other. Subscribe, TakeCommands and Client stand on it.
+type subscriber struct {
+	o       Options
+	log     *slog.Logger
+	filters []string    // none: it only publishes
+	acks    bridge.Acks // of what is published on the connection; nil: nothing is
+	manual  bool        // take acknowledges, not paho
+	cut     bool        // payloads above o.MaxPayload come cut, see guard
+	// take makes what is called for each message of a connection, in order.
+	take func(c *conn) func(paho.Message)
+	up   func(c *conn) // the subscription is made; nil: nobody wants to know
+	down func()        // a connection for which up was called has ended
+	// failed is told how each attempt ended. Its error, if it gives one, is the end of run.
+	failed            func(err error, up, first bool) error
+	shortest, longest time.Duration // pauses
+
+	busy atomic.Int32 // messages that take has been given and not returned from
+}
+
+func newSubscriber(o Options, filters []string) (*subscriber, error) {
+	o = o.withDefaults()
+	if err := o.validate(); err != nil {
+		return nil, err
+	}
+	s := &subscriber{
+		o: o, log: o.Log, filters: slices.Compact(slices.Sorted(slices.Values(filters))),
+		shortest: 250 * time.Millisecond, longest: 15 * time.Second,
+	}
+	if s.log == nil {
+		s.log = slog.New(slog.DiscardHandler)
+	}
+	return s, nil
+}
+
+// impatient gives up on what a person has to mend: who starts a program sees it at once.
+func (s *subscriber) impatient(lost string) func(err error, up, first bool) error {
+	return func(err error, up, first bool) error {
 		var refused *filterError
 		if errors.As(err, &refused) || first && !up && errors.Is(err, bridge.ErrRefused) {
 			return err
 		}
-		log.Warn("subscriber lost its connection", "err", err, "was_up", up)
+		s.log.Warn(lost, "err", err, "was_up", up) //nolint:sloglint // a constant of each caller
+		return nil
+	}
+}
+
+// run works until ctx ends.
+func (s *subscriber) run(ctx context.Context) error {
+	pause := s.shortest
+	for first := true; ; first = false {
+		began := time.Now()
+		up, err := s.once(ctx)
+		if ctx.Err() != nil {
+			return nil
+		}
+		if s.o.OnState != nil {
+			s.o.OnState(false, err)
+		}
+		if err := s.failed(err, up, first); err != nil {
+			return err
+		}
 		if up && time.Since(began) > pause {
-			pause = shortest
+			pause = s.shortest
 		}
 		select {
 		case <-time.After(rand.N(pause) + 1):
 		case <-ctx.Done():
 			return nil
 		}
-		pause = min(2*pause, longest)
+		pause = min(2*pause, s.longest)
 	}
 }
 
 // filterError is a subscription that the broker refused.
-type filterError struct{ filter string }
+type filterError struct {
+	filter string
+	o      *Options
+}
 
-func (e *filterError) Error() string { return fmt.Sprintf("the broker refuses filter %q", e.filter) }
+func (e *filterError) Error() string {
+	who := fmt.Sprintf("client id %q", e.o.ClientID)
+	if e.o.Username != "" {
+		who = fmt.Sprintf("user %q, client id %q", e.o.Username, e.o.ClientID)
+	}
+	return fmt.Sprintf("the broker refuses filter %q: permit %s to subscribe to it", e.filter, who)
+}
 
-// subscribeOnce lives as long as one connection. up: the subscription was made.
-func subscribeOnce(ctx context.Context, o Options, filters []string, handler func(string, []byte)) (up bool, err error) {
-	dialCtx, cancel := context.WithTimeout(ctx, o.ConnectTimeout)
+// once lives as long as one connection. up: the subscription was made.
+func (s *subscriber) once(ctx context.Context) (up bool, err error) {
+	dialCtx, cancel := context.WithTimeout(ctx, s.o.ConnectTimeout)
 	defer cancel()
-	g := guard{maxPublish: o.MaxPayload + maxTopic + 8, filters: len(filters)}
-	pc, c, lost, err := client(dialCtx, o, g, nil, func(po *paho.ClientOptions) {
+	g := guard{maxPublish: s.o.MaxPayload + maxTopic + 8, filters: len(s.filters)}
+	if s.cut {
+		g.cutTo = s.o.MaxPayload + 1
+	}
+	pc, c, lost, err := client(dialCtx, s.o, g, s.acks, func(po *paho.ClientOptions, c *conn) {
+		take := s.take(c)
 		po.SetOrderMatters(true)
-		// The default handler spares paho the search for a route.
-		po.SetDefaultPublishHandler(func(_ paho.Client, m paho.Message) { handler(m.Topic(), m.Payload()) })
+		po.SetAutoAckDisabled(s.manual)
+		// The default handler spares paho the search for a route. A persistent session's messages may come before
+		// the subscription is made.
+		po.SetDefaultPublishHandler(func(_ paho.Client, m paho.Message) {
+			s.busy.Add(1)
+			defer s.busy.Add(-1)
+			take(m)
+		})
 	})
 	if err != nil {
 		return false, err
@@ -81,42 +151,82 @@ func subscribeOnce(ctx context.Context, o Options, filters []string, handler fun
 		<-lost
 		<-c.flushed
 	}()
-	qos := make(map[string]byte, len(filters))
-	for _, f := range filters {
-		qos[f] = 1
-	}
-	t := pc.SubscribeMultiple(qos, nil)
-	select {
-	case <-t.Done():
-	case <-c.over:
-	case <-dialCtx.Done():
-		_ = c.fail(fmt.Errorf("subscribe: %w", context.Cause(dialCtx)))
-	}
-	if err := c.reason(); err != nil {
+	if err := s.subscribe(ctx, pc, c); err != nil {
 		return false, err
 	}
-	if err := t.Error(); err != nil {
-		return false, err
+	if s.up != nil {
+		s.up(c)
 	}
-	st, ok := t.(*paho.SubscribeToken)
-	if !ok {
-		return false, errors.New("paho gave another token than for a subscription")
+	if s.down != nil {
+		defer s.down()
 	}
-	for f, code := range st.Result() {
-		if code > 2 {
-			return false, &filterError{f}
-		}
+	if s.o.OnState != nil {
+		s.o.OnState(true, nil)
 	}
-	if o.OnUp != nil {
-		o.OnUp()
+	if s.o.OnUp != nil {
+		s.o.OnUp()
 	}
 	select {
 	case <-c.over:
 		return true, c.reason()
 	case <-ctx.Done():
-		_, _ = c.Write(disconnect)
-		_ = c.Close() // all that was written before still goes
-		<-c.flushed
+		goodbye(c)
 		return true, nil
 	}
+}
+
+// goodbye ends a connection in order: all that was written before still goes, acknowledgements above all.
+func goodbye(c *conn) {
+	_, _ = c.Write(disconnect)
+	_ = c.Close()
+	<-c.flushed
+}
+
+// subscribe waits for the answer as long as a connection may take, not counting the time in which messages that come before it are
+// being handled: a slow handler is no dead broker.
+func (s *subscriber) subscribe(ctx context.Context, pc paho.Client, c *conn) error {
+	if len(s.filters) == 0 {
+		return nil
+	}
+	qos := make(map[string]byte, len(s.filters))
+	for _, f := range s.filters {
+		qos[f] = 1
+	}
+	t := pc.SubscribeMultiple(qos, nil)
+	const looks = 20
+	look := time.NewTicker(max(s.o.ConnectTimeout/looks, time.Millisecond))
+	defer look.Stop()
+	for quiet := 0; ; {
+		select {
+		case <-t.Done():
+		case <-c.over:
+		case <-ctx.Done():
+			goodbye(c)
+		case <-look.C:
+			if quiet++; s.busy.Load() > 0 {
+				quiet = 0
+			}
+			if quiet <= looks {
+				continue
+			}
+			_ = c.fail(fmt.Errorf("subscribe: %w", context.DeadlineExceeded))
+		}
+		break
+	}
+	if err := c.reason(); err != nil {
+		return err
+	}
+	if err := t.Error(); err != nil {
+		return err
+	}
+	st, ok := t.(*paho.SubscribeToken)
+	if !ok {
+		return errors.New("paho gave another token than for a subscription")
+	}
+	for f, code := range st.Result() {
+		if code > 2 {
+			return &filterError{f, &s.o}
+		}
+	}
+	return nil
 }

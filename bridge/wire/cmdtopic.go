@@ -109,6 +109,11 @@ func AnswerTopic(device, id, kind string) string {
 	return "cmd/" + escapeLevel(device) + "/res/" + escapeLevel(id) + "/" + escapeLevel(kind)
 }
 
+// AnswerPrefix is what a device puts a slash and the kind behind: cmd/{device}/res/{id}, the response topic of MQTT 5.
+func AnswerPrefix(device, id string) string {
+	return "cmd/" + escapeLevel(device) + "/res/" + escapeLevel(id)
+}
+
 // ParseAnswerTopic undoes AnswerTopic for any kind; many goroutines, no allocation but the strings, and none for other topics.
 func ParseAnswerTopic(topic []byte) (device, id, kind string, ok bool) {
 	// Every topic of every device comes by here.

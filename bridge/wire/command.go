@@ -50,7 +50,7 @@ const (
 // text, base64 or CBOR.
 const MaxSubmit = 256 << 10
 
-// ErrTooLarge: what came is larger than MaxSubmit. Such an error is ErrFormat, too.
+// ErrTooLarge says that what came is larger than MaxSubmit. Such an error is ErrFormat, too.
 var ErrTooLarge = errors.New("too large")
 
 // The values of feedback.

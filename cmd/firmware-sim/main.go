@@ -6,6 +6,7 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/csv"
 	"encoding/json"
 	"errors"
 	"flag"
@@ -14,8 +15,10 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"strings"
 	"syscall"
+	"time"
 
 	firmwaresim "holdfast/firmware-sim"
 	"holdfast/internal/mqtt"
@@ -38,11 +41,23 @@ not acknowledged in flash, lose their link, crash, and send again.
     firmware-sim --broker mqtt://127.0.0.1:1883 --devices 100 --rate 1 --duration 30s
     firmware-sim --broker mqtt://127.0.0.1:1883 --flaky 0.05 --crash 0.01 --verify mqtt://127.0.0.1:1884
     firmware-sim --broker mqtt://127.0.0.1:1883 --devices 100 --rate 0 --window 100 --size 256 --qos 1
+    firmware-sim --broker mqtt://127.0.0.1:1883 --devices 100 --no-samples --commands --sleep --crash 0.01
 
 Each message is JSON on dt/{app}/{device}/{stream} and counts: "n" is 1, 2, 3 … for each device and stream.
 With --verify what arrives upstream, in any format, is held against what the broker acknowledged.
 
-Exit codes: 0 done; 1 nothing could connect, or --verify found a loss, a wrong order or an invention; 2 wrong usage.
+With --commands devices do what comes on cmd/{device}/req/{id}/{name} and answer on
+cmd/{device}/res/{id}/{accepted|progress|succeeded|failed|rejected}. What they do follows from the name:
+    do       work for --execution, tell progress, then end by --fail, --reject, --ignore (any other name too)
+    query    as do, but begun again after a crash; everything else then says: failed, interrupted by a restart
+    update   ten times as long, with ten reports of progress        slow     the same without
+    echo     the payload is the result                              reboot   restart, then say so
+    fail     fails                  reject   does not begin         ignore   never answers
+An id that comes again is answered from flash (256 are kept) and not done again. --json lists each command with
+how often it was received and executed, and how it ended.
+
+Exit codes: 0 done; 1 nothing could connect, or --verify found a loss, a wrong order or an invention, or a device
+has executed a command twice or got its commands out of order ("n" of their payload, where they have it); 2 wrong usage.
 `
 
 // groups are the flags in the order in which they are shown.
@@ -50,9 +65,10 @@ var groups = []struct {
 	title string
 	flags []string
 }{
-	{"Where", []string{"broker", "version", "username", "password-file", "ca", "cert", "key", "server-name"}},
+	{"Where", []string{"broker", "version", "username", "password-file", "secrets", "ca", "cert", "key", "cert-dir", "server-name"}},
 	{"Who", []string{"devices", "profile", "prefix", "first", "app"}},
-	{"How much", []string{"rate", "duration", "messages", "window", "qos", "size"}},
+	{"How much", []string{"rate", "duration", "messages", "no-samples", "window", "qos", "size"}},
+	{"Commands and sleep", []string{"commands", "execution", "fail", "reject", "ignore", "behaviour", "sleep", "awake", "period"}},
 	{"What goes wrong", []string{"flaky", "crash", "buffer", "clean", "keep-alive", "max-backoff", "connect-rate", "seed"}},
 	{"Checking and printing", []string{"drain", "verify", "verify-filter", "verify-username", "verify-password-file", "verify-ca", "verify-wait", "json", "quiet"}},
 }
@@ -69,6 +85,9 @@ type options struct {
 	cert         string
 	key          string
 	serverName   string
+	secrets      string
+	certDir      string
+	sleep        bool
 }
 
 // errHelped: help was asked for and given.
@@ -116,6 +135,9 @@ type result struct {
 	Report  *firmwaresim.Report  `json:"report"`
 	Verdict *firmwaresim.Verdict `json:"verdict,omitempty"`
 	Arrived *arrivedStats        `json:"upstream,omitempty"`
+	// Of commands, where devices take them.
+	CommandVerdict *firmwaresim.CommandVerdict `json:"command_verdict,omitempty"`
+	Commands       *firmwaresim.CommandLedger  `json:"commands,omitempty"`
 }
 
 // simulate runs the fleet and, if asked to, the check.
@@ -142,6 +164,14 @@ func simulate(ctx context.Context, o options, fleet *firmwaresim.Fleet, screen *
 		}
 	}
 	stop()
+	if o.sim.Commands {
+		r.Commands = fleet.CommandLedger()
+		verdict := r.Commands.Verify(nil)
+		r.CommandVerdict = &verdict
+		if !verdict.OK() {
+			err = errors.Join(err, fmt.Errorf("%d commands were executed twice and %d came out of order", verdict.ExecutedTwice, verdict.OutOfOrder))
+		}
+	}
 	return r, err
 }
 
@@ -158,6 +188,13 @@ func (r result) print(w io.Writer, asJSON bool) error {
 	if err == nil && r.Verdict != nil {
 		_, err = fmt.Fprintf(w, "%s%s", r.Arrived, verdictText(*r.Verdict))
 	}
+	if err == nil && r.CommandVerdict != nil && !r.CommandVerdict.OK() {
+		for _, e := range r.CommandVerdict.Examples {
+			if _, err = fmt.Fprintf(w, "%-18s %s\n", "wrong command", e); err != nil {
+				break
+			}
+		}
+	}
 	return err
 }
 
@@ -172,6 +209,8 @@ func flags(o *options) *flag.FlagSet {
 	fs.StringVar(&o.ca, "ca", "", "`FILE`: who signed the broker's certificate, PEM; none: the system's authorities")
 	fs.StringVar(&o.cert, "cert", "", "`FILE`: client certificate of every device, PEM")
 	fs.StringVar(&o.key, "key", "", "`FILE`: its key, PEM")
+	fs.StringVar(&o.secrets, "secrets", "", "`FILE`: CSV with a line id,secret for each device: its id is its user, the secret its password")
+	fs.StringVar(&o.certDir, "cert-dir", "", "`DIR`: client certificate of each device there, ID.crt and ID.key, PEM; read at each connection")
 	fs.StringVar(&o.serverName, "server-name", "", "`NAME`: the one in the broker's certificate, if not the host of the URL")
 
 	fs.IntVar(&o.sim.Devices, "devices", 10, "`N`: how many devices")
@@ -183,9 +222,35 @@ func flags(o *options) *flag.FlagSet {
 	fs.Float64Var(&o.sim.Rate, "rate", 1, "`R`: messages a second of each device; 0: as fast as the window allows")
 	fs.DurationVar(&o.sim.Duration, "duration", 0, "`D`: how long to sample, such as 30s; 0: until --messages or a signal")
 	fs.Uint64Var(&o.sim.Messages, "messages", 0, "`N`: messages that each device samples; 0: no limit")
+	fs.BoolVar(&o.sim.NoSamples, "no-samples", false, "publish nothing of their own: devices that only take commands")
 	fs.IntVar(&o.sim.Window, "window", 16, "`N`: messages in flight on each device")
 	fs.StringVar(&o.qos, "qos", "profile", "`Q`: 0, 1 or 2 for all messages, or profile: as each stream has it")
 	fs.IntVar(&o.sim.Size, "size", 0, fmt.Sprintf("`BYTES`: exact length of each payload, at least %d; 0: as the values need", firmwaresim.MinSize))
+
+	fs.BoolVar(&o.sim.Commands, "commands", false, "devices take commands")
+	e := &o.sim.Execution
+	fs.DurationVar(&e.Duration, "execution", 0, "`D`: how long a command takes (0: 200ms, negative: no time)")
+	fs.Float64Var(&e.Fail, "fail", 0, "`P`: probability that a command fails")
+	fs.Float64Var(&e.Reject, "reject", 0, "`P`: probability that it is rejected")
+	fs.Float64Var(&e.Ignore, "ignore", 0, "`P`: probability that it is never answered")
+	fs.Func("behaviour", "`NAME=WHAT`: commands by this name do WHAT, one of the above; may be repeated", func(s string) error {
+		name, what, ok := strings.Cut(s, "=")
+		if !ok || name == "" {
+			return errors.New("not of the form NAME=WHAT, such as open-valve=slow")
+		}
+		b, err := firmwaresim.ParseBehaviour(what)
+		if err != nil {
+			return err
+		}
+		if e.Names == nil {
+			e.Names = make(map[string]firmwaresim.Behaviour)
+		}
+		e.Names[name] = b
+		return nil
+	})
+	fs.BoolVar(&o.sleep, "sleep", false, "devices are on-line for --awake in each --period, then disconnect and keep their session")
+	fs.DurationVar(&o.sim.Awake, "awake", defaultAwake, "`D`: with --sleep, how long")
+	fs.DurationVar(&o.sim.Period, "period", defaultPeriod, "`D`: with --sleep, how often")
 
 	fs.Float64Var(&o.sim.Flaky, "flaky", 0, "`P`: probability, each second and device, that the link breaks: reset, closed, cut in\nthe middle of a packet, or gone without the broker noticing")
 	fs.Float64Var(&o.sim.Crash, "crash", 0, "`P`: probability, each second and device, of a crash: RAM is lost, flash is kept")
@@ -267,6 +332,16 @@ func (o *options) complete() error {
 	} else {
 		o.sim.TLS = config
 	}
+	if !o.sleep {
+		if o.sim.Awake != defaultAwake || o.sim.Period != defaultPeriod {
+			errs = append(errs, errors.New("--awake and --period are for devices that --sleep"))
+		}
+		o.sim.Awake = 0
+	}
+	if e := &o.sim.Execution; !o.sim.Commands && (e.Duration != 0 || e.Fail+e.Reject+e.Ignore != 0 || e.Names != nil) {
+		errs = append(errs, errors.New("--execution, --fail, --reject, --ignore and --behaviour are for devices that take --commands"))
+	}
+	errs = append(errs, o.credentials())
 	if o.sim.Devices < 1 {
 		errs = append(errs, fmt.Errorf("--devices %d: at least one", o.sim.Devices))
 	}
@@ -276,12 +351,82 @@ func (o *options) complete() error {
 	return errors.Join(errs...)
 }
 
+const (
+	defaultAwake  = 2 * time.Second
+	defaultPeriod = time.Minute
+)
+
+// credentials has each device log in as itself, where that is asked for.
+func (o *options) credentials() error {
+	if o.certDir != "" {
+		if o.cert+o.key != "" {
+			return errors.New("--cert-dir gives each device its own certificate, --cert and --key give all the same: which?")
+		}
+		dir := o.certDir
+		o.sim.CertificateOf = func(device string) (*tls.Certificate, error) {
+			pair, err := tls.LoadX509KeyPair(filepath.Join(dir, device+".crt"), filepath.Join(dir, device+".key"))
+			if err != nil {
+				return nil, fmt.Errorf("--cert-dir: %w", err)
+			}
+			return &pair, nil
+		}
+	}
+	if o.secrets == "" {
+		return nil
+	}
+	if o.passwordFile != "" {
+		return errors.New("--secrets gives each device its own password, --password-file gives all the same: which?")
+	}
+	secrets, err := readSecrets(o.secrets)
+	if err != nil {
+		return fmt.Errorf("--secrets: %w", err)
+	}
+	for i := range o.sim.Devices {
+		if id := firmwaresim.DeviceID(o.sim.Prefix, o.sim.First+i); secrets[id] == "" {
+			return fmt.Errorf("--secrets %s: no line for %s", o.secrets, id)
+		}
+	}
+	o.sim.PasswordOf = func(device string) string { return secrets[device] }
+	return nil
+}
+
+// readSecrets reads lines of id and secret; one that begins with id,secret is a heading.
+func readSecrets(file string) (map[string]string, error) {
+	f, err := os.Open(file)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	r := csv.NewReader(f)
+	r.FieldsPerRecord = -1
+	secrets := make(map[string]string)
+	for {
+		fields, err := r.Read()
+		if errors.Is(err, io.EOF) {
+			return secrets, nil
+		}
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", file, err)
+		}
+		line, _ := r.FieldPos(0)
+		switch {
+		case len(fields) < 2 || fields[0] == "" || fields[1] == "":
+			return nil, fmt.Errorf("%s:%d: not of the form id,secret", file, line)
+		case fields[0] == "id" && fields[1] == "secret":
+			continue
+		case secrets[fields[0]] != "":
+			return nil, fmt.Errorf("%s:%d: device %s stands there twice", file, line, fields[0])
+		}
+		secrets[fields[0]] = fields[1]
+	}
+}
+
 func (o *options) tls() (*tls.Config, error) {
-	if o.ca+o.cert+o.key+o.serverName == "" {
+	if o.ca+o.cert+o.key+o.certDir+o.serverName == "" {
 		return nil, nil
 	}
 	if !strings.HasPrefix(o.sim.Broker, "mqtts:") {
-		return nil, errors.New("--ca, --cert, --key and --server-name are for mqtts:// brokers")
+		return nil, errors.New("--ca, --cert, --key, --cert-dir and --server-name are for mqtts:// brokers")
 	}
 	c := &tls.Config{MinVersion: tls.VersionTLS12, ServerName: o.serverName}
 	if o.ca != "" {

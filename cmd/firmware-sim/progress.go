@@ -120,6 +120,12 @@ func progress(fleet *firmwaresim.Fleet, v *verifier, last *firmwaresim.Snapshot)
 	if now.InFlash > 0 {
 		text += "  " + grouped(uint64(now.InFlash)) + " in flash"
 	}
+	if now.Asleep > 0 {
+		text += "  " + grouped(uint64(now.Asleep)) + " asleep"
+	}
+	if c := now.Commands; c.Received > 0 {
+		text += "  " + grouped(c.Received) + " commands, " + grouped(c.Open) + " open"
+	}
 	if v != nil {
 		text += "  " + grouped(v.arrivals.Total()) + " arrived"
 	}

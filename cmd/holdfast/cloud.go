@@ -43,7 +43,7 @@ func cloudTail(ctx context.Context, p *program, args []string) error {
 	fs := p.flags()
 	var t tail
 	o := &t.options
-	fs.StringVar(&o.URL, "url", "", "the broker, `URL` mqtt://host[:1883] or mqtts://host[:8883]")
+	brokerFlags(fs, o)
 	fs.StringVar(&t.gateway, "gateway", "", "only this gateway, `ID`")
 	fs.StringVar(&t.lane, "lane", "", "only this lane, `NAME`")
 	fs.StringVar(&t.topic, "topic", "", "only messages that devices published to topics that match `FILTER`")
@@ -57,22 +57,14 @@ func cloudTail(ctx context.Context, p *program, args []string) error {
 	fs.Uint64Var(&t.count, "count", 0, "end after `N` messages; with --state, at the end of the publish that holds the Nth")
 	fs.StringVar(&t.state, "state", "", "keep what has been seen in `FILE`")
 	asJSON := fs.Bool("json", false, "print JSON, one object a line, payloads whole")
-	fs.StringVar(&o.Username, "username", "", "user `NAME` at the broker")
-	fs.StringVar(&o.PasswordFile, "password-file", "", "`FILE` with the password")
-	fs.StringVar(&o.TLS.CA, "ca", "", "who signed the broker's certificate, `FILE` (none: the system's authorities)")
-	fs.StringVar(&o.TLS.Cert, "cert", "", "client certificate, `FILE`")
-	fs.StringVar(&o.TLS.Key, "key", "", "its key, `FILE`")
 	if _, err := p.parse(fs, args, 0, 0); err != nil {
 		return err
 	}
-	o.ClientID = "holdfast-tail" // until run knows a better one
-	switch _, err := mqttup.New(*o); {
-	case o.URL == "":
-		return usagef("--url is missing: which broker? For example mqtts://broker.example.com:8883")
-	case t.topic != "" && !mqtt.ValidFilter(t.topic):
+	if err := checkBroker(*o); err != nil {
+		return err
+	}
+	if t.topic != "" && !mqtt.ValidFilter(t.topic) {
 		return usagef("--topic %q is not a topic filter", t.topic)
-	case err != nil:
-		return usageError{err.Error()}
 	}
 	t.out = bufio.NewWriter(p.stdout)
 	t.print = textLines(t.out)
@@ -207,10 +199,15 @@ func textLines(w io.Writer) func(line) error {
 	width := [3]int{10, 8, 9} // of gateway, device and lane: as wide as what came so far
 	return func(l line) error {
 		at := time.Now()
-		if m := l.Message; m.Received != 0 {
-			at = time.UnixMilli(m.Received)
-		}
 		names := [3]string{l.Gateway, l.Message.Device, l.Lane}
+		switch {
+		case l.Message.Received != 0:
+			at = time.UnixMilli(l.Message.Received)
+		case l.Command != nil:
+			at, names[1] = l.Command.At.Local(), l.Command.Device
+		case l.Device != nil:
+			at, names[1] = l.Device.At.Local(), l.Device.Device
+		}
 		for i, s := range names {
 			if names[i] = shown(s, 40); s == "" {
 				names[i] = "-"
@@ -252,6 +249,18 @@ func told(l line) string {
 		return fmt.Sprintf("GAP: #%d to #%d, %d messages will not come, reason %s", l.Missing.First, l.Missing.Last, l.Gap.Count, shown(l.Gap.Reason, 40))
 	case cloud.State:
 		return fmt.Sprintf("%s, version %s, epoch %s", strings.ToUpper(l.State.State), shown(l.State.Version, 40), shown(l.State.Epoch, 40))
+	case cloud.CommandEvent:
+		e := l.Command
+		return strings.TrimRight(fmt.Sprintf("COMMAND %s %s: %s  %s", shown(e.ID, 40), shown(e.Name, 40), shown(e.State, 20), eventDetails(e)), " ")
+	case cloud.DeviceEvent:
+		e := l.Device
+		var parts []string
+		for _, s := range []string{e.Protocol, e.Address, e.Reason} {
+			if s != "" {
+				parts = append(parts, shown(s, 80))
+			}
+		}
+		return strings.TrimRight("DEVICE "+strings.ToUpper(e.State)+"  "+strings.Join(parts, ", "), " ")
 	case cloud.Event:
 		return shown(l.topic, 80) + "  " + shortPayload(l.Payload)
 	}
@@ -297,7 +306,7 @@ func shown(s string, most int) string {
 
 // jsonLine is what --json prints. Every line has kind; the rest depends on it.
 type jsonLine struct {
-	Kind    string `json:"kind"` // message, duplicate, hole, gap, state, event, invalid
+	Kind    string `json:"kind"` // message, duplicate, hole, gap, state, command, device, event, invalid
 	Topic   string `json:"topic,omitempty"`
 	Gateway string `json:"gateway,omitempty"`
 
@@ -330,6 +339,22 @@ type jsonLine struct {
 	State   string `json:"state,omitempty"`
 	Version string `json:"version,omitempty"`
 	TS      int64  `json:"ts,omitempty"`
+
+	// command, device
+	Name         string              `json:"name,omitempty"`
+	Previous     string              `json:"previous,omitempty"`
+	Final        bool                `json:"final,omitempty"`
+	At           *wire.Time          `json:"at,omitempty"`
+	ClockState   string              `json:"clockstate,omitempty"`
+	Attempts     *int                `json:"attempts,omitempty"`
+	Code         string              `json:"code,omitempty"`
+	Repeat       bool                `json:"repeat,omitempty"`
+	Progress     *wire.EventProgress `json:"progress,omitempty"`
+	Result       json.RawMessage     `json:"result,omitempty"`
+	ResultBase64 string              `json:"result_base64,omitempty"`
+	Source       string              `json:"source,omitempty"`
+	Address      string              `json:"address,omitempty"`
+	Protocol     string              `json:"protocol,omitempty"`
 
 	// invalid
 	Error string `json:"error,omitempty"`
@@ -370,6 +395,16 @@ func jsonLines(w io.Writer) func(line) error {
 			j.Reason, j.Upstream, j.Explained = l.Gap.Reason, l.Gap.Upstream, &l.Explained
 		case l.Kind == cloud.State:
 			j.Kind, j.State, j.Epoch, j.Version, j.TS = "state", l.State.State, l.State.Epoch, l.State.Version, l.State.TS
+		case l.Kind == cloud.CommandEvent:
+			e := l.Command
+			j.Kind, j.ID, j.Device, j.Name, j.State, j.Previous, j.Final = "command", e.ID, e.Device, e.Name, e.State, e.Previous, e.Final
+			j.At, j.ClockState, j.Attempts, j.Reason, j.Code, j.Late = &e.At, e.ClockState, &e.Attempts, e.Reason, e.Code, e.Late
+			j.Repeat, j.Progress, j.Result, j.ResultBase64 = e.Repeat, e.Progress, e.Result, e.ResultBase64
+			j.ContentType, j.Source = e.ContentType, e.Source
+		case l.Kind == cloud.DeviceEvent:
+			e := l.Device
+			j.Kind, j.Device, j.State, j.At, j.ClockState = "device", e.Device, e.State, &e.At, e.ClockState
+			j.Address, j.Protocol, j.Reason = e.Address, e.Protocol, e.Reason
 		case l.Kind == cloud.Event:
 			j.Kind = "event"
 			j.payload(l.Payload)

@@ -70,10 +70,12 @@ func newPublisher(t *testing.T, url string) *publisher {
 	return p
 }
 
-func (p *publisher) publish(topic string, payload []byte) {
+func (p *publisher) publish(topic string, payload []byte) { p.send(topic, payload, false) }
+
+func (p *publisher) send(topic string, payload []byte, retain bool) {
 	p.t.Helper()
 	p.id++
-	if err := p.client.Publish(&mqtt.Publish{QoS: 1, ID: p.id, Topic: []byte(topic), Payload: payload}); err != nil {
+	if err := p.client.Publish(&mqtt.Publish{QoS: 1, ID: p.id, Topic: []byte(topic), Payload: payload, Retain: retain}); err != nil {
 		p.t.Fatal(err)
 	}
 	select {
@@ -109,7 +111,8 @@ func (p *publisher) gap(first, last uint64) {
 type tailing struct {
 	t      *testing.T
 	cancel context.CancelFunc
-	lines  *bytes.Buffer // read after wait
+	lines  *bytes.Buffer // under out's lock until wait has returned
+	out    *firstWrite
 	stderr bytes.Buffer
 	code   chan int
 	first  chan struct{} // closed at the first line
@@ -119,20 +122,30 @@ func startTail(t *testing.T, args ...string) *tailing {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	r := &tailing{t: t, cancel: cancel, lines: new(bytes.Buffer), code: make(chan int, 1), first: make(chan struct{})}
-	w := &firstWrite{w: r.lines, first: sync.OnceFunc(func() { close(r.first) })}
-	go func() { r.code <- run(ctx, append([]string{"cloud", "tail"}, args...), w, &r.stderr) }()
+	r.out = &firstWrite{w: r.lines, first: sync.OnceFunc(func() { close(r.first) })}
+	go func() { r.code <- run(ctx, append([]string{"cloud", "tail"}, args...), r.out, &r.stderr) }()
 	t.Cleanup(cancel)
 	return r
 }
 
 type firstWrite struct {
+	mu    sync.Mutex
 	w     io.Writer
 	first func()
 }
 
 func (w *firstWrite) Write(b []byte) (int, error) {
 	defer w.first()
+	w.mu.Lock()
+	defer w.mu.Unlock()
 	return w.w.Write(b)
+}
+
+// printed says whether text has been printed so far.
+func (r *tailing) printed(text string) bool {
+	r.out.mu.Lock()
+	defer r.out.mu.Unlock()
+	return bytes.Contains(r.lines.Bytes(), []byte(text))
 }
 
 // subscribed publishes retained states until the tail shows one: then it is there.

@@ -21,11 +21,13 @@ import (
 
 var demoCommand = command{
 	name: "demo", args: "[--devices N] [--rate R] [--duration D] [--keep] [--json]",
-	summary: "See it work: devices, a cut, a crash, then the ledger",
+	summary: "See it work: devices, commands, a cut, a crash, then the ledger",
 	help: `Runs everything on this machine, on loopback ports that are free: an upstream broker and simulated devices in
-this process, a real gateway in a process of its own. It cuts the gateway's uplink, kills the gateway with
-SIGKILL, starts it again, mends the uplink, and then holds what the devices were promised against what
-arrived. Exit code 1 if a single acknowledged message is lost or out of order.
+this process, a real gateway in a process of its own. The cloud sends commands to devices that are asleep. It
+cuts the gateway's uplink, kills the gateway with SIGKILL, starts it again, wakes the devices, mends the uplink,
+and then holds what the devices were promised against what arrived, and what the cloud knows of its commands
+against what the devices did. Exit code 1 if a single acknowledged message is lost or out of order, or a
+command is lost or executed twice, or has another end than its device says.
 
 What it writes goes to a temporary folder, which is removed unless something failed or --keep was said.`,
 	run: runDemo,
@@ -91,6 +93,9 @@ type demo struct {
 	gateway *child
 	address string // of the gateway, for devices
 
+	sleepers *firmwaresim.Fleet
+	orders   *orders
+
 	arrivals  *firmwaresim.Arrivals
 	plain     atomic.Uint64 // bytes that a plain bridge would have needed for what arrived
 	strangers atomic.Uint64 // arrived, but not from our devices
@@ -110,9 +115,14 @@ type ledger struct {
 	Rate         float64 `json:"acknowledged_per_second"`
 	UplinkBytes  uint64  `json:"uplink_bytes"`       // both ways, all included
 	PlainBytes   uint64  `json:"plain_bridge_bytes"` // what a plain MQTT bridge needs for what arrived
+
+	Commands commandLedger `json:"commands"`
 }
 
-func (l *ledger) balanced() bool {
+func (l *ledger) balanced() bool { return l.delivered() && l.Commands.balanced() }
+
+// delivered says that all is well with the messages.
+func (l *ledger) delivered() bool {
 	return l.Lost == 0 && l.OutOfOrder == 0 && l.Unknown == 0 && l.Missing == 0
 }
 
@@ -124,6 +134,7 @@ func (d *demo) say(format string, args ...any) {
 func (d *demo) run(ctx context.Context) (_ *ledger, err error) {
 	d.began = time.Now()
 	d.arrivals = firmwaresim.NewArrivals()
+	d.orders = newOrders()
 	logFile, err := os.Create(filepath.Join(d.dir, "upstream.log"))
 	if err != nil {
 		return nil, err
@@ -132,6 +143,7 @@ func (d *demo) run(ctx context.Context) (_ *ledger, err error) {
 	if d.cloud, err = newDemoCloud(filepath.Join(d.dir, "upstream"), slog.New(slog.NewTextHandler(logFile, nil))); err != nil {
 		return nil, err
 	}
+	d.cloud.step = d.orders.note
 	// Everything below is stopped by what stands above it, the upstream last of all.
 	cloudCtx, stopCloud := context.WithCancel(context.WithoutCancel(ctx))
 	up, ended := make(chan struct{}), make(chan error, 1)
@@ -143,7 +155,7 @@ func (d *demo) run(ctx context.Context) (_ *ledger, err error) {
 	if err := d.wait(ctx, "the receiver to subscribe", up); err != nil {
 		return nil, err
 	}
-	d.say("upstream: a broker on %s, and a receiver that notes what arrives there", d.cloud.address)
+	d.say("upstream: a broker on %s, and a cloud that notes what arrives there and sends commands", d.cloud.address)
 	if d.line, err = newUplink(ctx, d.cloud.address); err != nil {
 		return nil, err
 	}
@@ -213,7 +225,7 @@ func (d *demo) configure(ctx context.Context) error {
 		return err
 	}
 	text := fmt.Sprintf(`# Made by holdfast demo.
-gateway: { id: demo, data_dir: %q }
+gateway: { id: %s, data_dir: %q }
 listeners:
   - { name: devices, protocol: mqtt, address: %q }
 devices: { anonymous: true }
@@ -221,7 +233,7 @@ upstreams:
   - { name: cloud, url: "mqtt://%s" }
 http: { address: %q }
 log: { level: info, format: text }
-`, filepath.Join(d.dir, "gateway"), d.address, d.line.ln.Addr(), httpAddress)
+`, demoGateway, filepath.Join(d.dir, "gateway"), d.address, d.line.ln.Addr(), httpAddress)
 	return os.WriteFile(d.configFile(), []byte(text), 0o600)
 }
 
@@ -248,18 +260,30 @@ func (d *demo) story(ctx context.Context) (*ledger, error) {
 	if err != nil {
 		return nil, err
 	}
-	fleetCtx, stopFleet := context.WithCancel(ctx)
-	defer stopFleet()
-	var report firmwaresim.Report
-	done := make(chan error, 1) // nobody waits if the story breaks off: a fleet without a gateway takes its time
+	if d.sleepers, err = d.newSleepers(); err != nil {
+		return nil, err
+	}
+	fleetCtx, stopFleets := context.WithCancel(ctx)
+	defer stopFleets()
+	var report, sleepersReport firmwaresim.Report
+	done := make(chan error, 2) // nobody waits if the story breaks off: a fleet without a gateway takes its time
 	go func() {
 		var err error
 		report, err = fleet.Run(fleetCtx)
 		done <- err
 	}()
+	go func() {
+		var err error
+		sleepersReport, err = d.sleepers.Run(fleetCtx)
+		done <- err
+	}()
 	d.say("devices: %d of them publish %.0f messages a second, each kept by its device until it is acknowledged", d.devices, d.rate*float64(d.devices))
 	began := time.Now()
 	at := func(share float64) error { return d.until(ctx, began.Add(time.Duration(share*float64(d.duration)))) }
+
+	if err := d.commandSleepers(ctx); err != nil {
+		return nil, err
+	}
 
 	if err := at(0.25); err != nil {
 		return nil, err
@@ -272,6 +296,18 @@ func (d *demo) story(ctx context.Context) (*ledger, error) {
 	}
 	d.line.set(lineDown)
 	d.say("CUT: now the uplink is gone. So far %s", d.counts(fleet))
+
+	if err := at(0.32); err != nil {
+		return nil, err
+	}
+	if err := d.commandIntoTheCut(ctx); err != nil {
+		return nil, err
+	}
+
+	if err := at(0.41); err != nil {
+		return nil, err
+	}
+	d.wake(d.sleepers.DeviceIDs()[:sleeperCount/2])
 
 	if err := at(0.45); err != nil {
 		return nil, err
@@ -287,6 +323,11 @@ func (d *demo) story(ctx context.Context) (*ledger, error) {
 	d.say("gateway: process %d is ready %d ms after the kill; devices reconnect and send what was not acknowledged",
 		d.gateway.cmd.Process.Pid, time.Since(killed).Milliseconds())
 
+	if err := at(0.55); err != nil {
+		return nil, err
+	}
+	d.wake(d.sleepers.DeviceIDs()[sleeperCount/2:])
+
 	if err := at(0.65); err != nil {
 		return nil, err
 	}
@@ -298,16 +339,21 @@ func (d *demo) story(ctx context.Context) (*ledger, error) {
 		return nil, err
 	}
 	d.say("the backlog has arrived, %.1f s after the uplink came back", time.Since(mended).Seconds())
+	if err := d.finishCommands(ctx); err != nil {
+		return nil, err
+	}
 
 	if err := at(1); err != nil {
 		return nil, err
 	}
-	stopFleet()
-	if err := <-done; err != nil {
-		return nil, err
+	stopFleets()
+	for range cap(done) {
+		if err := <-done; err != nil {
+			return nil, err
+		}
 	}
-	if report.Unacknowledged > 0 {
-		return nil, fmt.Errorf("%d messages were not acknowledged within %v; the gateway's log is %s", report.Unacknowledged, drain, d.logFile())
+	if n := report.Unacknowledged + uint64(sleepersReport.Answers); n > 0 {
+		return nil, fmt.Errorf("%d messages were not acknowledged within %v; the gateway's log is %s", n, drain, d.logFile())
 	}
 	d.say("devices have stopped, and all they sent is acknowledged")
 	return d.settle(ctx, fleet, report.Rate)
@@ -336,6 +382,7 @@ func (d *demo) settle(ctx context.Context, fleet *firmwaresim.Fleet, rate float6
 		Removed: s.Duplicates, Repeated: v.Duplicates,
 		Lost: v.Lost, OutOfOrder: v.OutOfOrder, Unknown: v.Unknown + d.strangers.Load(), Missing: s.Missing,
 		Rate: rate, UplinkBytes: uint64(d.line.bytes.Load()), PlainBytes: d.plain.Load(),
+		Commands: d.settleCommands(),
 	}, nil
 }
 
@@ -366,10 +413,17 @@ func (d *demo) printLedger(l *ledger) {
 	row("bytes on the uplink", bytesText(l.UplinkBytes), "both ways, what was sent again included; a plain MQTT bridge needs %s: %.0f %% saved",
 		bytesText(l.PlainBytes), 100*(1-float64(l.UplinkBytes)/float64(max(l.PlainBytes, 1))))
 	_ = w.Flush()
+	l.Commands.print(d.out)
+	fmt.Fprintln(d.out)
 	if l.balanced() {
-		fmt.Fprintln(d.out, "\nEvery message that a device was told is safe has arrived.")
-	} else {
-		fmt.Fprintf(d.out, "\nTHIS IS WRONG: messages that were promised are missing or out of order. Logs: %s\n", d.dir)
+		fmt.Fprintln(d.out, "Every message that a device was told is safe has arrived.")
+		fmt.Fprintln(d.out, "Every command has reached its end, and the cloud knows it as the device does.")
+	}
+	if !l.delivered() {
+		fmt.Fprintf(d.out, "THIS IS WRONG: messages that were promised are missing or out of order. Logs: %s\n", d.dir)
+	}
+	if !l.Commands.balanced() {
+		fmt.Fprintf(d.out, "THIS IS WRONG: commands are lost, executed twice, or not what their devices say. Logs: %s\n", d.dir)
 	}
 }
 

@@ -73,11 +73,18 @@ func losesNothing(t *testing.T, exe string) {
 	if l.Removed == 0 {
 		t.Error("the broken uplink made no duplicates: it did not break")
 	}
+	if c := l.Commands; c.Sent != 16 || c.Executed != 15 || c.Succeeded != 15 || c.OtherEnds != 1 || c.ExecutedTwice != 0 || c.Lost != 0 {
+		t.Errorf("%+v", c)
+	}
 	if l.UplinkBytes == 0 || float64(l.UplinkBytes) > 0.5*float64(l.PlainBytes) {
 		t.Errorf("%d bytes on the uplink, a plain bridge needs %d", l.UplinkBytes, l.PlainBytes)
 	}
 	at := 0
-	for _, step := range []string{"upstream:", "gateway:", "devices:", "BROKEN:", "CUT:", "KILL -9:", "is ready", "MENDED:", "the backlog has arrived", "The ledger", "lost", "has arrived."} {
+	for _, step := range []string{
+		"upstream:", "gateway:", "devices:", "COMMAND: 12 commands for 4 devices that are asleep: QUEUED", "BROKEN:", "CUT:",
+		"COMMAND: 4 more", "AWAKE:", "KILL -9:", "is ready", "AWAKE:", "MENDED:", "the backlog has arrived", "set SUCCEEDED, update SUCCEEDED, reboot SUCCEEDED", "The ledger", "lost", "Commands",
+		"executed twice", "has arrived.", "Every command has reached its end",
+	} {
 		i := strings.Index(story[at:], step)
 		if i < 0 {
 			t.Fatalf("the story does not tell %q, or not in its place", step)

@@ -16,6 +16,7 @@ import (
 
 	"holdfast/bridge/cloud"
 	"holdfast/bridge/mqttup"
+	"holdfast/bridge/wire"
 	"holdfast/gateway/broker"
 	"holdfast/internal/kv"
 )
@@ -26,9 +27,12 @@ type demoCloud struct {
 	broker   *broker.Broker
 	address  string
 	receiver *cloud.Receiver
+	sender   *mqttup.Client           // set before run calls up
+	step     func(*wire.CommandEvent) // told of each step of a command, as each of run; nil: nobody is
 }
 
-// newDemoCloud makes an upstream broker out of the gateway's own. It keeps nothing but sessions, in dir.
+// newDemoCloud makes an upstream broker out of the gateway's own. It keeps nothing but sessions, in dir: what is sent to a
+// gateway that is away waits in its session.
 func newDemoCloud(dir string, log *slog.Logger) (_ *demoCloud, err error) {
 	c := &demoCloud{receiver: cloud.New(cloud.Config{})}
 	c.store, err = kv.Open(dir, kv.Options{Durability: kv.Interval, SyncInterval: time.Second, Log: log, Fatal: func(err error) {
@@ -40,7 +44,7 @@ func newDemoCloud(dir string, log *slog.Logger) (_ *demoCloud, err error) {
 	c.broker, err = broker.New(broker.Config{
 		Listeners: []broker.Listener{{Name: "upstream", Protocol: "mqtt", Address: "127.0.0.1:0"}},
 		MaxPacket: 1 << 20, MaxSessionQueue: 1 << 20, MaxSessionQueueBytes: 256 << 20,
-	}, c.store, openIntake{c.store}, openDoor{}, log, nil)
+	}, c.store, openIntake{c.store}, openDoor{}, nil, log, nil)
 	if err == nil {
 		err = c.broker.Listen()
 	}
@@ -59,8 +63,23 @@ func (c *demoCloud) run(ctx context.Context, up func(), each func([]cloud.Delive
 	served := make(chan error, 1)
 	go func() { served <- c.broker.Run(brokerCtx) }()
 	var broken error
-	o := mqttup.Options{URL: "mqtt://" + c.address, ClientID: "demo-receiver", OnUp: up}
-	err := mqttup.Subscribe(ctx, o, []string{"gw/#"}, func(topic string, payload []byte) {
+	o := mqttup.Options{URL: "mqtt://" + c.address, ClientID: "demo-cloud"}
+	client, err := mqttup.Connect(ctx, o, []string{"gw/#"}, func(topic string, payload []byte) {
+		switch wire.ParseTopic(topic).Kind {
+		case wire.KindCommand: // ours
+			return
+		case wire.KindCommandEvent:
+			e, err := wire.DecodeCommandEvent(payload)
+			if err != nil {
+				broken = errors.Join(broken, fmt.Errorf("%s: %w", topic, err))
+				return
+			}
+			if c.step != nil {
+				c.step(&e)
+			}
+			return
+		default:
+		}
 		deliveries, err := c.receiver.Receive(topic, payload)
 		if err != nil {
 			broken = errors.Join(broken, err)
@@ -68,8 +87,22 @@ func (c *demoCloud) run(ctx context.Context, up func(), each func([]cloud.Delive
 		}
 		each(deliveries)
 	})
+	if err == nil {
+		c.sender = client
+		up()
+		err = client.Wait()
+	}
 	stopBroker()
 	return errors.Join(err, broken, <-served, c.store.Close())
+}
+
+// submit sends a command to a gateway and returns when the broker has taken it over.
+func (c *demoCloud) submit(ctx context.Context, gateway, device string, s *wire.Submit) error {
+	b, err := wire.EncodeSubmit(s)
+	if err != nil {
+		return err
+	}
+	return c.sender.Publish(ctx, wire.CommandTopic(gateway, device, wire.ActionSubmit), b)
 }
 
 // openIntake takes every message and stores none: local subscribers get it, and that is all.
@@ -84,13 +117,21 @@ func (i openIntake) Publish(_ *broker.Message, ops []kv.Op, done kv.Done, token 
 type openDoor struct{}
 
 // Connect implements broker.Authorizer.
-func (openDoor) Connect(*broker.ConnectInfo) error { return nil }
+func (d openDoor) Connect(context.Context, *broker.ConnectInfo) (broker.Rights, error) {
+	return d, nil
+}
 
-// MayPublish implements broker.Authorizer.
-func (openDoor) MayPublish(string, []byte) bool { return true }
+// Rights implements broker.Authorizer.
+func (d openDoor) Rights(string) broker.Rights { return d }
 
-// MaySubscribe implements broker.Authorizer.
-func (openDoor) MaySubscribe(string, string) bool { return true }
+// MayPublish implements broker.Rights.
+func (openDoor) MayPublish([]byte) bool { return true }
+
+// MaySubscribe implements broker.Rights.
+func (openDoor) MaySubscribe(string) bool { return true }
+
+// Limits implements broker.Rights.
+func (openDoor) Limits() broker.Limits { return broker.Limits{} }
 
 // uplink is the line between gateway and upstream: a TCP proxy that can be cut.
 type uplink struct {

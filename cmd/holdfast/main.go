@@ -69,6 +69,7 @@ func commands() []command {
 		certRevokeCommand,
 		certListCommand,
 		cloudTailCommand,
+		cloudSendCommand,
 		spoolStatCommand,
 		spoolPeekCommand,
 		spoolVerifyCommand,

@@ -313,7 +313,7 @@ func upstream(args []string) int {
 	}
 	defer store.Close()
 	b, err := broker.New(broker.Config{Listeners: []broker.Listener{{Name: "up", Protocol: "mqtt", Address: args[0]}}},
-		store, lineIntake{f, store}, openDoor{}, slog.New(slog.DiscardHandler), nil)
+		store, lineIntake{f, store}, openDoor{}, nil, slog.New(slog.DiscardHandler), nil)
 	if err == nil {
 		err = b.Listen()
 	}

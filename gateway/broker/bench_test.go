@@ -101,7 +101,7 @@ func benchPublish(b *testing.B, how string, v mqtt.Version, conns, window int) {
 		in = &spoolIntake{sp}
 	}
 	cfg := broker.Config{Listeners: []broker.Listener{{Name: "lan", Protocol: "mqtt", Address: "127.0.0.1:0"}}}
-	br, err := broker.New(cfg, store, in, &allow{}, quiet, nil)
+	br, err := broker.New(cfg, store, in, &allow{}, nil, quiet, nil)
 	if err != nil {
 		b.Fatal(err)
 	}

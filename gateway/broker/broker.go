@@ -25,6 +25,7 @@ type Broker struct {
 	store    *kv.Store
 	intake   Intake
 	auth     Authorizer
+	watcher  Watcher // nil: none
 	log      *slog.Logger
 	m        *metrics
 	server   *mochi.Server // the index of subscriptions; see doc.go
@@ -36,13 +37,16 @@ type Broker struct {
 
 	queuedBytes atomic.Int64 // of the messages in the queues of all sessions
 
-	stop chan struct{}  // closed when Run begins to stop
-	wg   sync.WaitGroup // accept loops, connections, flushes, timers that fired
+	stop   chan struct{}  // closed when Run begins to stop
+	wg     sync.WaitGroup // accept loops, connections, flushes, timers that fired
+	places chan struct{}  // of TLS handshakes that compute; see gate
 
-	connMu   sync.Mutex // guards what follows
-	conns    map[*conn]struct{}
-	byAddr   map[netip.Addr]int
-	stopping bool // nothing new begins
+	connMu     sync.Mutex // guards what follows
+	conns      map[*conn]struct{}
+	byAddr     map[netip.Addr]int
+	byListener map[*Listener]int
+	connecting map[string][]*conn // in CONNECT, by client id
+	stopping   bool               // nothing new begins
 
 	sessMu   sync.RWMutex // guards sessions
 	sessions map[string]*session
@@ -54,19 +58,22 @@ type Broker struct {
 }
 
 // New makes a broker and restores its sessions, retained messages and wills from store. It
-// binds nothing and starts nothing. Call it before store has traffic.
-func New(cfg Config, store *kv.Store, intake Intake, auth Authorizer, log *slog.Logger, metrics prometheus.Registerer) (*Broker, error) {
+// binds nothing and starts nothing. Call it before store has traffic. watcher may be nil.
+func New(cfg Config, store *kv.Store, intake Intake, auth Authorizer, watcher Watcher, log *slog.Logger, metrics prometheus.Registerer) (*Broker, error) {
 	cfg.setDefaults()
 	if err := cfg.validate(); err != nil {
 		return nil, fmt.Errorf("broker: %w", err)
 	}
 	b := &Broker{
-		cfg: cfg, store: store, intake: intake, auth: auth, log: log,
-		fan:      newFanout(cfg.MaxFanoutBytes),
-		stop:     make(chan struct{}),
-		conns:    map[*conn]struct{}{},
-		byAddr:   map[netip.Addr]int{},
-		sessions: map[string]*session{},
+		cfg: cfg, store: store, intake: intake, auth: auth, watcher: watcher, log: log,
+		fan:        newFanout(cfg.MaxFanoutBytes),
+		stop:       make(chan struct{}),
+		conns:      map[*conn]struct{}{},
+		byAddr:     map[netip.Addr]int{},
+		byListener: map[*Listener]int{},
+		connecting: map[string][]*conn{},
+		places:     newPlaces(),
+		sessions:   map[string]*session{},
 	}
 	b.retained = retained{most: cfg.MaxRetained, mostBytes: cfg.MaxRetainedBytes, pending: map[string]int{}}
 	b.m = newMetrics(b, metrics)
@@ -100,6 +107,9 @@ func (b *Broker) Listen() error {
 			return err
 		}
 		b.sockets = append(b.sockets, s)
+		if s.vault != nil {
+			b.tellLoaded(s.vault)
+		}
 	}
 	return nil
 }
@@ -135,9 +145,14 @@ func (b *Broker) Run(ctx context.Context) error {
 	var workers sync.WaitGroup
 	workers.Go(func() { b.fan.run(newDeliverer(b).guarded) })
 	b.startTimers()
+	secure := false
 	for _, s := range b.sockets {
 		b.wg.Add(1)
 		go b.accept(s)
+		secure = secure || s.vault != nil
+	}
+	if secure {
+		workers.Go(b.watchTLS)
 	}
 	purge := time.NewTicker(purgeEvery)
 	defer purge.Stop()

@@ -1,12 +1,9 @@
 package broker
 
 import (
-	"crypto/tls"
-	"crypto/x509"
 	"errors"
 	"fmt"
 	"net"
-	"os"
 	"time"
 )
 
@@ -145,31 +142,11 @@ func (l *Listener) Validate() (err error) {
 		say("tls is set, but protocol is %s; did you mean %ss?", l.Protocol, l.Protocol)
 	case l.TLS.RequireClientCert && l.TLS.ClientCA == "":
 		say("tls.require_client_cert needs tls.client_ca")
+	case l.TLS.CRL != "" && l.TLS.ClientCA == "":
+		say("tls.crl needs tls.client_ca, whose certificates sign it")
+	}
+	if l.MaxConnections < 0 {
+		say("max_connections of %d: must be 0 (no limit) or more", l.MaxConnections)
 	}
 	return err
-}
-
-// config loads the files.
-func (t *TLS) config() (*tls.Config, error) {
-	pair, err := tls.LoadX509KeyPair(t.Cert, t.Key)
-	if err != nil {
-		return nil, fmt.Errorf("load certificate %q and key %q: %w", t.Cert, t.Key, err)
-	}
-	c := &tls.Config{Certificates: []tls.Certificate{pair}, MinVersion: tls.VersionTLS12}
-	if t.ClientCA == "" {
-		return c, nil
-	}
-	pem, err := os.ReadFile(t.ClientCA)
-	if err != nil {
-		return nil, fmt.Errorf("load client CA: %w", err)
-	}
-	c.ClientCAs = x509.NewCertPool()
-	if !c.ClientCAs.AppendCertsFromPEM(pem) {
-		return nil, fmt.Errorf("load client CA %q: no certificate in it", t.ClientCA)
-	}
-	c.ClientAuth = tls.VerifyClientCertIfGiven
-	if t.RequireClientCert {
-		c.ClientAuth = tls.RequireAndVerifyClientCert
-	}
-	return c, nil
 }

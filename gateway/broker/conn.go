@@ -40,6 +40,7 @@ type conn struct {
 	sock     net.Conn  // the TCP connection: deadlines are set here
 	nc       net.Conn  // what packets go over: sock, TLS on it, or a websocket
 	nested   bool      // nc has a buffer of its own
+	vault    *vault    // the certificates of a TLS listener
 	opened   time.Time // when it was accepted
 
 	// Only serve touches these.
@@ -60,36 +61,41 @@ type conn struct {
 	version   mqtt.Version
 	id        string
 	device    []byte // id once more
+	rights    Rights
 	sess      *session
+	link      *Link  // nil: nobody watches
 	sendMax   int    // the client's receive maximum
 	maxPacket uint32 // the client's; 0: none
 	window    int    // QoS 1 and 2 messages it may have unacknowledged
 
-	ended  atomic.Bool // ending, for those without the lock
-	halted atomic.Bool // the gateway stops: take nothing more in
+	ended  atomic.Bool           // ending, for those without the lock
+	halted atomic.Bool           // the gateway stops: take nothing more in
+	meter  atomic.Pointer[meter] // nil: it may publish as much as it can; what is in it only serve touches
+	peer   atomic.Pointer[peer]  // nil: it showed no certificate
 
 	// handing is held by serve from the look at a QoS 2 packet id to the hand-in that follows
 	// from it. Whoever takes the session over passes through it once, so that nothing of the
 	// old connection is handed in among what comes on the new one. Before session.mu.
 	handing sync.Mutex
 
-	mu          sync.Mutex // guards what follows
-	cond        sync.Cond  // broadcast when room came free in ring or out, and at the end
-	ring        []slot     // power of two, grown on demand; see publish.go
-	head, tail  uint64     // ring[head..tail) is in use; a slot's number is its token
-	unacked     int        // bytes of the messages in ring
-	inflight    int        // QoS 1 and 2 messages that the client must count against receive maximum
-	mute        bool       // a message was not stored: nothing that comes after may be acknowledged
-	failure     error      // why, if it is known
-	out         *outbuf    // what is to be written; nil: nothing
-	flushing    bool       // a flush goroutine is running
-	touched     bool       // in Broker.touched
-	wantFill    bool       // the session has something to deliver
-	established bool       // CONNACK is in out or was written
-	ending      bool       // only what is in out is written any more, then the socket is closed
-	dead        bool       // the socket is closed, or about to be, by flush
-	cause       error      // why it ends
-	will        *will      // nil: none, or taken by whoever publishes it
+	mu          sync.Mutex         // guards what follows
+	cond        sync.Cond          // broadcast when room came free in ring or out, and at the end
+	ring        []slot             // power of two, grown on demand; see publish.go
+	head, tail  uint64             // ring[head..tail) is in use; a slot's number is its token
+	unacked     int                // bytes of the messages in ring
+	inflight    int                // QoS 1 and 2 messages that the client must count against receive maximum
+	mute        bool               // a message was not stored: nothing that comes after may be acknowledged
+	failure     error              // why, if it is known
+	out         *outbuf            // what is to be written; nil: nothing
+	flushing    bool               // a flush goroutine is running
+	touched     bool               // in Broker.touched
+	wantFill    bool               // the session has something to deliver
+	established bool               // CONNACK is in out or was written
+	ending      bool               // only what is in out is written any more, then the socket is closed
+	dead        bool               // the socket is closed, or about to be, by flush
+	cause       error              // why it ends
+	will        *will              // nil: none, or taken by whoever publishes it
+	cancel      context.CancelFunc // ends the wait for the Authorizer; nil: there is none
 }
 
 type outbuf struct{ b []byte }
@@ -132,6 +138,7 @@ func (c *conn) serve() {
 	if e := c.guarded(func() error { c.leave(); return nil }); e != nil {
 		c.b.forget(c)
 	}
+	_ = c.guarded(func() error { c.tellDisconnected(); return nil })
 }
 
 // guarded runs f. A panic, mochi's or ours, ends this connection and nothing else.
@@ -542,28 +549,45 @@ func (c *conn) close() {
 // end ends the connection for the reason err; only the first call counts. What is already in
 // out is written, with a DISCONNECT after it where MQTT 5 has one, then the socket is closed.
 // It never blocks.
-func (c *conn) end(err error) {
+func (c *conn) end(err error) (first bool) {
 	c.mu.Lock()
-	c.endLocked(err)
-	c.mu.Unlock()
+	defer c.mu.Unlock()
+	return c.endLocked(err)
 }
 
-func (c *conn) endLocked(err error) {
+func (c *conn) endLocked(err error) (first bool) {
 	if c.ending {
-		return
+		return false
 	}
 	if reason, told := reasonOf(err); told && c.established && c.version == mqtt.V5 { // 3.1.1 has none from servers
 		if c.out == nil {
 			c.out = outbufs.Get().(*outbuf)
 		}
-		c.out.b = mqtt.AppendDisconnect(c.out.b, c.version, reason, "")
+		c.out.b = c.appendGoodbye(c.out.b, reason, err)
 	}
 	c.ending, c.cause = true, err
 	c.ended.Store(true)
 	_ = c.sock.SetReadDeadline(past)
 	_ = c.sock.SetWriteDeadline(time.Now().Add(closeIn))
 	c.cond.Broadcast()
+	if c.cancel != nil {
+		c.cancel()
+	}
 	c.startFlushLocked()
+	return true
+}
+
+// appendGoodbye appends a DISCONNECT, with a text where there is one and the client takes it.
+func (c *conn) appendGoodbye(b []byte, reason mqtt.Reason, err error) []byte {
+	var wanted *ordered
+	if !errors.As(err, &wanted) || wanted.text == "" {
+		return mqtt.AppendDisconnect(b, c.version, reason, "")
+	}
+	with := mqtt.AppendDisconnect(b, c.version, reason, wanted.text)
+	if c.maxPacket > 0 && len(with)-len(b) > int(c.maxPacket) { // MQTT-3.14.2-3
+		return mqtt.AppendDisconnect(b, c.version, reason, "")
+	}
+	return with
 }
 
 // halt makes serve stop taking packets in; what is handed in is still acknowledged.
@@ -571,6 +595,9 @@ func (c *conn) halt() {
 	c.halted.Store(true)
 	_ = c.sock.SetReadDeadline(past)
 	c.mu.Lock()
+	if c.cancel != nil {
+		c.cancel()
+	}
 	c.cond.Broadcast()
 	c.mu.Unlock()
 }

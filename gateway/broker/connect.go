@@ -2,38 +2,13 @@ package broker
 
 import (
 	"crypto/rand"
-	"crypto/tls"
 	"errors"
 	"fmt"
-	"net"
+	"slices"
 	"time"
 
 	"holdfast/internal/mqtt"
 )
-
-// ConnectInfo is what an Authorizer judges a CONNECT by.
-type ConnectInfo struct {
-	ClientID    string // never empty
-	Username    string
-	HasUsername bool
-	Password    []byte               // valid during the call
-	TLS         *tls.ConnectionState // nil: no TLS
-	Remote      net.Addr
-	Listener    string // name
-}
-
-// Authorizer says who may do what. The device is the client id that Connect let in. Its methods
-// are called from many goroutines; those after Connect for each message, so they must be quick.
-type Authorizer interface {
-	// Connect lets a client in by returning nil. ErrBadCredentials and its like in the error
-	// choose what the client is told.
-	Connect(c *ConnectInfo) error
-	// MayPublish is asked for every message, for wills too. topic is valid during the call.
-	MayPublish(device string, topic []byte) bool
-	// MaySubscribe is asked for each filter of a SUBSCRIBE (of a shared subscription: without
-	// $share and name) and, with the topic as the filter, for each delivery.
-	MaySubscribe(device string, filter string) bool
-}
 
 // connect handles CONNECT.
 func (c *conn) connect(frame []byte) error {
@@ -71,14 +46,22 @@ func (c *conn) connect(frame []byte) error {
 		state := t.ConnectionState()
 		info.TLS = &state
 	}
-	if err := c.b.auth.Connect(&info); err != nil {
+	c.b.enterConnect(c)
+	defer c.b.leaveConnect(c)
+	rights, told, err := c.authorize(&info)
+	switch {
+	case !told:
+		return err
+	case err != nil:
 		return refuse(connectReason(err), err)
 	}
+	c.rights = rights
+	c.setLimits()
 	if w := k.Will; w != nil {
 		switch {
 		case tooDeep(w.Topic, c.b.cfg.MaxTopicLevels):
 			return refuse(mqtt.TopicNameInvalid, errors.New("topic of the will has too many levels"))
-		case !c.b.auth.MayPublish(c.id, []byte(w.Topic)):
+		case !c.rights.MayPublish([]byte(w.Topic)):
 			return refuse(mqtt.NotAuthorized, fmt.Errorf("will on %q", w.Topic))
 		}
 	}
@@ -110,13 +93,19 @@ func (c *conn) connect(frame []byte) error {
 	}
 	c.keepAlive = keepAlive + keepAlive/2 // MQTT-3.1.2-22
 	if k.Will != nil {
-		w := newWill(k.Will, expiry)
+		w := newWill(k.Will, expiry, c.rights)
 		c.mu.Lock()
 		c.will = w
 		c.mu.Unlock()
 	}
+	if c.b.watcher != nil {
+		c.link = newLink(c, k)
+	}
 	err = c.b.attach(c, k, expiry, func(present bool) []byte {
 		answer.SessionPresent = present
+		if c.link != nil {
+			c.link.info.SessionPresent = present
+		}
 		return mqtt.AppendConnack(nil, c.version, &answer)
 	})
 	var refused *refusal
@@ -128,10 +117,40 @@ func (c *conn) connect(frame []byte) error {
 		c.b.m.connects.Inc()
 		c.b.log.Debug("client connected", "client", c.id, "remote", c.remote, "listener", c.listener.Name,
 			"mqtt", c.version.String(), "clean", k.CleanStart)
+		c.b.leaveConnect(c)
+		c.tellConnected()
 	case c.sess == nil && errors.As(err, &refused):
 		return refuse(refused.reason, err)
 	}
 	return err
+}
+
+// tellConnected tells the watcher of the connection, and of subscriptions that its session brought along.
+func (c *conn) tellConnected() {
+	l := c.link
+	if l == nil {
+		return
+	}
+	l.connected = true
+	c.b.watcher.Connected(l)
+	s := c.sess
+	s.mu.Lock()
+	subscribed := s.conn == c && slices.ContainsFunc(s.subs, func(sub subscription) bool { return sub.requests() })
+	s.mu.Unlock()
+	if subscribed {
+		c.b.watcher.Subscribed(l)
+	}
+}
+
+// tellDisconnected tells it of the end.
+func (c *conn) tellDisconnected() {
+	if c.link == nil || !c.link.connected {
+		return
+	}
+	c.mu.Lock()
+	cause := c.cause
+	c.mu.Unlock()
+	c.b.watcher.Disconnected(c.link, causeText(cause))
 }
 
 // awaitConnack waits until CONNACK is on its way: whatever the client has sent along is handled

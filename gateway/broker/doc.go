@@ -32,7 +32,8 @@
 //   - CONNECT, authentication, CONNACK, takeover, session present: connect.go, session.go
 //   - keep alive and all deadlines: conn.go
 //   - receive maximum of the client's messages: conn.reserve; of ours: session.fill
-//   - ACL: publish.go for messages, will.go for wills, fanout.go again at each delivery
+//   - ACL: the Rights that CONNECT gave (rights.go), asked in publish.go for messages, will.go for
+//     wills, fanout.go at each delivery; admin.go takes subscriptions away when they change
 //   - topic aliases: inflow.alias; none are sent
 //   - acknowledgements and their order: the ring in publish.go
 //   - QoS 2 from the client, its packet ids durable: qos2.go
@@ -46,4 +47,13 @@
 //   - session expiry: session.go. mochi would leave the subscriptions of an expired client in
 //     its index
 //   - sessions and subscriptions across restarts: rows.go
+//
+// # What it would not do
+//
+//   - commands: link.go gives a Watcher each connection as a Link. What is sent there shares packet
+//     ids and receive maximum with the session's deliveries, and is not kept by the session
+//   - who a session belongs to: session.attach compares principals
+//   - limits of what one client publishes: limits.go
+//   - end a client from outside: admin.go
+//   - certificates that change, revocation, few handshakes at once: tls.go
 package broker

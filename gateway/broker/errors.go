@@ -2,6 +2,7 @@ package broker
 
 import (
 	"errors"
+	"net"
 
 	"holdfast/internal/mqtt"
 )
@@ -17,6 +18,8 @@ var (
 	ErrNotAuthorized  = errors.New("not authorized")            // 0x87; 5
 	ErrBadClientID    = errors.New("client id not valid")       // 0x85; 2
 	ErrUnavailable    = errors.New("service unavailable")       // 0x88; 3
+	ErrBanned         = errors.New("banned")                    // 0x8A; 5
+	ErrTooOften       = errors.New("connects too often")        // 0x9F; 3
 )
 
 // What ends a connection besides the peer's own doing. None of them leaves the package.
@@ -38,14 +41,39 @@ type refusal struct {
 
 func (r *refusal) Error() string { return r.text + ": " + r.reason.String() }
 
+// ordered is an end that the gateway wants, with what an MQTT 5 client is told.
+type ordered struct {
+	reason mqtt.Reason
+	text   string
+}
+
+func (o *ordered) Error() string { return o.text }
+
+// causeText says for people why a connection has ended.
+func causeText(err error) string {
+	var refused *refusal
+	switch {
+	case errors.As(err, &refused):
+		return refused.text
+	case err == nil, errors.Is(err, errEnded):
+		return errEnded.Error()
+	case isEOF(err), isReset(err), errors.Is(err, net.ErrClosed):
+		return "connection was lost"
+	}
+	return err.Error()
+}
+
 // reasonOf gives the reason for which err ends a connection; told is false if the peer is
 // told nothing.
 func reasonOf(err error) (reason mqtt.Reason, told bool) {
 	var (
 		broken  *mqtt.Error
 		refused *refusal
+		wanted  *ordered
 	)
 	switch {
+	case errors.As(err, &wanted):
+		return wanted.reason, true
 	case errors.As(err, &broken):
 		return broken.Reason, true
 	case errors.As(err, &refused):
@@ -67,6 +95,10 @@ func connectReason(err error) mqtt.Reason {
 		return mqtt.ClientIDNotValid
 	case errors.Is(err, ErrUnavailable):
 		return mqtt.ServerUnavailable
+	case errors.Is(err, ErrTooOften):
+		return mqtt.ConnectionRateExceeded
+	case errors.Is(err, ErrBanned):
+		return mqtt.Banned
 	}
 	return mqtt.NotAuthorized
 }

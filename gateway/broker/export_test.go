@@ -1,6 +1,12 @@
 package broker
 
-import "net"
+import (
+	"net"
+	"time"
+)
+
+// LookEvery sets how often the files of TLS listeners are looked at. Call it before anything runs.
+func LookEvery(d time.Duration) { lookEvery = d }
 
 // WrapListeners has f stand between the sockets and the broker. Call it between Listen and Run.
 func WrapListeners(b *Broker, f func(net.Listener) net.Listener) {

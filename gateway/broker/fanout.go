@@ -187,7 +187,7 @@ func (d *deliverer) pass(m *message) {
 	}
 	for i := range p.groups {
 		g := &p.groups[i]
-		if t := d.choose(g); t != nil {
+		if t := d.choose(g, m.topic); t != nil {
 			d.give(t.s, &t.all, m)
 		}
 	}
@@ -197,7 +197,7 @@ func (d *deliverer) give(s *session, w *way, m *message) {
 	if !w.any {
 		return
 	}
-	if !d.b.auth.MaySubscribe(s.id, m.topic) {
+	if !s.held().MaySubscribe(m.topic) {
 		d.b.m.dropped(dropDenied)
 		return
 	}
@@ -206,11 +206,17 @@ func (d *deliverer) give(s *session, w *way, m *message) {
 }
 
 // choose takes the members of a shared subscription in turn, those that are offline only if all are.
-func (d *deliverer) choose(g *group) *target {
+// Who has no right to the topic is passed over; nil: nobody has.
+func (d *deliverer) choose(g *group, topic string) *target {
 	turn := d.turns[g.filter]
 	var offline *target
+	denied := false
 	for i := range g.members {
 		t := &g.members[(turn+i)%len(g.members)]
+		if !t.s.held().MaySubscribe(topic) {
+			denied = true
+			continue
+		}
 		if t.s.online() {
 			d.turns[g.filter] = turn + i + 1
 			return t
@@ -219,6 +225,9 @@ func (d *deliverer) choose(g *group) *target {
 			offline = t
 			d.turns[g.filter] = turn + i + 1
 		}
+	}
+	if offline == nil && denied {
+		d.b.m.dropped(dropDenied)
 	}
 	return offline
 }

@@ -53,7 +53,7 @@ func FuzzConnection(f *testing.F) {
 	in := &intake{store: store}
 	cfg := broker.Config{Listeners: []broker.Listener{{Name: "lan", Protocol: "mqtt", Address: "127.0.0.1:0"}}, MaxPacket: 1024}
 	panics := &panicWatch{}
-	b, err := broker.New(cfg, store, in, &allow{}, slog.New(panics), nil)
+	b, err := broker.New(cfg, store, in, &allow{}, nil, slog.New(panics), nil)
 	if err != nil {
 		f.Fatal(err)
 	}

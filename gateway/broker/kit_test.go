@@ -25,7 +25,10 @@ import (
 	"holdfast/internal/testkit"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	broker.LookEvery(20 * time.Millisecond)
+	goleak.VerifyTestMain(m)
+}
 
 var versions = []mqtt.Version{mqtt.V311, mqtt.V5}
 
@@ -129,23 +132,54 @@ func (in *intake) payloads() []string {
 // allow is an Authorizer that lets everybody do everything but what deny names.
 type allow struct {
 	connect   func(c *broker.ConnectInfo) error
+	await     func(ctx context.Context, c *broker.ConnectInfo) error // after connect
+	who       func(c *broker.ConnectInfo) string                     // the principal; nil: nobody in particular
+	limits    func(device string) broker.Limits
 	publish   func(device, topic string) bool
 	subscribe func(device, filter string) bool
 }
 
-func (a *allow) Connect(c *broker.ConnectInfo) error {
+func (a *allow) Connect(ctx context.Context, c *broker.ConnectInfo) (broker.Rights, error) {
 	if a.connect != nil {
-		return a.connect(c)
+		if err := a.connect(c); err != nil {
+			return nil, err
+		}
 	}
-	return nil
+	if a.await != nil {
+		if err := a.await(ctx, c); err != nil {
+			return nil, err
+		}
+	}
+	r := &rights{allow: a, id: c.ClientID}
+	if a.who != nil {
+		r.principal = a.who(c)
+	}
+	return r, nil
 }
 
-func (a *allow) MayPublish(device string, topic []byte) bool {
-	return a.publish == nil || a.publish(device, string(topic))
+func (a *allow) Rights(client string) broker.Rights { return &rights{allow: a, id: client} }
+
+// rights of one client, as its allow says.
+type rights struct {
+	*allow
+	id, principal string
 }
 
-func (a *allow) MaySubscribe(device, filter string) bool {
-	return a.subscribe == nil || a.subscribe(device, filter)
+func (r *rights) Principal() string { return r.principal }
+
+func (r *rights) MayPublish(topic []byte) bool {
+	return r.publish == nil || r.publish(r.id, string(topic))
+}
+
+func (r *rights) MaySubscribe(filter string) bool {
+	return r.subscribe == nil || r.subscribe(r.id, filter)
+}
+
+func (r *rights) Limits() broker.Limits {
+	if r.limits == nil {
+		return broker.Limits{}
+	}
+	return r.allow.limits(r.id)
 }
 
 // rig is a running broker on a store in memory, which outlives it.
@@ -155,6 +189,8 @@ type rig struct {
 	cfg    broker.Config
 	in     *intake
 	auth   *allow
+	watch  broker.Watcher // nil: none
+	log    *slog.Logger   // nil: the test's
 	reg    *prometheus.Registry
 	b      *broker.Broker
 	store  *kv.Store
@@ -178,14 +214,17 @@ func newRig(t testing.TB, change func(r *rig)) *rig {
 
 func (r *rig) start() {
 	r.t.Helper()
-	log := testkit.Logger(r.t)
+	log := r.log
+	if log == nil {
+		log = testkit.Logger(r.t)
+	}
 	store, err := kv.Open("db", kv.Options{FS: r.fs, Log: log})
 	if err != nil {
 		r.t.Fatal(err)
 	}
 	r.store, r.in.store = store, store
 	r.reg = prometheus.NewRegistry()
-	r.b, err = broker.New(r.cfg, store, r.in, r.auth, log, r.reg)
+	r.b, err = broker.New(r.cfg, store, r.in, r.auth, r.watch, log, r.reg)
 	if err != nil {
 		r.t.Fatal(err)
 	}

@@ -9,7 +9,6 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"os"
 	"sync"
 	"time"
 
@@ -18,8 +17,9 @@ import (
 
 // Which limit turned a connection away.
 const (
-	limitTotal   = "total"
-	limitAddress = "address"
+	limitTotal    = "total"
+	limitListener = "listener"
+	limitAddress  = "address"
 )
 
 // perAddress is the default of MaxConnectionsPerAddress.
@@ -30,19 +30,20 @@ var errTimeout = errors.New("took too long")
 // socket is a listener that is bound.
 type socket struct {
 	*Listener
-	ln  net.Listener
-	tls *tls.Config // nil: none
+	ln    net.Listener
+	vault *vault      // nil: no TLS
+	tls   *tls.Config // what it gives to handshakes
 }
 
 // bind opens the listener.
 func (l *Listener) bind() (*socket, error) {
 	s := &socket{Listener: l}
 	if l.Secure() {
-		c, err := l.TLS.config()
+		v, err := newVault(l)
 		if err != nil {
 			return nil, fmt.Errorf("listener %q: %w", l.Name, err)
 		}
-		s.tls = c
+		s.vault, s.tls = v, v.config()
 	}
 	ln, err := (&net.ListenConfig{}).Listen(context.Background(), "tcp", l.Address)
 	if err != nil {
@@ -92,7 +93,8 @@ func (b *Broker) admit(s *socket, nc net.Conn) {
 		c.addr = a.AddrPort().Addr().Unmap()
 	}
 	if s.tls != nil {
-		c.nc, c.nested = tls.Server(nc, s.tls), true
+		c.vault = s.vault
+		c.nc, c.nested = tls.Server(&gate{Conn: nc, c: c}, s.tls), true
 	}
 	if limit := b.register(c); limit != "" {
 		b.m.turnedAway.WithLabelValues(limit).Inc()
@@ -113,10 +115,13 @@ func (b *Broker) register(c *conn) (limit string) {
 	switch {
 	case b.stopping, len(b.conns) >= b.cfg.MaxConnections:
 		return limitTotal
+	case c.listener.MaxConnections > 0 && b.byListener[c.listener] >= c.listener.MaxConnections:
+		return limitListener
 	case most > 0 && b.byAddr[c.addr] >= most:
 		return limitAddress
 	}
 	b.conns[c] = struct{}{}
+	b.byListener[c.listener]++
 	b.byAddr[c.addr]++
 	b.wg.Add(1)
 	return ""
@@ -130,6 +135,7 @@ func (b *Broker) forget(c *conn) {
 		return
 	}
 	delete(b.conns, c)
+	b.byListener[c.listener]--
 	if b.byAddr[c.addr]--; b.byAddr[c.addr] == 0 {
 		delete(b.byAddr, c.addr)
 	}
@@ -139,16 +145,8 @@ func (b *Broker) forget(c *conn) {
 // be over, CONNECT included, within ConnectTimeout.
 func (c *conn) open() error {
 	if t, ok := c.nc.(*tls.Conn); ok {
-		c.arm(c.due())
-		_ = c.sock.SetWriteDeadline(c.due())
-		if c.halted.Load() { // after arm, which may have undone its wake-up
-			return errStopping
-		}
-		if err := t.HandshakeContext(context.Background()); err != nil {
-			if errors.Is(err, os.ErrDeadlineExceeded) {
-				err = errTimeout
-			}
-			return fmt.Errorf("TLS handshake: %w", err)
+		if err := c.handshake(t, c.vault); err != nil {
+			return err
 		}
 	}
 	if !c.listener.websocket() {

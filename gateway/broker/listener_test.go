@@ -33,18 +33,21 @@ type authority struct {
 	cert *x509.Certificate
 	key  *ecdsa.PrivateKey
 	file string
+
+	serial  int64
+	serials map[string]int64 // of the last certificate, by name
 }
 
 func newAuthority(t *testing.T, name string) *authority {
 	t.Helper()
-	a := &authority{t: t, dir: t.TempDir()}
+	a := &authority{t: t, dir: t.TempDir(), serial: 1, serials: map[string]int64{}}
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		t.Fatal(err)
 	}
 	tpl := &x509.Certificate{
 		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: name}, NotAfter: time.Now().Add(time.Hour),
-		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
+		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageCRLSign,
 	}
 	der, err := x509.CreateCertificate(rand.Reader, tpl, tpl, &key.PublicKey, key)
 	if err != nil {
@@ -68,15 +71,22 @@ func (a *authority) write(name, kind string, der []byte) string {
 	return path
 }
 
-// issue gives the files of a certificate and its key.
+// issue gives the files of a certificate and its key, valid for an hour.
 func (a *authority) issue(name string) (cert, key string) {
 	a.t.Helper()
+	return a.issueUntil(name, time.Now().Add(time.Hour))
+}
+
+func (a *authority) issueUntil(name string, end time.Time) (cert, key string) {
+	a.t.Helper()
+	a.serial++
+	a.serials[name] = a.serial
 	k, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		a.t.Fatal(err)
 	}
 	tpl := &x509.Certificate{
-		SerialNumber: big.NewInt(2), Subject: pkix.Name{CommonName: name}, NotAfter: time.Now().Add(time.Hour),
+		SerialNumber: big.NewInt(a.serial), Subject: pkix.Name{CommonName: name}, NotAfter: end,
 		IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
 		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
 	}
@@ -387,7 +397,7 @@ func TestListenErrors(t *testing.T) {
 	} {
 		t.Run(x.name, func(t *testing.T) {
 			free := broker.Listener{Name: "free", Protocol: "mqtt", Address: "127.0.0.1:0"}
-			b, err := broker.New(broker.Config{Listeners: []broker.Listener{free, x.l}}, r.store, r.in, r.auth, quiet, nil)
+			b, err := broker.New(broker.Config{Listeners: []broker.Listener{free, x.l}}, r.store, r.in, r.auth, nil, quiet, nil)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -410,7 +420,7 @@ func TestListenErrors(t *testing.T) {
 		{broker.Listener{Name: "a", Protocol: "ws", Address: ":1", TLS: broker.TLS{Cert: "x"}}, "did you mean wss"},
 		{broker.Listener{Name: "a", Protocol: "wss", Address: ":1", TLS: broker.TLS{Cert: "x", Key: "y", RequireClientCert: true}}, "client_ca"},
 	} {
-		if _, err := broker.New(broker.Config{Listeners: []broker.Listener{x.l}}, r.store, r.in, r.auth, quiet, nil); err == nil || !strings.Contains(err.Error(), x.want) {
+		if _, err := broker.New(broker.Config{Listeners: []broker.Listener{x.l}}, r.store, r.in, r.auth, nil, quiet, nil); err == nil || !strings.Contains(err.Error(), x.want) {
 			t.Errorf("%+v: %v", x.l, err)
 		}
 	}

@@ -29,6 +29,7 @@ const (
 	endTakeover = "takeover" // by a newer connection
 	endRefused  = "refused"  // a publish was not taken, or CONNECT
 	endStop     = "stop"     // of the gateway
+	endOrdered  = "ordered"  // an operator, or the queue of commands, wanted it
 	endOther    = "other"
 )
 
@@ -51,6 +52,10 @@ type metrics struct {
 	notRetained     prometheus.Counter
 	wills           prometheus.Counter
 	sent            [3]prometheus.Counter
+	commands        prometheus.Counter
+	withdrawn       prometheus.Counter
+	slowed          prometheus.Counter
+	certificates    *prometheus.GaugeVec
 	sentBytes       prometheus.Counter
 	queued          prometheus.Gauge
 	drops           *prometheus.CounterVec
@@ -76,9 +81,9 @@ func newMetrics(b *Broker, reg prometheus.Registerer) *metrics {
 		connects:        counter("connects_total", "Clients let in. Rising faster than devices restart: links flap."),
 		refusedConnects: counter("connects_refused_total", "CONNECTs refused: wrong credentials, rights or limits."),
 		turnedAway: vec("connections_turned_away_total", "Connections closed at once, by the limit that was reached.",
-			"limit", limitTotal, limitAddress),
+			"limit", limitTotal, limitListener, limitAddress),
 		endedBy: vec("connections_ended_total", "Connections ended, by reason.",
-			"reason", endClient, endTimeout, endProtocol, endSlow, endTakeover, endRefused, endStop, endOther),
+			"reason", endClient, endTimeout, endProtocol, endSlow, endTakeover, endRefused, endStop, endOrdered, endOther),
 		acceptErrors: counter("accept_errors_total", "Failed accepts. A rise means that the process is out of descriptors."),
 		panics:       counter("panics_total", "Connections ended by a panic. Any is a bug to report."),
 		takeovers:    counter("takeovers_total", "Sessions taken over by a newer connection. A rise means that two devices share an id, or links die silently."),
@@ -92,10 +97,17 @@ func newMetrics(b *Broker, reg prometheus.Registerer) *metrics {
 		}),
 		repeats: counter("publish_repeated_total", "QoS 2 messages that were sent again and not stored again."),
 		refused: vec("publish_refused_total", "Messages not taken, by what an MQTT 5 client is told.",
-			"reason", "not_authorized", "quota_exceeded", "topic_invalid", "error"),
+			"reason", "not_authorized", "quota_exceeded", "topic_invalid", "rate", "error"),
 		notRetained: counter("retained_refused_total",
 			"Messages with RETAIN that were taken but not kept, because too many or too large ones are."),
 		wills:     counter("wills_total", "Wills published: devices that vanished."),
+		commands:  counter("commands_sent_total", "Commands written to devices, repeats included. They are part of the PUBLISH packets sent with QoS 1."),
+		withdrawn: counter("subscriptions_withdrawn_total", "Subscriptions removed because the client has no right to them any more."),
+		slowed:    counter("publish_slowed_seconds_total", "Time in which MQTT 3.1.1 clients were not read because they publish more than they may."),
+		certificates: prometheus.NewGaugeVec(prometheus.GaugeOpts{
+			Name: "holdfast_broker_certificate_expiry_seconds",
+			Help: "When the first certificate or revocation list in a file of a TLS listener ends, Unix time. Less than now: it has.",
+		}, []string{"listener", "file"}),
 		sentBytes: counter("sent_bytes_total", "Bytes written to clients."),
 		queued: prometheus.NewGauge(prometheus.GaugeOpts{
 			Name: "holdfast_broker_deliveries_queued",
@@ -119,7 +131,7 @@ func newMetrics(b *Broker, reg prometheus.Registerer) *metrics {
 	if reg != nil {
 		reg.MustRegister(m.connections, m.connects, m.refusedConnects, m.turnedAway, m.endedBy, m.acceptErrors, m.panics,
 			m.takeovers, m.expired, received, m.receivedBytes, m.acked, m.ackSeconds, m.repeats, m.refused, m.notRetained, m.wills,
-			sent, m.sentBytes, m.queued, m.drops,
+			sent, m.sentBytes, m.commands, m.withdrawn, m.slowed, m.certificates, m.queued, m.drops,
 			gauge("sessions", "Sessions, of connected and of offline clients.", b.sessionCount),
 			gauge("subscriptions", "Subscriptions of all sessions.", func() int { return int(b.subs.count.Load()) }),
 			gauge("retained_messages", "Retained messages.", func() int { n, _ := b.retained.stats(); return n }),
@@ -132,25 +144,31 @@ func newMetrics(b *Broker, reg prometheus.Registerer) *metrics {
 func (m *metrics) dropped(reason string) { m.drops.WithLabelValues(reason).Inc() }
 
 func (m *metrics) refusedFor(reason mqtt.Reason) {
-	label := "error"
+	m.refused.WithLabelValues(refusedLabel(reason)).Inc()
+}
+
+func refusedLabel(reason mqtt.Reason) string {
 	switch reason { //nolint:exhaustive // the others are errors
 	case mqtt.NotAuthorized:
-		label = "not_authorized"
+		return "not_authorized"
 	case mqtt.QuotaExceeded:
-		label = "quota_exceeded"
+		return "quota_exceeded"
 	case mqtt.TopicNameInvalid:
-		label = "topic_invalid"
+		return "topic_invalid"
 	}
-	m.refused.WithLabelValues(label).Inc()
+	return "error"
 }
 
 func (m *metrics) ended(err error) {
 	var (
 		broken  *mqtt.Error
 		refused *refusal
+		wanted  *ordered
 	)
 	label := endOther
 	switch {
+	case errors.As(err, &wanted):
+		label = endOrdered
 	case errors.Is(err, errGoodbye), isEOF(err), isReset(err), errors.Is(err, net.ErrClosed):
 		label = endClient
 	case errors.Is(err, errSlow):

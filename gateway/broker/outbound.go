@@ -1,6 +1,7 @@
 package broker
 
 import (
+	"slices"
 	"time"
 
 	"holdfast/internal/mqtt"
@@ -51,6 +52,24 @@ func (q *queue) pop() {
 	}
 }
 
+// dropQueuedLocked takes out what drop says, as denied.
+func (s *session) dropQueuedLocked(drop func(m *message) bool) {
+	if !slices.ContainsFunc(s.queue.items[s.queue.head:], func(x queued) bool { return drop(x.message) }) {
+		return
+	}
+	var kept queue
+	for _, x := range s.queue.items[s.queue.head:] {
+		if !drop(x.message) {
+			kept.push(x)
+			continue
+		}
+		s.b.queuedBytes.Add(-int64(x.message.size()))
+		s.b.m.queued.Dec()
+		s.b.m.dropped(dropDenied)
+	}
+	s.queue = kept
+}
+
 // deliver queues a message for the client. A queue that is full takes nothing more: what waits
 // keeps its order and has no hole, and the newest is dropped and counted.
 func (s *session) deliver(x queued) {
@@ -90,7 +109,8 @@ func (c *conn) deliver() {
 }
 
 // fill moves messages from the queue into c's out, as many as the client's receive maximum and
-// one write allow: first those of an earlier connection, with DUP (MQTT-4.4.0-1), then new ones.
+// one write allow: first those of an earlier connection, with DUP (MQTT-4.4.0-1), then commands (link.go),
+// then new ones.
 func (s *session) fill(c *conn) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -112,6 +132,9 @@ func (s *session) fill(c *conn) {
 			}
 			s.sendLocked(c, &s.flights[s.resend], now, true)
 			s.resend++
+			s.unacked++
+		case c.link.waitingLocked() && s.unacked < c.sendMax: // else QoS 0 may still go
+			c.link.sendCommandLocked()
 			s.unacked++
 		case s.queue.len() > 0:
 			x := *s.queue.front()
@@ -170,10 +193,26 @@ func (s *session) sendLocked(c *conn, f *flight, now time.Time, again bool) bool
 func (s *session) nextIDLocked() uint16 {
 	for {
 		s.lastID++
-		if s.lastID != 0 && s.flightLocked(s.lastID) < 0 {
+		if s.lastID != 0 && !s.inUseLocked(s.lastID) {
 			return s.lastID
 		}
 	}
+}
+
+// inUseLocked says whether a delivery or a command has the packet id.
+func (s *session) inUseLocked(id uint16) bool {
+	if s.flightLocked(id) >= 0 {
+		return true
+	}
+	if s.conn == nil || s.conn.link == nil {
+		return false
+	}
+	for i := range s.conn.link.commands {
+		if s.conn.link.commands[i].pub.ID == id {
+			return true
+		}
+	}
+	return false
 }
 
 func (s *session) flightLocked(id uint16) int {
@@ -187,11 +226,39 @@ func (s *session) flightLocked(id uint16) int {
 
 // answered handles PUBACK, PUBREC and PUBCOMP of the client.
 func (s *session) answered(c *conn, a *mqtt.Ack) error {
+	token, command, err := s.settle(c, a)
+	if command {
+		c.b.watcher.Acked(c.link, token, a.Reason)
+	}
+	return err
+}
+
+// settle takes what was answered off. command says that it was one, and token is its token.
+func (s *session) settle(c *conn, a *mqtt.Ack) (token uint64, command bool, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.conn != c {
-		return errTakenOver
+		return 0, false, errTakenOver
 	}
+	if i := c.link.commandLocked(a.ID); i >= 0 && a.Type == mqtt.TypePuback {
+		token = c.link.commands[i].token
+		c.link.ackedLocked(i)
+		s.unacked--
+		s.refillLocked(c)
+		return token, true, nil
+	}
+	s.settleLocked(c, a)
+	return 0, false, nil
+}
+
+// refillLocked has c take what an answer made room for.
+func (s *session) refillLocked(c *conn) {
+	if s.resend < len(s.flights) || c.link.waitingLocked() || s.queue.len() > 0 {
+		c.deliver()
+	}
+}
+
+func (s *session) settleLocked(c *conn, a *mqtt.Ack) {
 	i := s.flightLocked(a.ID)
 	var f *flight
 	if i >= 0 {
@@ -220,7 +287,7 @@ func (s *session) answered(c *conn, a *mqtt.Ack) error {
 		done = f != nil && f.received
 	}
 	if !done {
-		return nil
+		return
 	}
 	if a.Reason.Failed() {
 		s.b.m.dropped(dropRefused)
@@ -234,10 +301,7 @@ func (s *session) answered(c *conn, a *mqtt.Ack) error {
 	if len(s.flights) == 0 {
 		s.flights = nil
 	}
-	if s.resend < len(s.flights) || s.queue.len() > 0 {
-		c.deliver()
-	}
-	return nil
+	s.refillLocked(c)
 }
 
 func (s *session) pubrelLocked(c *conn, id uint16, reason mqtt.Reason) {

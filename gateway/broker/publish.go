@@ -111,10 +111,19 @@ func (c *conn) publish(frame []byte) error {
 	}
 
 	refused := mqtt.Success
+	over := false
+	if m := c.meter.Load(); m != nil {
+		var err error
+		if over, err = c.overLimit(m, p.QoS, p.ID, len(frame)); err != nil {
+			return err
+		}
+	}
 	switch {
+	case over:
+		refused = mqtt.QuotaExceeded
 	case tooDeep(topic, c.b.cfg.MaxTopicLevels):
 		refused = mqtt.TopicNameInvalid
-	case !c.b.auth.MayPublish(c.id, topic):
+	case !c.rights.MayPublish(topic):
 		refused = mqtt.NotAuthorized
 	}
 	if refused == mqtt.Success {
@@ -130,6 +139,9 @@ func (c *conn) publish(frame []byte) error {
 	if err != nil {
 		c.b.takeBack(s.message)
 		return err
+	}
+	if over {
+		return c.refuseAs(token, p.QoS, refused, "rate")
 	}
 	if refused != mqtt.Success {
 		return c.refuse(token, p.QoS, refused)
@@ -203,7 +215,11 @@ func (c *conn) handIn2(in *inflow, topic []byte, m *message, token uint64) error
 // answer than none, so there the connection ends, once all before it is answered, and the
 // device sends again.
 func (c *conn) refuse(token uint64, qos byte, reason mqtt.Reason) error {
-	c.b.m.refusedFor(reason)
+	return c.refuseAs(token, qos, reason, refusedLabel(reason))
+}
+
+func (c *conn) refuseAs(token uint64, qos byte, reason mqtt.Reason, label string) error {
+	c.b.m.refused.WithLabelValues(label).Inc()
 	c.dropMessage(token)
 	if qos == 0 || c.version == mqtt.V5 {
 		c.complete(token, reason)

@@ -686,7 +686,7 @@ func TestPublishAllocatesNothing(t *testing.T) {
 		}
 		defer store.Close()
 		cfg := broker.Config{Listeners: []broker.Listener{{Name: "lan", Protocol: "mqtt", Address: "127.0.0.1:0"}}}
-		b, err := broker.New(cfg, store, voidIntake{}, &allow{}, quiet, nil)
+		b, err := broker.New(cfg, store, voidIntake{}, &allow{}, nil, quiet, nil)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -54,7 +54,7 @@ func (b *Broker) restore() error {
 			row.disconnected = now.UnixMilli()
 			ops = append(ops, kv.Op{Key: sessionKey(id), Value: row.encode()})
 		}
-		s := &session{b: b, id: id, stored: true, version: row.version, era: row.era, expiry: row.expiry}
+		s := &session{b: b, id: id, stored: true, version: row.version, era: row.era, expiry: row.expiry, who: row.who}
 		s.endsAt = from.Add(time.Duration(row.expiry) * time.Second)
 		b.sessions[id] = s
 		return nil
@@ -79,6 +79,7 @@ func (b *Broker) restore() error {
 		if !mqtt.ValidFilter(sub.filter) {
 			return errors.New("no topic filter")
 		}
+		sub.answered = true
 		s.subs = append(s.subs, sub)
 		b.index(id, &sub)
 		return nil

@@ -190,7 +190,7 @@ func (d *deliverer) sendRetained(want *subscribed) {
 			if d.b.dropExpired(m, now) {
 				continue
 			}
-			if !d.b.auth.MaySubscribe(want.s.id, m.topic) {
+			if !want.s.held().MaySubscribe(m.topic) {
 				d.b.m.dropped(dropDenied)
 				continue
 			}

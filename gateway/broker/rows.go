@@ -12,7 +12,7 @@ import (
 
 // The broker's rows. Integers are big-endian. Written to disk: never renumber, never reuse.
 //
-//	session       's' 1 | client id                            -> 1 | mqtt version (1) | expiry s (4) | era (8) | disconnected, Unix ms (8; 0: connected)
+//	session       's' 1 | client id                            -> 1 | mqtt version (1) | expiry s (4) | era (8) | disconnected, Unix ms (8; 0: connected) | principal
 //	subscription  's' 2 | len (2) | client id | filter         -> 1 | options as in SUBSCRIBE (1) | identifier (4; 0: none)
 //	packet id     'q' | len (2) | client id | era (8) | id (2) -> 1
 //	retained      'r' | topic                                  -> 1 | received, Unix ms (8) | len (2) | client id | PUBLISH, MQTT 5
@@ -46,6 +46,7 @@ type sessionRow struct {
 	expiry       uint32
 	era          uint64
 	disconnected int64
+	who          string
 }
 
 func sessionKey(id string) []byte {
@@ -53,10 +54,11 @@ func sessionKey(id string) []byte {
 }
 
 func (r *sessionRow) encode() []byte {
-	b := append(make([]byte, 0, 22), rowVersion, byte(r.version))
+	b := append(make([]byte, 0, 22+len(r.who)), rowVersion, byte(r.version))
 	b = binary.BigEndian.AppendUint32(b, r.expiry)
 	b = binary.BigEndian.AppendUint64(b, r.era)
-	return binary.BigEndian.AppendUint64(b, uint64(r.disconnected))
+	b = binary.BigEndian.AppendUint64(b, uint64(r.disconnected))
+	return append(b, r.who...)
 }
 
 func (r *sessionRow) decode(b []byte) error {
@@ -67,6 +69,7 @@ func (r *sessionRow) decode(b []byte) error {
 	r.expiry = binary.BigEndian.Uint32(b[2:])
 	r.era = binary.BigEndian.Uint64(b[6:])
 	r.disconnected = int64(binary.BigEndian.Uint64(b[14:]))
+	r.who = string(b[22:])
 	return nil
 }
 

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"math"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	mochi "github.com/mochi-mqtt/server/v2"
@@ -28,24 +29,28 @@ type session struct {
 	client *mochi.Client // mochi's view of the session, made at the first SUBSCRIBE; under life
 	answer *capture      // the client's net.Conn; under life
 
-	mu      sync.Mutex // guards what follows; never held while waiting for anything
-	conn    *conn      // nil: offline
-	fresh   bool       // no connection has had it yet
-	gone    bool       // it has ended and is not in Broker.sessions any more
-	stored  bool       // it has rows
-	version mqtt.Version
-	era     uint64
-	expiry  uint32 // seconds that it outlives its connection; neverEnds: it does not end
-	endsAt  time.Time
-	timer   *time.Timer // to endsAt; nil: connected, or never
-	subs    []subscription
-	rx      map[uint16]*rx
-	waiting *pendingWill // nil: none
-	queue   queue
-	flights []flight // sent or to be sent again, in order
-	resend  int      // flights[resend:] were not sent on this connection yet
-	unacked int      // sent on this connection and not yet answered
-	lastID  uint16
+	rights atomic.Pointer[held] // nil: to be asked for
+
+	mu        sync.Mutex // guards what follows; never held while waiting for anything
+	conn      *conn      // nil: offline
+	fresh     bool       // no connection has had it yet
+	gone      bool       // it has ended and is not in Broker.sessions any more
+	forgotten bool       // nobody is to find it again; see Broker.End
+	stored    bool       // it has rows
+	version   mqtt.Version
+	era       uint64
+	who       string // principal of the last connection; "": nobody in particular
+	expiry    uint32 // seconds that it outlives its connection; neverEnds: it does not end
+	endsAt    time.Time
+	timer     *time.Timer // to endsAt; nil: connected, or never
+	subs      []subscription
+	rx        map[uint16]*rx
+	waiting   *pendingWill // nil: none
+	queue     queue
+	flights   []flight // sent or to be sent again, in order
+	resend    int      // flights[resend:] were not sent on this connection yet
+	unacked   int      // sent on this connection and not yet answered
+	lastID    uint16
 }
 
 const neverEnds = math.MaxUint32
@@ -60,7 +65,11 @@ type subscription struct {
 	retainAsPublished bool
 	retainHandling    byte
 	identifier        uint32 // 0: none
+	answered          bool   // its SUBACK is on its way, as far as Link.Covers must know
 }
+
+// requests says whether commands may come by the subscription.
+func (s *subscription) requests() bool { return !s.shared && s.qos > 0 && mayRequest(s.match) }
 
 // newEra gives a number that no earlier incarnation of a session had.
 func newEra() uint64 {
@@ -113,8 +122,18 @@ func (b *Broker) attach(c *conn, k *mqtt.Connect, expiry uint32, welcome func(pr
 
 	old := s.conn
 	fresh := s.fresh
-	// A session that ends with its connection ends when that is taken over, too.
-	ended := !fresh && (k.CleanStart || old != nil && s.expiry == 0)
+	who := principal(c.rights)
+	if c.ended.Load() { // by Broker.End, which has not found it here
+		s.mu.Unlock()
+		return errEnded
+	}
+	if old != nil && !old.ended.Load() && s.who != "" && s.who != who {
+		s.mu.Unlock()
+		return &refusal{mqtt.NotAuthorized, "the client id is in use by somebody else"}
+	}
+	// A session that ends with its connection ends when that is taken over, too; and nobody
+	// inherits somebody else's.
+	ended := !fresh && (k.CleanStart || old != nil && s.expiry == 0 || s.who != who || s.forgotten)
 	var (
 		ops   []kv.Op
 		wills []*will
@@ -134,16 +153,24 @@ func (b *Broker) attach(c *conn, k *mqtt.Connect, expiry uint32, welcome func(pr
 		ops = s.clearLocked(ops)
 		s.era = newEra()
 	}
+	withdrawn := 0
+	if !fresh && !ended { // the rights may be others than when it was here last
+		ops, withdrawn = s.withdrawLocked(c.rights, ops)
+	}
 	if s.timer != nil {
 		s.timer.Stop()
 		s.timer = nil
 	}
-	s.conn, s.fresh, s.expiry, s.version = c, false, expiry, c.version
+	s.conn, s.fresh, s.expiry, s.version, s.who, s.forgotten = c, false, expiry, c.version, who, false
+	s.rights.Store(&held{c.rights})
+	for i := range s.subs {
+		s.subs[i].answered = true
+	}
 	s.resend, s.unacked = 0, 0
 	switch {
 	case expiry > 0:
 		s.stored = true
-		row := sessionRow{version: c.version, expiry: expiry, era: s.era}
+		row := sessionRow{version: c.version, expiry: expiry, era: s.era, who: who}
 		ops = append(ops, kv.Op{Key: sessionKey(s.id), Value: row.encode()})
 	case s.stored:
 		ops = s.dropRowsLocked(ops) // from now on it ends with the connection, also by a crash
@@ -154,6 +181,7 @@ func (b *Broker) attach(c *conn, k *mqtt.Connect, expiry uint32, welcome func(pr
 	c.sess = s
 	s.mu.Unlock()
 
+	s.tellWithdrawn(withdrawn)
 	if old != nil {
 		b.m.takeovers.Inc()
 		old.end(errTakenOver)
@@ -196,11 +224,11 @@ func (s *session) detach(c *conn) {
 	var ops []kv.Op
 	now := time.Now()
 	switch {
-	case s.expiry == 0:
+	case s.expiry == 0, s.forgotten:
 		ops = s.endLocked(ops)
 	default:
 		s.stored = true
-		row := sessionRow{version: s.version, expiry: s.expiry, era: s.era, disconnected: now.UnixMilli()}
+		row := sessionRow{version: s.version, expiry: s.expiry, era: s.era, disconnected: now.UnixMilli(), who: s.who}
 		ops = append(ops, kv.Op{Key: sessionKey(s.id), Value: row.encode()})
 		s.startTimerLocked(now)
 		if w != nil && w.delay > 0 && !stopping {
@@ -238,20 +266,8 @@ func (s *session) expire() {
 		s.mu.Unlock() // a connection was faster
 		return
 	}
-	var w *will
-	var ops []kv.Op
-	if s.waiting != nil { // a will is due at the end of the session at the latest
-		w = s.waiting.will
-		ops = s.stopWillLocked(ops)
-	}
-	ops = s.endLocked(ops)
-	s.mu.Unlock()
 	s.b.m.expired.Inc()
-	if w != nil {
-		s.b.publishWill(s.id, w, ops...)
-		return
-	}
-	s.b.apply(ops)
+	s.endOffline()
 }
 
 // endLocked ends the session: the next connection of this client finds none.

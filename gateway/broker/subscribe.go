@@ -68,11 +68,34 @@ func (c *conn) subscribe(frame []byte) error {
 	if err != nil {
 		return err
 	}
+	token, requests, err := c.subscribeTo(k)
+	if err != nil || c.link == nil || !requests {
+		return err
+	}
+	// The watcher is told when the SUBACK is in out, from this goroutine: it is not worth more.
+	if err := c.awaitAnswer(token); err != nil {
+		return err
+	}
+	s := c.sess
+	s.mu.Lock()
+	for _, f := range k.Filters {
+		if i := s.subLocked(f.Filter); i >= 0 && s.conn == c {
+			s.subs[i].answered = true
+		}
+	}
+	s.mu.Unlock()
+	c.b.watcher.Subscribed(c.link)
+	return nil
+}
+
+// subscribeTo makes the subscriptions and hands the SUBACK in as token. requests says whether
+// commands may come by one of them.
+func (c *conn) subscribeTo(k *mqtt.Subscribe) (token uint64, requests bool, err error) {
 	s := c.sess
 	s.life.Lock()
 	defer s.life.Unlock()
 	if !s.owns(c) {
-		return errTakenOver
+		return 0, false, errTakenOver
 	}
 	client, got := s.mochiClient(c)
 	pk := packets.Packet{
@@ -86,12 +109,12 @@ func (c *conn) subscribe(frame []byte) error {
 			RetainHandling: f.RetainHandling, Identifier: int(k.SubscriptionID),
 		}
 	}
-	got.refused = s.judge(k)
+	got.refused = s.judge(k, c.rights)
 	if err := c.b.server.InjectPacket(client, pk); err != nil {
-		return fmt.Errorf("subscribe: %w", err)
+		return 0, false, fmt.Errorf("subscribe: %w", err)
 	}
 	if len(got.packet) == 0 || len(got.reasons) != len(k.Filters) {
-		return errors.New("subscribe: mochi gave no SUBACK")
+		return 0, false, errors.New("subscribe: mochi gave no SUBACK")
 	}
 
 	want := &subscribed{s: s, c: c}
@@ -105,6 +128,13 @@ func (c *conn) subscribe(frame []byte) error {
 		sub.qos = f.QoS
 		sub.noLocal, sub.retainAsPublished, sub.retainHandling = f.NoLocal, f.RetainAsPublished, f.RetainHandling
 		sub.identifier = k.SubscriptionID
+		if sub.requests() {
+			requests = true
+			i := s.subLocked(sub.filter)
+			sub.answered = i >= 0 && s.subs[i].qos > 0 && s.subs[i].answered
+		} else {
+			sub.answered = true
+		}
 		existed := s.putLocked(sub)
 		if !sub.shared && f.RetainHandling != 2 && (f.RetainHandling == 0 || !existed) {
 			want.subs = append(want.subs, sub)
@@ -119,27 +149,45 @@ func (c *conn) subscribe(frame []byte) error {
 	if len(want.subs) > 0 {
 		a.retain = want
 	}
-	return c.answerAfter(ops, a)
+	token, err = c.answerAfter(ops, a)
+	return token, requests, err
 }
 
 // answerAfter gives an answer when ops are committed.
-func (c *conn) answerAfter(ops []kv.Op, a *answer) error {
+func (c *conn) answerAfter(ops []kv.Op, a *answer) (token uint64, err error) {
 	if c.maxPacket > 0 && len(a.packet) > int(c.maxPacket) {
-		return &refusal{mqtt.PacketTooLarge, "the answer is larger than the client's maximum packet size"}
+		return 0, &refusal{mqtt.PacketTooLarge, "the answer is larger than the client's maximum packet size"}
 	}
-	token, err := c.reserve(&slot{kind: slotRaw, raw: a})
+	token, err = c.reserve(&slot{kind: slotRaw, raw: a})
 	if err != nil {
-		return err
+		return 0, err
 	}
 	if len(ops) == 0 {
 		c.complete(token, mqtt.Success)
-		return nil
+		return token, nil
 	}
-	return c.b.store.Apply(ops, c, token)
+	return token, c.b.store.Apply(ops, c, token)
+}
+
+// awaitAnswer waits until the answer in slot token is in out.
+func (c *conn) awaitAnswer(token uint64) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.dirty { // it may be in out already, and this goroutine be the one to have it written
+		c.dirty = false
+		c.startFlushLocked()
+	}
+	for c.head <= token && !c.ending {
+		c.cond.Wait()
+	}
+	if c.ending {
+		return errEnded
+	}
+	return nil
 }
 
 // judge finds the filters of a SUBSCRIBE that are refused, and why.
-func (s *session) judge(k *mqtt.Subscribe) map[string]mqtt.Reason {
+func (s *session) judge(k *mqtt.Subscribe, rights Rights) map[string]mqtt.Reason {
 	refused := map[string]mqtt.Reason{}
 	s.mu.Lock()
 	room := s.b.cfg.MaxSubscriptions - len(s.subs)
@@ -158,7 +206,7 @@ func (s *session) judge(k *mqtt.Subscribe) map[string]mqtt.Reason {
 			refused[f.Filter] = mqtt.TopicFilterInvalid
 		case tooDeep(inner, s.b.cfg.MaxTopicLevels):
 			refused[f.Filter] = mqtt.TopicFilterInvalid
-		case !s.b.auth.MaySubscribe(s.id, inner):
+		case !rights.MaySubscribe(inner):
 			refused[f.Filter] = mqtt.NotAuthorized
 		}
 	}
@@ -218,7 +266,8 @@ func (c *conn) unsubscribe(frame []byte) error {
 			}
 		}
 	}
-	return c.answerAfter(ops, &answer{packet: got.packet})
+	_, err = c.answerAfter(ops, &answer{packet: got.packet})
+	return err
 }
 
 // owns says whether c is still the session's connection.

@@ -14,12 +14,14 @@ import (
 type will struct {
 	message mqtt.Publish
 	delay   time.Duration // 0: at once
+	rights  Rights        // of the connection; nil: it has waited, and what the client may is asked again
 }
 
 // newWill copies k. The delay is not longer than the session, at whose end a will is due.
-func newWill(k *mqtt.Will, expiry uint32) *will {
+func newWill(k *mqtt.Will, expiry uint32, rights Rights) *will {
 	w := &will{
-		delay: time.Duration(min(k.Delay, expiry)) * time.Second,
+		rights: rights,
+		delay:  time.Duration(min(k.Delay, expiry)) * time.Second,
 		message: mqtt.Publish{
 			QoS: k.QoS, Retain: k.Retain, Topic: []byte(k.Topic), Payload: k.Payload,
 			UTF8: k.UTF8, HasExpiry: k.HasExpiry, Expiry: k.Expiry,
@@ -51,6 +53,7 @@ func willKey(id string) []byte { return append([]byte{kv.PrefixWill}, id...) }
 // waitWillLocked has w published after its delay, unless the client comes back before.
 func (s *session) waitWillLocked(ops []kv.Op, w *will, from time.Time) []kv.Op {
 	due := from.Add(w.delay)
+	w.rights = nil
 	s.waiting = &pendingWill{will: w, due: due}
 	s.startWillLocked()
 	m := newMessage(s.id, w.message.Topic, &w.message, w.message.Retain)
@@ -100,7 +103,11 @@ func (b *Broker) publishWill(id string, w *will, ops ...kv.Op) {
 
 func (b *Broker) handInWill(id string, w *will, ops []kv.Op) bool {
 	p := &w.message
-	if !b.auth.MayPublish(id, p.Topic) {
+	rights := w.rights
+	if rights == nil {
+		rights = b.auth.Rights(id)
+	}
+	if !rights.MayPublish(p.Topic) {
 		b.m.refusedFor(mqtt.NotAuthorized)
 		b.log.Warn("will refused: not authorized", "client", id, "topic", string(p.Topic))
 		return false

@@ -14,10 +14,9 @@ import (
 	"unicode/utf8"
 )
 
-const maxDepth = 16 // of nesting in a body
-
 // decodeStrict reads one JSON object into v, a pointer to a struct. encoding/json alone takes doubled names, names in other
-// letters, null anywhere and bytes that are not UTF-8, and does not say where an unknown name stands.
+// letters, null anywhere and bytes that are not UTF-8, and does not say where an unknown name stands. A text that is nested
+// deeper than the type is refused where it becomes so.
 func decodeStrict(b []byte, v any) error {
 	if len(bytes.TrimSpace(b)) == 0 {
 		return failf(codeBadBody, "body is empty: send a JSON object")
@@ -27,7 +26,7 @@ func decodeStrict(b []byte, v any) error {
 	}
 	w := walker{dec: json.NewDecoder(bytes.NewReader(b))}
 	w.dec.UseNumber()
-	if err := w.value(reflect.TypeOf(v).Elem(), 0); err != nil {
+	if err := w.value(reflect.TypeOf(v).Elem()); err != nil {
 		return w.failure(err, len(b))
 	}
 	if _, err := w.dec.Token(); !errors.Is(err, io.EOF) {
@@ -69,10 +68,7 @@ func (w *walker) failure(err error, size int) error {
 
 var textType = reflect.TypeFor[encoding.TextUnmarshaler]()
 
-func (w *walker) value(t reflect.Type, depth int) error {
-	if depth > maxDepth {
-		return place(fmt.Sprintf("nested deeper than %d levels", maxDepth))
-	}
+func (w *walker) value(t reflect.Type) error {
 	for t.Kind() == reflect.Pointer {
 		t = t.Elem()
 	}
@@ -85,10 +81,10 @@ func (w *walker) value(t reflect.Type, depth int) error {
 	case json.Delim:
 		switch {
 		case tok == '{' && want == "an object":
-			return w.object(t, depth)
+			return w.object(t)
 		case tok == '[' && want == "an array":
 			for i := 0; w.dec.More(); i++ {
-				if err := w.in(strconv.Itoa(i), t.Elem(), depth+1); err != nil {
+				if err := w.in(strconv.Itoa(i), t.Elem()); err != nil {
 					return err
 				}
 			}
@@ -134,16 +130,16 @@ func kindName(t reflect.Type) string {
 	}
 }
 
-func (w *walker) in(name string, t reflect.Type, depth int) error {
+func (w *walker) in(name string, t reflect.Type) error {
 	w.path = append(w.path, name)
-	if err := w.value(t, depth); err != nil {
+	if err := w.value(t); err != nil {
 		return err // with the path to it
 	}
 	w.path = w.path[:len(w.path)-1]
 	return nil
 }
 
-func (w *walker) object(t reflect.Type, depth int) error {
+func (w *walker) object(t reflect.Type) error {
 	var fields []jsonField
 	if t.Kind() == reflect.Struct {
 		fields = jsonFields(t)
@@ -173,7 +169,7 @@ func (w *walker) object(t reflect.Type, depth int) error {
 			}
 			elem = fields[i].typ
 		}
-		if err := w.in(name, elem, depth+1); err != nil {
+		if err := w.in(name, elem); err != nil {
 			return err
 		}
 	}

@@ -51,6 +51,7 @@ const (
 	codeDeviceExists    = "device_exists"
 	codeTooManyDevices  = "too_many_devices"
 	codeTokenExists     = "token_exists"
+	codeTooManyTokens   = "too_many_tokens"
 	codeLastAdmin       = "last_admin"
 	codeBodyTooLarge    = "body_too_large"
 	codeMediaType       = "unsupported_media_type"
@@ -83,6 +84,7 @@ var statuses = map[string]int{
 	codeDeviceExists:          http.StatusConflict,
 	codeTooManyDevices:        http.StatusConflict,
 	codeTokenExists:           http.StatusConflict,
+	codeTooManyTokens:         http.StatusConflict,
 	codeLastAdmin:             http.StatusConflict,
 	codeBodyTooLarge:          http.StatusRequestEntityTooLarge,
 	devices.CodeTooLarge:      http.StatusRequestEntityTooLarge,
@@ -122,8 +124,8 @@ func asFailure(err error) (f *failure, ok bool) {
 		f = &failure{code: codeNoLane, message: err.Error()}
 	case errors.Is(err, ErrTokenExists):
 		f = &failure{code: codeTokenExists, message: err.Error()}
-	case errors.Is(err, ErrBadToken):
-		f = &failure{code: codeInvalidToken, message: err.Error()}
+	case errors.Is(err, ErrTooManyTokens):
+		f = &failure{code: codeTooManyTokens, message: err.Error()}
 	case errors.Is(err, ErrNoToken):
 		f = &failure{code: codeNoToken, message: err.Error()}
 	case errors.Is(err, ErrLastAdmin):

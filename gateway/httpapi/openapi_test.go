@@ -182,6 +182,12 @@ var rows = map[string]row{
 		method: "POST", target: "/api/v1/tokens", body: `{"name":"ci","role":"operator","lifetime":"1h"}`,
 		fails: map[string]func(*rig) *answered{
 			"invalid_token": calls("POST", "/api/v1/tokens", body(`{"name":"a b","role":"viewer"}`)),
+			"too_many_tokens": func(r *rig) *answered {
+				for i := range 50 {
+					r.tokens.known[itoa(i)] = httpapi.Token{}
+				}
+				return r.ask("POST", "/api/v1/tokens", body(`{"name":"ci","role":"viewer"}`))
+			},
 			"token_exists": func(r *rig) *answered {
 				r.ask("POST", "/api/v1/tokens", body(`{"name":"ci","role":"viewer"}`))
 				return r.ask("POST", "/api/v1/tokens", body(`{"name":"ci","role":"viewer"}`))
@@ -229,7 +235,7 @@ var common = map[string]func(r *rig, w *row, op operation) *answered{
 		return w.call(r)
 	},
 	"internal": func(r *rig, w *row, _ operation) *answered {
-		r.tokens.panics = true
+		r.tokens.panics.Store(true)
 		return w.call(r)
 	},
 }

@@ -67,7 +67,8 @@ type Tokens interface {
 	Check(token string) (name string, role Role, ok bool)
 	// List gives them by name.
 	List() []Token
-	// Add makes one; secret is what the bearer shows, told this once. lifetime 0: it does not expire. ErrTokenExists, ErrBadToken.
+	// Add makes one; secret is what the bearer shows, told this once. lifetime 0: it does not expire. name
+	// is well formed. ErrTokenExists, ErrTooManyTokens.
 	Add(name string, role Role, lifetime time.Duration) (made Token, secret string, err error)
 	// Remove revokes one at once. ErrNoToken, ErrLastAdmin.
 	Remove(name string) error
@@ -75,10 +76,10 @@ type Tokens interface {
 
 // Errors of Tokens. Texts that wrap them name the way out.
 var (
-	ErrTokenExists = errors.New("there is a token of this name already")
-	ErrBadToken    = errors.New("not a token's name")
-	ErrNoToken     = errors.New("no such token")
-	ErrLastAdmin   = errors.New("the last token with role admin stays: add another one first")
+	ErrTokenExists   = errors.New("there is a token of this name already")
+	ErrTooManyTokens = errors.New("too many tokens")
+	ErrNoToken       = errors.New("no such token")
+	ErrLastAdmin     = errors.New("the last token with role admin stays: add another one first")
 )
 
 // Token is one bearer token, as it is shown. The secret is not part of it.

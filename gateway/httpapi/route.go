@@ -231,7 +231,7 @@ var table = []route{
 	{
 		method: "POST", path: "/api/v1/tokens", who: Admin, id: "add_token", summary: "Let somebody use this API.",
 		body: is[NewToken](), answers: []answer{{201, "It is valid. secret is shown this once.", is[TokenMade](), ""}},
-		fails: []string{codeInvalidToken, codeTokenExists}, h: (*Server).addToken,
+		fails: []string{codeInvalidToken, codeTokenExists, codeTooManyTokens}, h: (*Server).addToken,
 	},
 	{
 		method: "DELETE", path: "/api/v1/tokens/{name}", who: Admin, id: "remove_token", summary: "Revoke a token, at once.",

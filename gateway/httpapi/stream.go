@@ -1,7 +1,9 @@
 package httpapi
 
 import (
+	"errors"
 	"net/http"
+	"os"
 	"slices"
 	"strings"
 	"time"
@@ -69,7 +71,7 @@ func (s *Server) events(c *call) error {
 		if err == nil {
 			err = rc.Flush()
 		}
-		if err != nil && c.r.Context().Err() == nil {
+		if errors.Is(err, os.ErrDeadlineExceeded) { // else it went away
 			s.m.streamsCut.Inc()
 			s.log.Debug("event stream cut: its reader takes nothing", "who", c.who, "address", c.r.RemoteAddr, "err", err)
 		}
@@ -144,9 +146,7 @@ func (s *Server) awaitEnd(c *call, id string, pos uint64, wait time.Duration) (d
 		return s.p.Commands.Get(id)
 	}
 	defer give(s.waiters)
-	rc := http.NewResponseController(c.w)
-	_ = rc.SetReadDeadline(time.Now().Add(wait + readTimeout)) // else the server's ends the request
-	_ = rc.SetWriteDeadline(time.Now().Add(wait + writeTimeout))
+	_ = http.NewResponseController(c.w).SetWriteDeadline(time.Now().Add(wait + writeTimeout)) // else the answer comes too late
 	timer := time.NewTimer(wait)
 	defer timer.Stop()
 	var batch []*happening

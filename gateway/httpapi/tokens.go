@@ -1,6 +1,12 @@
 package httpapi
 
-import "net/http"
+import (
+	"net/http"
+	"regexp"
+)
+
+// tokenName is what fits into a path and a line of the log.
+var tokenName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._@-]{0,63}$`)
 
 func (s *Server) listTokens(c *call) error {
 	l := TokenList{Tokens: s.p.Tokens.List()}
@@ -16,6 +22,9 @@ func (s *Server) addToken(c *call) error {
 		return err
 	}
 	c.object = b.Name
+	if !tokenName.MatchString(b.Name) {
+		return failf(codeInvalidToken, "name is %.64q: it has 1 to 64 letters, digits or any of . _ @ -, and begins with a letter or digit", b.Name)
+	}
 	life, err := lifetime(codeInvalidToken, "lifetime", b.Lifetime)
 	if err != nil {
 		return err

@@ -24,6 +24,7 @@ var arrows = map[string][]string{
 	"bridge":                 {"bridge/wire", "spool"},
 	"bridge/wire":            {},
 	"bridge/cloud":           {"bridge/wire"},
+	"bridge/cloud/example":   {"bridge/cloud", "bridge/mqttup", "bridge/wire"},
 	"bridge/mqttup":          {"bridge", "bridge/wire"},
 	"bridge/bridgetest":      {"bridge", "bridge/wire"},
 	"spool":                  {"internal/kv"},

@@ -14,6 +14,10 @@ var figures = []figure{
 	{4, "Bytes on the upstream wire", measureWire},
 	{5, "Memory at rest", measureIdle},
 	{6, "Start with a full spool", measureStart},
+	{7, "Commands: devices that come back all at once", measureReturn},
+	{8, "Commands: from the request to the device", measureWay},
+	{9, "Commands: submitting", measureSubmit},
+	{10, "A registry with many devices", measureRegistry},
 }
 
 // storeFolder is where a gateway keeps its store below its data folder.

@@ -25,15 +25,18 @@ func main() { os.Exit(run(context.Background(), os.Args[1:], os.Stdout, os.Stder
 
 // config of a run.
 type config struct {
-	bin     string        // the gateway
-	self    string        // this program, for the baselines
-	dir     string        // temporary data
-	seconds time.Duration // of one round
-	rounds  int
-	backlog int     // messages of the drain
-	spoolGB float64 // spooled for the start
-	idle    int     // idle connections
-	log     io.Writer
+	bin      string        // the gateway
+	self     string        // this program, for the baselines
+	dir      string        // temporary data
+	seconds  time.Duration // of one round
+	rounds   int
+	backlog  int     // messages of the drain
+	spoolGB  float64 // spooled for the start
+	idle     int     // idle connections
+	devices  int     // that come back at once
+	commands int     // submitted over the upstream topic
+	registry int     // devices registered
+	log      io.Writer
 }
 
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
@@ -53,6 +56,9 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	flags.IntVar(&c.rounds, "rounds", 3, "rounds of each figure")
 	flags.IntVar(&c.backlog, "backlog", 1_000_000, "messages to drain")
 	flags.IntVar(&c.idle, "idle", 5000, "idle connections")
+	flags.IntVar(&c.devices, "devices", 10_000, "devices that come back at once")
+	flags.IntVar(&c.commands, "commands", 100_000, "commands submitted over the upstream topic")
+	flags.IntVar(&c.registry, "registry", 100_000, "devices registered")
 	flags.Float64Var(&c.spoolGB, "spool-gb", envFloat("BENCH_SPOOL_GB", 10), "gigabytes spooled before the start is timed")
 	only := flags.String("only", "", "figures to measure, by number, comma-separated (default: all)")
 	write := flags.String("write", "", "also write the results into this file, from its line \"## Results\" on")
@@ -62,6 +68,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	}
 	if *smoke {
 		c.seconds, c.rounds, c.backlog, c.idle, c.spoolGB = 500*time.Millisecond, 1, 20_000, 200, 0.05
+		c.devices, c.commands, c.registry = 200, 2000, 1000
 	}
 	var err error
 	if c.self, err = os.Executable(); err != nil {

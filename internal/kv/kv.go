@@ -25,6 +25,7 @@ const (
 	PrefixWill     = 'w' // broker: wills that wait for their delay
 	PrefixDevice   = 'v' // devices
 	PrefixCommand  = 'c' // devices: commands
+	PrefixToken    = 't' // gateway: bearer tokens of the HTTP API
 )
 
 // ErrClosed is returned by every call after Close, and handed to Done for what was

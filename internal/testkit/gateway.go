@@ -1,6 +1,7 @@
 package testkit
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -8,6 +9,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -51,11 +53,20 @@ type Status struct {
 		Balanced bool      `json:"balanced"`
 		Accounts []Account `json:"accounts"`
 	} `json:"ledger"`
+	Commands struct {
+		Queued     int    `json:"queued"`
+		Sent       int    `json:"sent"`
+		Delivered  int    `json:"delivered"`
+		InProgress int    `json:"in_progress"`
+		Submitted  uint64 `json:"submitted"`
+		Refused    uint64 `json:"refused"`
+	} `json:"commands"`
 	Upstreams []struct {
 		Name      string `json:"name"`
 		Connected bool   `json:"connected"`
 		LastError string `json:"last_error"`
 		InFlight  int    `json:"in_flight"`
+		Commands  bool   `json:"commands"` // they come down from it now
 	} `json:"upstreams"`
 }
 
@@ -88,6 +99,23 @@ func (a Account) Balance() error {
 		}
 	}
 	return nil
+}
+
+// AwaitCommands waits until commands come down from every upstream.
+func (g *Gateway) AwaitCommands(t T) {
+	t.Helper()
+	EventuallyNil(t, 20*time.Second, "commands come down", func() error {
+		s, err := g.Status()
+		if err != nil {
+			return err
+		}
+		for _, u := range s.Upstreams {
+			if !u.Commands {
+				return fmt.Errorf("not from %s", u.Name)
+			}
+		}
+		return nil
+	})
 }
 
 // Status asks the gateway how it is.
@@ -140,11 +168,39 @@ lines:
 }
 
 func (g *Gateway) fetch(path string) ([]byte, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	return g.Call(http.MethodGet, path, nil, http.StatusOK)
+}
+
+// Token is the administrator's, as the gateway has made it at its first start.
+func (g *Gateway) Token() (string, error) {
+	b, err := os.ReadFile(filepath.Join(g.Dir, "admin.token"))
+	return strings.TrimSpace(string(b)), err
+}
+
+// Call sends one request to the HTTP API as the administrator, and returns the body of the answer. Another status than one
+// of those that are wanted is an error. body nil: none; else it is sent as JSON.
+func (g *Gateway) Call(method, path string, body any, want ...int) ([]byte, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+g.HTTP+path, nil)
+	var content io.Reader
+	if body != nil {
+		b, err := json.Marshal(body)
+		if err != nil {
+			return nil, err
+		}
+		content = bytes.NewReader(b)
+	}
+	req, err := http.NewRequestWithContext(ctx, method, "http://"+g.HTTP+path, content)
 	if err != nil {
 		return nil, err
+	}
+	token, err := g.Token()
+	if err != nil {
+		return nil, err
+	}
+	req.Header.Set("Authorization", "Bearer "+token)
+	if body != nil {
+		req.Header.Set("Content-Type", "application/json")
 	}
 	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true}} // nothing left behind
 	resp, err := client.Do(req)
@@ -156,8 +212,8 @@ func (g *Gateway) fetch(path string) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	if resp.StatusCode != http.StatusOK {
-		return nil, fmt.Errorf("GET %s: %s: %.200s", path, resp.Status, b)
+	if !slices.Contains(want, resp.StatusCode) {
+		return nil, fmt.Errorf("%s %s: %s: %.300s", method, path, resp.Status, b)
 	}
 	return b, nil
 }

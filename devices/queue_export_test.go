@@ -1,0 +1,68 @@
+package devices
+
+import (
+	"context"
+	"time"
+)
+
+// Seams for the queue's tests.
+
+// Tick does what Run does in one turn.
+func (q *Queue) Tick(ctx context.Context) time.Duration { return q.tick(ctx) }
+
+// DevicesInMemory counts the devices that the queue holds in memory, and CommandsInMemory the commands.
+func (q *Queue) DevicesInMemory() int {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return len(q.devices)
+}
+
+func (q *Queue) CommandsInMemory() int {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return len(q.ids)
+}
+
+// TimersInMemory counts the commands that wait for a time.
+func (q *Queue) TimersInMemory() int {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return len(q.timers)
+}
+
+var ParseProgress = parseProgress
+
+const CommandTimerLook = queueLookGap * time.Millisecond
+
+// CommandRowAgain decodes a row of a command, makes of it what memory holds, and a row of that again.
+func CommandRowAgain(b []byte) (again []byte, err error) {
+	r, err := parseCommandRow(b)
+	if err != nil {
+		return nil, err
+	}
+	p, s := r.load(1, &queueDevice{name: r.Device})
+	q := &Queue{clock: openQueueClock(ClockSource{
+		Now: time.Now, Elapsed: func() time.Duration { return 0 }, Boot: func() (string, time.Duration) { return "", 0 }, Synced: func() bool { return true },
+	}, nil, 0, 0)}
+	q.command(p, s)
+	return encodeCommandRow(p.row(s)), nil
+}
+
+// ClockRowAgain is the same for the row of the clock; t is what the clock shows when it goes on from it.
+func ClockRowAgain(b []byte, src ClockSource) (again []byte, t int64, err error) {
+	r, err := parseClockRow(b)
+	if err != nil {
+		return nil, 0, err
+	}
+	again = encodeCommandRow(r)
+	c := openQueueClock(src, r, 0, 0)
+	c.row()
+	return again, c.now().t, nil
+}
+
+// BodyRow decodes what a command carries.
+func BodyRow(b []byte) ([]byte, error) {
+	var body commandBody
+	err := decodeCommandRow(b, "payload", &body)
+	return body.Payload, err
+}

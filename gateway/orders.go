@@ -1,0 +1,134 @@
+package gateway
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+
+	"holdfast/bridge"
+	"holdfast/bridge/mqttup"
+	"holdfast/bridge/wire"
+	"holdfast/devices"
+)
+
+// orders takes the commands that come down from one upstream. The upstream is acknowledged when a command is
+// stored, or when it is stored that it was refused: what comes while the link is down waits there, and what a crash
+// here left unacknowledged comes again and is known by its id.
+type orders struct {
+	gateway  string
+	upstream bridge.Config
+	queue    *devices.Queue
+	log      *slog.Logger
+
+	mu  sync.Mutex
+	up  bool
+	err string
+}
+
+func newOrders(gateway string, u bridge.Config, q *devices.Queue, log *slog.Logger) *orders {
+	return &orders{gateway: gateway, upstream: u, queue: q, log: log}
+}
+
+// Run takes commands until ctx ends.
+func (o *orders) Run(ctx context.Context) error {
+	opts := mqttup.CommandsFromConfig(o.upstream, o.gateway)
+	opts.Log = o.log
+	opts.OnState = o.link
+	return mqttup.TakeCommands(ctx, opts, wire.CommandFilter(o.gateway), o.take)
+}
+
+// link notes that the subscription has come up or ended.
+func (o *orders) link(up bool, err error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.up, o.err = up, ""
+	if err != nil {
+		o.err = err.Error()
+	}
+}
+
+// ready says whether commands come down, and why not.
+func (o *orders) ready() (up bool, err string) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.up, o.err
+}
+
+// take takes one publish. It returns at once; the publish is acknowledged when what follows from it is stored.
+func (o *orders) take(m mqttup.Incoming) {
+	gateway, device, action, ok := wire.ParseCommandTopic(m.Topic)
+	if !ok || gateway != o.gateway {
+		o.log.Warn("not a command's topic", "upstream", o.upstream.Name, "topic", m.Topic)
+		m.Ack()
+		return
+	}
+	stored := func(err error) {
+		if err == nil {
+			m.Ack()
+		}
+	}
+	var err error
+	switch action {
+	case wire.ActionSubmit:
+		err = o.submit(device, m.Payload, m.Retained, stored)
+	case wire.ActionCancel:
+		err = o.cancel(device, m.Payload, stored)
+	default:
+		err = o.refuse(device, "", devices.CodeInvalid,
+			fmt.Sprintf("there is no action %q: publish to …/cmd/%s/submit or …/cmd/%s/cancel", action, device, device), stored)
+	}
+	if err != nil {
+		// The store takes nothing more: the process is about to end, and the upstream will send it again.
+		o.log.Warn("command not stored", "upstream", o.upstream.Name, "device", device, "err", err)
+	}
+}
+
+func (o *orders) submit(device string, payload []byte, retained bool, stored func(error)) error {
+	s, err := wire.DecodeSubmit(payload)
+	switch {
+	case err != nil:
+		return o.refuse(device, s.ID, devices.CodeInvalid, err.Error(), stored)
+	case retained && s.ID == "":
+		return o.refuse(device, "", devices.CodeInvalid,
+			"a retained submit without an id would be a new command at each reconnect: give it an id, or do not retain it", stored)
+	}
+	r := request(device, &s)
+	r.Source, r.Upstream = "upstream "+o.upstream.Name, o.upstream.Name
+	return o.queue.Submit(&r, func(_ devices.Command, _ bool, err error) { stored(onlyStore(err)) })
+}
+
+func (o *orders) cancel(device string, payload []byte, stored func(error)) error {
+	c, err := wire.DecodeCancel(payload)
+	if err != nil {
+		return o.refuse(device, c.ID, devices.CodeInvalid, err.Error(), stored)
+	}
+	return o.queue.Cancel(device, c.ID, c.Reason, o.upstream.Name, func(_ devices.Command, err error) { stored(onlyStore(err)) })
+}
+
+func (o *orders) refuse(device, id, code, reason string, stored func(error)) error {
+	return o.queue.Refuse(&devices.Refusal{ID: id, Device: device, Code: code, Reason: reason}, o.upstream.Name, stored)
+}
+
+// onlyStore drops refusals: they are stored and told, which is all that an acknowledgement says.
+func onlyStore(err error) error {
+	if errors.As(err, new(*devices.Refusal)) {
+		return nil
+	}
+	return err
+}
+
+// request makes a queue's request of what the cloud or the API asks.
+func request(device string, s *wire.Submit) devices.Request {
+	r := devices.Request{
+		ID: s.ID, Device: device, Name: s.Name, Payload: s.Payload, ContentType: s.ContentType, TTL: time.Duration(s.TTL),
+		NotBefore: s.NotBefore.Time, ExecutionTimeout: time.Duration(s.ExecutionTimeout), MaxAttempts: s.MaxAttempts, OneWay: s.OneWay,
+		Urgent: s.Urgent, SupersedeKey: s.SupersedeKey, Feedback: devices.Feedback(s.Feedback),
+	}
+	if s.HasTTL && r.TTL <= 0 {
+		r.TTL = -1 // over before it began: for the queue to refuse
+	}
+	return r
+}
