@@ -84,18 +84,14 @@ func runGateway(ctx context.Context, p *program, args []string) error {
 	return nil
 }
 
-// reloader takes another configuration while it runs, as far as it can; the error says why not, and that the old one stays.
+// reloader takes another configuration while it runs. later names the keys that need a restart; after an error the old one
+// stays. *gateway.Gateway is one.
 type reloader interface {
-	Reload(c *config.Config) error
+	Reload(c *config.Config) (later []string, err error)
 }
 
 // reload reads the configuration again and hands it to the gateway. What is wrong is told, and then everything stays as it is.
-func reload(log *slog.Logger, file string, g any) {
-	r, ok := g.(reloader)
-	if !ok {
-		log.Warn("SIGHUP: this version does not read its configuration again; restart it, no message is lost by that")
-		return
-	}
+func reload(log *slog.Logger, file string, g reloader) {
 	cfg, warnings, err := load(file)
 	var problems config.Problems
 	switch {
@@ -111,9 +107,13 @@ func reload(log *slog.Logger, file string, g any) {
 	for _, w := range warnings {
 		log.Warn("configuration", "key", w.Key, "line", w.Line, "warning", w.Text)
 	}
-	if err := r.Reload(cfg); err != nil {
+	later, err := g.Reload(cfg)
+	if err != nil {
 		log.Error("configuration not taken, the old one stays", "err", err)
 		return
+	}
+	if len(later) > 0 {
+		log.Warn("configuration has changes that need a restart", "keys", later)
 	}
 	log.Info("configuration read again", "file", file)
 }
