@@ -32,7 +32,10 @@ type command struct {
 	args    string // as the usage line shows them
 	summary string // one line, without a full stop
 	help    string // what else is to know; flags are listed by themselves
-	// run declares its flags in fs, has args parsed by it (see parse), and does it.
+	// words says what each argument is, for completion: device, command, token, role, file, dir, shell, or words to
+	// choose from, separated by "|".
+	words []string
+	// run declares its flags in a set, has args parsed by it (see parse), and does it. Nothing happens before parse.
 	run func(ctx context.Context, p *program, args []string) error
 }
 
@@ -44,11 +47,33 @@ func commands() []command {
 		configCheckCommand,
 		configPrintCommand,
 		statusCommand,
+		deviceAddCommand,
+		deviceListCommand,
+		deviceShowCommand,
+		deviceEnableCommand,
+		deviceDisableCommand,
+		deviceRemoveCommand,
+		deviceRotateCommand,
+		deviceImportCommand,
+		commandSendCommand,
+		commandListCommand,
+		commandShowCommand,
+		commandCancelCommand,
+		commandWatchCommand,
+		tokenAddCommand,
+		tokenListCommand,
+		tokenRemoveCommand,
+		certInitCommand,
+		certDeviceCommand,
+		certRotateCommand,
+		certRevokeCommand,
+		certListCommand,
 		cloudTailCommand,
 		cloudSendCommand,
 		spoolStatCommand,
 		spoolPeekCommand,
 		spoolVerifyCommand,
+		completionCommand,
 		versionCommand,
 	}
 }
@@ -58,6 +83,21 @@ type program struct {
 	cmd    command
 	stdout io.Writer // data
 	stderr io.Writer // everything else
+
+	// declared is where parse leaves the flags of a command whose flags are all that is asked for, see flagsOf; else nil.
+	declared *declaration
+}
+
+type declaration struct{ fs *flag.FlagSet }
+
+// flagsOf gives the flags that a command takes, without running it.
+func flagsOf(c command) *flag.FlagSet {
+	p := &program{cmd: c, stdout: io.Discard, stderr: io.Discard, declared: &declaration{}}
+	_ = c.run(context.Background(), p, nil) // parse ends it
+	if p.declared.fs == nil {
+		panic("holdfast " + c.name + " does something before it parses its flags")
+	}
+	return p.declared.fs
 }
 
 // Errors that say how to exit.
@@ -82,6 +122,11 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		return exitUsage
 	case slices.Contains([]string{"help", "--help", "-help", "-h"}, args[0]):
 		return p.help(args[1:])
+	case args[0] == completeWord: // of the scripts of holdfast completion, and of no use to anybody else
+		for _, c := range complete(ctx, args[1:]) {
+			fmt.Fprintln(stdout, c)
+		}
+		return exitDone
 	case args[0] == "--version" || args[0] == "-version":
 		args = []string{"version"}
 	}
@@ -143,10 +188,18 @@ func unknown(args []string) string {
 	if group := under(args[0]); len(group) > 0 {
 		if len(args) > 1 {
 			fmt.Fprintf(&b, "there is no command %q", args[0]+" "+args[1])
+			var words []string
+			for _, c := range group {
+				_, second, _ := strings.Cut(c.name, " ")
+				words = append(words, second)
+			}
+			if near := config.Nearest(args[1], words); near != "" {
+				fmt.Fprintf(&b, "; did you mean %q?", near)
+			}
 		} else {
 			fmt.Fprintf(&b, "%q needs one more word", args[0])
 		}
-		b.WriteString("; there are:\n")
+		b.WriteString("\nthere are:\n")
 		list(&b, group)
 		return strings.TrimRight(b.String(), "\n")
 	}
@@ -170,7 +223,13 @@ func list(w io.Writer, cs []command) {
 	for _, c := range cs {
 		width = max(width, len(c.name))
 	}
-	for _, c := range cs {
+	group := ""
+	for i, c := range cs {
+		first, _, _ := strings.Cut(c.name, " ")
+		if i > 0 && first != group && len(under(first))+len(under(group)) > 2 {
+			fmt.Fprintln(w)
+		}
+		group = first
 		fmt.Fprintf(w, "  holdfast %-*s  %s\n", width, c.name, c.summary)
 	}
 }
@@ -218,6 +277,10 @@ func (p *program) flags() *flag.FlagSet {
 
 // parse reads flags and arguments, in any order, and wants between least and most arguments.
 func (p *program) parse(fs *flag.FlagSet, args []string, least, most int) ([]string, error) {
+	if p.declared != nil {
+		p.declared.fs = fs
+		return nil, errHelped
+	}
 	var positional []string
 	for {
 		switch err := fs.Parse(args); {

@@ -35,11 +35,15 @@ func (p *program) table(rows ...[]string) {
 			}
 		}
 	}
-	w := tabwriter.NewWriter(p.stdout, 0, 0, 2, ' ', 0)
+	var b strings.Builder
+	w := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
 	for _, r := range rows {
-		fmt.Fprintln(w, strings.TrimRight(strings.Join(r, "\t"), "\t "))
+		fmt.Fprintln(w, strings.Join(r, "\t"))
 	}
-	_ = w.Flush()
+	_ = w.Flush() // to memory
+	for line := range strings.Lines(b.String()) {
+		fmt.Fprintln(p.stdout, strings.TrimRight(line, " \n"))
+	}
 }
 
 var figure = regexp.MustCompile(`^[0-9.]+( [KMG]?i?B)?$|^none$`)

@@ -2,12 +2,14 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"net"
 	"os"
 	"os/signal"
+	"sync"
 	"syscall"
 
 	"golang.org/x/term"
@@ -23,7 +25,8 @@ var runCommand = command{
 a device, everything is kept in ./holdfast-data. holdfast config print shows that configuration.
 
 It logs one line for each part and then "ready". SIGTERM or SIGINT (Ctrl-C) stop it in order
-within 10 s, a second one at once: that is no harm, every start is a recovery.
+within 10 s, a second one at once: that is no harm, every start is a recovery. SIGHUP reads the
+configuration and the files that it names again; if something is wrong with them, the old ones stay.
 Log lines go to stderr: text on a terminal, JSON otherwise, unless the configuration says.
 
 GOGC and GOMEMLIMIT in the environment are heeded; without them Holdfast keeps itself small.`,
@@ -45,7 +48,8 @@ func runGateway(ctx context.Context, p *program, args []string) error {
 		log.Warn("configuration", "key", w.Key, "line", w.Line, "warning", w.Text)
 	}
 	tuneMemory(log)
-	ctx, stop := onSignals(ctx, log)
+	hangups := make(chan struct{}, 1)
+	ctx, stop := onSignalsAnd(ctx, log, hangups)
 	defer stop()
 	go trimMemory(ctx)
 
@@ -57,12 +61,61 @@ func runGateway(ctx context.Context, p *program, args []string) error {
 	if *file == "" {
 		sayHow(log, g)
 	}
-	if err := g.Run(ctx); err != nil {
+	var reloads sync.WaitGroup
+	ended := make(chan struct{})
+	reloads.Go(func() {
+		for {
+			select {
+			case <-ended:
+				return
+			case <-hangups:
+				reload(log, *file, g)
+			}
+		}
+	})
+	err = g.Run(ctx)
+	close(ended)
+	reloads.Wait()
+	if err != nil {
 		log.Error("gateway failed", "err", err)
 		return errReported
 	}
 	log.Info("gateway stopped")
 	return nil
+}
+
+// reloader takes another configuration while it runs, as far as it can; the error says why not, and that the old one stays.
+type reloader interface {
+	Reload(c *config.Config) error
+}
+
+// reload reads the configuration again and hands it to the gateway. What is wrong is told, and then everything stays as it is.
+func reload(log *slog.Logger, file string, g any) {
+	r, ok := g.(reloader)
+	if !ok {
+		log.Warn("SIGHUP: this version does not read its configuration again; restart it, no message is lost by that")
+		return
+	}
+	cfg, warnings, err := load(file)
+	var problems config.Problems
+	switch {
+	case errors.As(err, &problems):
+		for _, p := range problems {
+			log.Error("configuration is wrong, the old one stays", "file", p.File, "key", p.Key, "line", p.Line, "problem", p.Text)
+		}
+		return
+	case err != nil:
+		log.Error("configuration cannot be read, the old one stays", "err", err)
+		return
+	}
+	for _, w := range warnings {
+		log.Warn("configuration", "key", w.Key, "line", w.Line, "warning", w.Text)
+	}
+	if err := r.Reload(cfg); err != nil {
+		log.Error("configuration not taken, the old one stays", "err", err)
+		return
+	}
+	log.Info("configuration read again", "file", file)
 }
 
 // sayHow tells a newcomer what to do next.
@@ -93,13 +146,21 @@ func logger(w io.Writer, c config.Log) *slog.Logger {
 	return slog.New(slog.NewJSONHandler(w, opts))
 }
 
-// onSignals gives a context that ends with the first SIGTERM or SIGINT; the second has its usual
-// effect. A log that nobody reads any more (SIGPIPE) is no reason to stop.
+// onSignals gives a context that ends with the first SIGTERM or SIGINT, or when the terminal is closed (SIGHUP); the second
+// has its usual effect. A log that nobody reads any more (SIGPIPE) is no reason to stop.
 func onSignals(parent context.Context, log *slog.Logger) (context.Context, func()) {
+	return onSignalsAnd(parent, log, nil)
+}
+
+// onSignalsAnd is onSignals, but SIGHUP is told to hangups, which holds one of them. nil: it ends the context.
+func onSignalsAnd(parent context.Context, log *slog.Logger, hangups chan<- struct{}) (context.Context, func()) {
 	ctx, cancel := context.WithCancel(parent)
 	got := make(chan os.Signal, 4)
 	signal.Ignore(syscall.SIGPIPE)
-	signal.Notify(got, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
+	signal.Notify(got, syscall.SIGTERM, syscall.SIGINT)
+	if hangups != nil || !signal.Ignored(syscall.SIGHUP) { // nohup means it
+		signal.Notify(got, syscall.SIGHUP)
+	}
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
@@ -108,8 +169,11 @@ func onSignals(parent context.Context, log *slog.Logger) (context.Context, func(
 			case <-ctx.Done():
 				return
 			case s := <-got:
-				if s == syscall.SIGHUP {
-					log.Warn("SIGHUP: this version does not read its configuration again; restart it, no message is lost by that")
+				if s == syscall.SIGHUP && hangups != nil {
+					select {
+					case hangups <- struct{}{}:
+					default: // one waits already: it will read what is there then
+					}
 					continue
 				}
 				log.Info("asked to stop", "signal", s.String())

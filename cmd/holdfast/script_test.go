@@ -56,6 +56,13 @@ func TestScripts(t *testing.T) {
 				}
 				env.Setenv(name, addr)
 			}
+			// Something that answers as the API of a gateway with a device, and the token for it.
+			f := newFakeGateway(t)
+			f.addDevice("valve", nil)
+			env.Setenv("API", f.address())
+			if err := os.WriteFile(filepath.Join(env.WorkDir, "token"), []byte(fakeToken), 0o600); err != nil {
+				return err
+			}
 			return writeCertificates(filepath.Join(env.WorkDir, "certs"))
 		},
 		Condition: func(cond string) (bool, error) {

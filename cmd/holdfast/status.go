@@ -3,49 +3,36 @@ package main
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
-	"io"
-	"net"
 	"net/http"
 	"strings"
-	"syscall"
 	"time"
 
 	"holdfast/gateway/httpapi"
 )
 
 var statusCommand = command{
-	name: "status", args: "[--config FILE | --address HOST:PORT] [--json]",
+	name: "status", args: "[--json] " + apiArgs,
 	summary: "Show on one screen what a running gateway is doing",
-	help: `It asks the gateway on this machine over HTTP: at --address, or at http.address of --config, or
-at 127.0.0.1:8080. The ledger says where every accepted message is: delivered, expired (too old),
-evicted (no space), parked (the upstream refused it for good) or still pending.`,
+	help: `The ledger says where every accepted message is: delivered, expired (too old), evicted (no space), parked (the
+upstream refused it for good) or still pending.
+
+` + apiHelp,
 	run: showStatus,
 }
 
 func showStatus(ctx context.Context, p *program, args []string) error {
 	fs := p.flags()
-	file := fs.String("config", "", "configuration `FILE` of the gateway")
-	address := fs.String("address", "", "`HOST:PORT` of its HTTP API")
+	api := apiFlagsIn(fs)
 	asJSON := fs.Bool("json", false, "print what GET /api/v1/status answers")
 	if _, err := p.parse(fs, args, 0, 0); err != nil {
 		return err
 	}
-	switch {
-	case *address != "" && *file != "":
-		return usagef("--config and --address exclude each other")
-	case *address == "":
-		cfg, _, err := load(*file)
-		if err != nil {
-			return err
-		}
-		if cfg.HTTP.Address == "" {
-			return fmt.Errorf("%s has no http.address: there is nobody to ask", *file)
-		}
-		*address = cfg.HTTP.Address
+	c, err := api.client()
+	if err != nil {
+		return err
 	}
-	b, err := fetchStatus(ctx, *address)
+	b, err := c.raw(ctx, http.MethodGet, "/api/v1/status", nil)
 	if err != nil {
 		return err
 	}
@@ -55,51 +42,13 @@ func showStatus(ctx context.Context, p *program, args []string) error {
 	}
 	var st httpapi.Status
 	if err := json.Unmarshal(b, &st); err != nil {
-		return fmt.Errorf("answer of %s is not that of a holdfast: %w", *address, err)
+		return fmt.Errorf("answer of %s is not that of a holdfast: %w", c.base, err)
 	}
-	p.printStatus(&st)
+	p.printStatus(&st, time.Now())
 	return nil
 }
 
-func fetchStatus(ctx context.Context, address string) ([]byte, error) {
-	host, port, err := net.SplitHostPort(address)
-	if err != nil {
-		return nil, usagef("--address %q is not HOST:PORT", address)
-	}
-	if ip := net.ParseIP(host); host == "" || ip != nil && ip.IsUnspecified() {
-		host = "127.0.0.1" // it listens everywhere, here too
-	}
-	address = net.JoinHostPort(host, port)
-	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
-	defer cancel()
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+address+"/api/v1/status", nil)
-	if err != nil {
-		return nil, err
-	}
-	client := http.Client{Transport: &http.Transport{Proxy: nil, DisableKeepAlives: true}}
-	resp, err := client.Do(req)
-	switch {
-	case errors.Is(err, syscall.ECONNREFUSED):
-		return nil, fmt.Errorf("no gateway answers at %s: start one with holdfast run, or say where it is with --address or --config", address)
-	case err != nil:
-		return nil, fmt.Errorf("ask %s: %w", address, err)
-	}
-	defer resp.Body.Close()
-	b, err := io.ReadAll(io.LimitReader(resp.Body, 16<<20))
-	if err != nil {
-		return nil, fmt.Errorf("ask %s: %w", address, err)
-	}
-	if resp.StatusCode != http.StatusOK {
-		var e httpapi.Error
-		if json.Unmarshal(b, &e) == nil && e.Error.Message != "" {
-			return nil, fmt.Errorf("%s answers: %s", address, e.Error.Message)
-		}
-		return nil, fmt.Errorf("%s answers %s: is that a holdfast?", address, resp.Status)
-	}
-	return b, nil
-}
-
-func (p *program) printStatus(st *httpapi.Status) {
+func (p *program) printStatus(st *httpapi.Status, now time.Time) {
 	state := "ready"
 	if !st.Ready {
 		state = "NOT READY: " + st.NotReady
@@ -122,6 +71,18 @@ func (p *program) printStatus(st *httpapi.Status) {
 	p.table(rows...)
 	fmt.Fprintf(p.stdout, "%s, %s, %s, %s\n", count(st.Broker.Connections, "connection"), count(st.Broker.Sessions, "session"),
 		count(st.Broker.Subscriptions, "subscription"), count(st.Broker.Retained, "retained message"))
+
+	d, q := &st.Devices, &st.Commands
+	fmt.Fprintf(p.stdout, "devices   %d registered, %d connected, %d disabled\n", d.Registered, d.Connected, d.Disabled)
+	fmt.Fprintf(p.stdout, "commands  %d queued, %d sent, %d delivered, %d in progress; since the start %d succeeded, %d ended otherwise, %d refused\n",
+		q.Queued, q.Sent, q.Delivered, q.InProgress, q.Succeeded, q.Failed, q.Refused)
+	for _, c := range st.Certificates {
+		if left := c.NotAfter.Sub(now); left < 0 {
+			fmt.Fprintf(p.stdout, "CERTIFICATE OF LISTENER %s ENDED on %s: %s (%s)\n", c.Listener, c.NotAfter.Format(time.DateOnly), c.Subject, c.File)
+		} else if left < soon {
+			fmt.Fprintf(p.stdout, "certificate of listener %s ends in %s, on %s: %s (%s)\n", c.Listener, shortAge(left), c.NotAfter.Format(time.DateOnly), c.Subject, c.File)
+		}
+	}
 
 	fmt.Fprintln(p.stdout)
 	p.printLanes(st.Lanes, true)

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"slices"
 	"strings"
 	"time"
 )
@@ -129,7 +130,8 @@ func (d *decoder) authorities(path, file string) {
 	}
 }
 
-// revocations checks that a list of revoked certificates is one, and that one of the authorities made it.
+// revocations checks that a file holds lists of revoked certificates, and that the authorities made them. There are
+// several while one authority replaces another.
 func (d *decoder) revocations(path, file, caFile string) {
 	if file == "" {
 		return
@@ -138,31 +140,47 @@ func (d *decoder) revocations(path, file, caFile string) {
 	if !ok {
 		return
 	}
-	if block, _ := pem.Decode(data); block != nil {
-		data = block.Bytes
+	ders := pemBlocks(data, "X509 CRL")
+	if len(ders) == 0 {
+		ders = [][]byte{data}
 	}
-	list, err := x509.ParseRevocationList(data)
-	if err != nil {
-		d.problem(path, "file %q holds no list of revoked certificates (CRL, PEM or DER)", file)
-		return
-	}
-	if !list.NextUpdate.IsZero() && time.Now().After(list.NextUpdate) {
-		d.warn(path, "the list was to be renewed by %s: what was revoked since is not in it; for one of holdfast cert: holdfast cert rotate crl",
-			list.NextUpdate.Format(time.DateOnly))
-	}
+	var authorities []*x509.Certificate
 	ca, err := os.ReadFile(caFile)
 	if err != nil {
 		return // told at client_ca
 	}
-	for len(ca) > 0 {
-		var block *pem.Block
-		if block, ca = pem.Decode(ca); block == nil {
-			break
-		}
-		cert, err := x509.ParseCertificate(block.Bytes)
-		if err == nil && list.CheckSignatureFrom(cert) == nil {
-			return
+	for _, der := range pemBlocks(ca, "CERTIFICATE") {
+		if cert, err := x509.ParseCertificate(der); err == nil {
+			authorities = append(authorities, cert)
 		}
 	}
-	d.problem(path, "none of the certificates in client_ca has signed the list in file %q", file)
+	for _, der := range ders {
+		list, err := x509.ParseRevocationList(der)
+		if err != nil {
+			d.problem(path, "file %q holds no list of revoked certificates (CRL, PEM or DER)", file)
+			return
+		}
+		if !slices.ContainsFunc(authorities, func(c *x509.Certificate) bool { return list.CheckSignatureFrom(c) == nil }) {
+			d.problem(path, "none of the certificates in client_ca has signed the list in file %q", file)
+			return
+		}
+		if !list.NextUpdate.IsZero() && time.Now().After(list.NextUpdate) {
+			d.warn(path, "the list was to be renewed by %s: what was revoked since is not in it; for one of holdfast cert: holdfast cert rotate crl",
+				list.NextUpdate.Format(time.DateOnly))
+		}
+	}
+}
+
+// pemBlocks gives what the blocks of a kind hold.
+func pemBlocks(data []byte, kind string) (ders [][]byte) {
+	for len(data) > 0 {
+		var block *pem.Block
+		if block, data = pem.Decode(data); block == nil {
+			break
+		}
+		if block.Type == kind {
+			ders = append(ders, block.Bytes)
+		}
+	}
+	return ders
 }

@@ -68,6 +68,9 @@ func parseSize(s string) (int64, error) {
 	return 0, errSize
 }
 
+// ParseDuration reads a duration as the file has it: 100ms, 1h30m, 7d or 0.
+func ParseDuration(s string) (time.Duration, error) { return parseDuration(s) }
+
 // parseDuration reads 100ms, 1h30m, 7d or 0. Units come from large to small, each once.
 func parseDuration(s string) (time.Duration, error) {
 	if s == "0" {
@@ -145,6 +148,9 @@ func formatSize(n int64) string {
 	}
 	return "0"
 }
+
+// FormatDuration writes what ParseDuration reads: 1h30m, 168h.
+func FormatDuration(d time.Duration) string { return formatDuration(d) }
 
 // formatDuration writes what parseDuration reads; days are left to those who write by hand.
 func formatDuration(d time.Duration) string {
