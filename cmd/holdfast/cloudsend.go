@@ -62,8 +62,8 @@ func checkBroker(o mqttup.Options) error {
 	return nil
 }
 
-// sending is one run of holdfast cloud send.
-type sending struct {
+// cloudSending is one run of holdfast cloud send.
+type cloudSending struct {
 	options         mqttup.Options
 	gateway, device string
 	submit          wire.Submit
@@ -78,9 +78,9 @@ type sending struct {
 }
 
 // readCloudSend reads flags and arguments.
-func readCloudSend(p *program, args []string) (*sending, error) {
+func readCloudSend(p *program, args []string) (*cloudSending, error) {
 	fs := p.flags()
-	s := &sending{stderr: &lockedWriter{w: p.stderr}}
+	s := &cloudSending{stderr: &lockedWriter{w: p.stderr}}
 	brokerFlags(fs, &s.options)
 	fs.StringVar(&s.gateway, "gateway", "", "the gateway's `ID`")
 	fs.StringVar(&s.submit.ID, "id", "", "the command's `ID`; without one it gets a new one")
@@ -176,7 +176,7 @@ func cloudSend(ctx context.Context, p *program, args []string) error {
 	return s.run(ctx, log)
 }
 
-func (s *sending) run(ctx context.Context, log *slog.Logger) error {
+func (s *cloudSending) run(ctx context.Context, log *slog.Logger) error {
 	id := s.cancel
 	if id == "" {
 		if s.submit.ID == "" {
@@ -244,7 +244,7 @@ func (s *sending) run(ctx context.Context, log *slog.Logger) error {
 	return s.sendSubmit(ctx, client, slow)
 }
 
-func (s *sending) sendCancel(ctx context.Context, client *cloud.Client) error {
+func (s *cloudSending) sendCancel(ctx context.Context, client *cloud.Client) error {
 	e, err := client.Cancel(ctx, s.gateway, s.device, s.cancel, s.reason)
 	if err != nil {
 		return s.explain(err, s.cancel)
@@ -258,7 +258,7 @@ func (s *sending) sendCancel(ctx context.Context, client *cloud.Client) error {
 	return nil
 }
 
-func (s *sending) sendSubmit(ctx context.Context, client *cloud.Client, slow *time.Timer) error {
+func (s *cloudSending) sendSubmit(ctx context.Context, client *cloud.Client, slow *time.Timer) error {
 	c, err := client.Submit(ctx, s.gateway, s.device, s.submit)
 	if c != nil {
 		defer c.Close()
@@ -295,12 +295,12 @@ func (s *sending) sendSubmit(ctx context.Context, client *cloud.Client, slow *ti
 	return nil
 }
 
-func (s *sending) succeeded(e wire.CommandEvent) bool {
+func (s *cloudSending) succeeded(e wire.CommandEvent) bool {
 	return e.State == "SUCCEEDED" || s.submit.OneWay && e.State == "DELIVERED"
 }
 
 // explain adds what became of the command if it is not followed to its end.
-func (s *sending) explain(err error, id string) error {
+func (s *cloudSending) explain(err error, id string) error {
 	var refused *cloud.RefusedError
 	if errors.As(err, &refused) {
 		if err := s.print(refused.Event); err != nil {

@@ -84,18 +84,8 @@ func runGateway(ctx context.Context, p *program, args []string) error {
 	return nil
 }
 
-// reloader takes another configuration while it runs, as far as it can; the error says why not, and that the old one stays.
-type reloader interface {
-	Reload(c *config.Config) error
-}
-
 // reload reads the configuration again and hands it to the gateway. What is wrong is told, and then everything stays as it is.
-func reload(log *slog.Logger, file string, g any) {
-	r, ok := g.(reloader)
-	if !ok {
-		log.Warn("SIGHUP: this version does not read its configuration again; restart it, no message is lost by that")
-		return
-	}
+func reload(log *slog.Logger, file string, g reloader) {
 	cfg, warnings, err := load(file)
 	var problems config.Problems
 	switch {
@@ -111,11 +101,20 @@ func reload(log *slog.Logger, file string, g any) {
 	for _, w := range warnings {
 		log.Warn("configuration", "key", w.Key, "line", w.Line, "warning", w.Text)
 	}
-	if err := r.Reload(cfg); err != nil {
+	later, err := g.Reload(cfg)
+	if err != nil {
 		log.Error("configuration not taken, the old one stays", "err", err)
 		return
 	}
-	log.Info("configuration read again", "file", file)
+	log.Info("configuration read again", "file", file, "in_force", "devices.roles, devices.anonymous, certificates")
+	if len(later) > 0 {
+		log.Warn("these keys have changed as well and need a restart", "keys", later)
+	}
+}
+
+// reloader is a gateway that takes another configuration while it runs.
+type reloader interface {
+	Reload(c *config.Config) (later []string, err error)
 }
 
 // sayHow tells a newcomer what to do next.

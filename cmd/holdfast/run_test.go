@@ -14,13 +14,14 @@ import (
 )
 
 type fakeReloader struct {
-	got *config.Config
-	err error
+	got   *config.Config
+	later []string
+	err   error
 }
 
-func (f *fakeReloader) Reload(c *config.Config) error {
+func (f *fakeReloader) Reload(c *config.Config) ([]string, error) {
 	f.got = c
-	return f.err
+	return f.later, f.err
 }
 
 func TestTheConfigurationIsReadAgain(t *testing.T) {
@@ -31,7 +32,7 @@ func TestTheConfigurationIsReadAgain(t *testing.T) {
 		taken bool
 		want  []string
 	}{
-		"right": {"gateway: { id: other }\n", nil, true, []string{"level=INFO msg=\"configuration read again\""}},
+		"right": {"gateway: { id: other }\n", nil, true, []string{"level=INFO msg=\"configuration read again\"", "need a restart", "keys=[spool]"}},
 		"warned of": {
 			"gateway: { id: other }\nspool: { durability: interval }\n", nil, true,
 			[]string{"level=WARN msg=configuration key=spool.durability", "read again"},
@@ -52,7 +53,7 @@ func TestTheConfigurationIsReadAgain(t *testing.T) {
 				t.Fatal(err)
 			}
 			var out syncBuffer
-			g := &fakeReloader{err: tc.err}
+			g := &fakeReloader{err: tc.err, later: []string{"spool"}}
 			reload(slog.New(slog.NewTextHandler(&out, nil)), file, g)
 			if (g.got != nil) != tc.taken || tc.taken && g.got.Gateway.ID != "other" {
 				t.Errorf("taken: %+v", g.got)
