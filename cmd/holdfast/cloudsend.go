@@ -50,16 +50,6 @@ func brokerFlags(fs *flag.FlagSet, o *mqttup.Options) {
 	fs.StringVar(&o.TLS.Key, "key", "", "its key, `FILE`")
 }
 
-// durationFlag declares a duration that has no default to show.
-func durationFlag(fs *flag.FlagSet, name, usage string) *time.Duration {
-	d := new(time.Duration)
-	fs.Func(name, usage, func(text string) (err error) {
-		*d, err = time.ParseDuration(text)
-		return err
-	})
-	return d
-}
-
 // checkBroker says what is wrong with brokerFlags.
 func checkBroker(o mqttup.Options) error {
 	o.ClientID = "holdfast" // a command that runs knows a better one
@@ -97,8 +87,8 @@ func readCloudSend(p *program, args []string) (*cloudSending, error) {
 	payload := fs.String("payload", "", "`TEXT` for the device")
 	file := fs.String("payload-file", "", "`FILE` whose bytes are for the device")
 	fs.StringVar(&s.submit.ContentType, "content-type", "", "`TYPE` of the payload")
-	ttl := durationFlag(fs, "ttl", "how long it may wait to be delivered, `D` such as 90s or 12h (none: 24h)")
-	execution := durationFlag(fs, "execution-timeout", "how long the device may take from delivered to an outcome, `D` (none: 5m)")
+	ttl := durationFlag(fs, "ttl", 0, "how long it may wait to be delivered, `D` such as 90s or 12h (none: 24h)")
+	execution := durationFlag(fs, "execution-timeout", 0, "how long the device may take from delivered to an outcome, `D` (none: 5m)")
 	fs.Func("not-before", "not to be sent before `TIME`, such as 2026-01-31T16:00:00Z", func(text string) error {
 		return s.submit.NotBefore.UnmarshalJSON([]byte(`"` + text + `"`))
 	})
@@ -111,7 +101,7 @@ func readCloudSend(p *program, args []string) (*cloudSending, error) {
 	fs.StringVar(&s.reason, "reason", "", "why, `TEXT`; with --cancel")
 	fs.BoolVar(&s.wait, "wait", false, "follow it to its end")
 	noWait := fs.Bool("no-wait", false, "end when the gateway has stored it; so it is without --wait")
-	timeout := durationFlag(fs, "timeout", "stop waiting after `D` (none: never)")
+	timeout := durationFlag(fs, "timeout", 0, "stop waiting after `D` (none: never)")
 	asJSON := fs.Bool("json", false, "print JSON, one object a line, as cloud tail --json does")
 	names, err := p.parse(fs, args, 1, 2)
 	if err != nil {

@@ -96,7 +96,7 @@ func commandSend(ctx context.Context, p *program, args []string) error {
 	if err != nil {
 		return err
 	}
-	sent := &sending{program: p, client: c, id: s.ID, device: device, json: *asJSON, body: body, tty: isTerminal(p.stdout)}
+	sent := &sentCommand{program: p, client: c, id: s.ID, device: device, json: *asJSON, body: body, tty: isTerminal(p.stdout)}
 	if !*wait {
 		cmd, err := sent.submit(ctx)
 		if err != nil {
@@ -136,8 +136,8 @@ func momentOf(s string, now time.Time) (time.Time, error) {
 
 func commandPath(id string) string { return "/api/v1/commands/" + url.PathEscape(id) }
 
-// sending is one command that is sent and, perhaps, followed.
-type sending struct {
+// sentCommand is one command that is sent and, perhaps, followed.
+type sentCommand struct {
 	*program
 	client     *apiClient
 	id, device string
@@ -153,7 +153,7 @@ type sending struct {
 const submitTries = 3
 
 // submit hands the command in. An answer that is lost is asked for again: by its id it is the same command.
-func (s *sending) submit(ctx context.Context) (cmd httpapi.Command, err error) {
+func (s *sentCommand) submit(ctx context.Context) (cmd httpapi.Command, err error) {
 	for try := 1; ; try++ {
 		err = s.client.call(ctx, http.MethodPost, devicePath(s.device, "commands"), rawJSON(s.body), &cmd)
 		var gone unreachableError
@@ -177,7 +177,7 @@ type rawJSON []byte
 func (r rawJSON) MarshalJSON() ([]byte, error) { return r, nil }
 
 // sayIfOffline tells why nothing happens yet. That it cannot be told is no error: the command is on its way.
-func (s *sending) sayIfOffline(ctx context.Context) {
+func (s *sentCommand) sayIfOffline(ctx context.Context) {
 	var d devices.Device
 	if s.client.call(ctx, http.MethodGet, devicePath(s.device), nil, &d) != nil || d.Presence.Connected || s.json {
 		return
@@ -188,7 +188,7 @@ func (s *sending) sayIfOffline(ctx context.Context) {
 var errEnded = errors.New("the command has ended")
 
 // wait submits the command and follows it to its end.
-func (s *sending) wait(ctx context.Context, timeout time.Duration) error {
+func (s *sentCommand) wait(ctx context.Context, timeout time.Duration) error {
 	ctx, stop := interruptible(ctx)
 	defer stop()
 	outer := ctx
@@ -282,7 +282,7 @@ func (s *sending) wait(ctx context.Context, timeout time.Duration) error {
 }
 
 // poll asks now and then.
-func (s *sending) poll(ctx context.Context, step func() error, submitted bool) error {
+func (s *sentCommand) poll(ctx context.Context, step func() error, submitted bool) error {
 	if !submitted {
 		if err := step(); err != nil {
 			return err
@@ -302,7 +302,7 @@ func (s *sending) poll(ctx context.Context, step func() error, submitted bool) e
 }
 
 // lookAgain asks how the command is and tells what was missed. A gateway that does not answer is no error: it comes back.
-func (s *sending) lookAgain(ctx context.Context) error {
+func (s *sentCommand) lookAgain(ctx context.Context) error {
 	var cmd httpapi.Command
 	err := s.client.call(ctx, http.MethodGet, commandPath(s.id), nil, &cmd)
 	var gone unreachableError
@@ -329,7 +329,7 @@ func (s *sending) lookAgain(ctx context.Context) error {
 }
 
 // told shows what is news.
-func (s *sending) told(cmd *httpapi.Command, ev httpapi.Event) {
+func (s *sentCommand) told(cmd *httpapi.Command, ev httpapi.Event) {
 	old := &s.seen
 	step := old.ID == "" || cmd.Updated.After(old.Updated) || cmd.Updated.Equal(old.Updated) && cmd.State != old.State && cmd.State > old.State
 	if step && cmd.State == old.State && cmd.Attempts == old.Attempts {
@@ -377,7 +377,7 @@ func progressText(p *devices.Progress) string {
 	return fmt.Sprintf("%d %%, %s", p.Percent, shown(p.Text, 60))
 }
 
-func (s *sending) progressLine(c *httpapi.Command) {
+func (s *sentCommand) progressLine(c *httpapi.Command) {
 	text := "              " + progressText(c.Progress)
 	if !s.tty {
 		s.line("%s", text)
@@ -387,7 +387,7 @@ func (s *sending) progressLine(c *httpapi.Command) {
 	s.shown = true
 }
 
-func (s *sending) line(format string, args ...any) {
+func (s *sentCommand) line(format string, args ...any) {
 	if s.json {
 		return
 	}
@@ -395,7 +395,7 @@ func (s *sending) line(format string, args ...any) {
 	fmt.Fprintf(s.stdout, format+"\n", args...)
 }
 
-func (s *sending) endLine() {
+func (s *sentCommand) endLine() {
 	if s.shown {
 		fmt.Fprintln(s.stdout)
 		s.shown = false
@@ -403,7 +403,7 @@ func (s *sending) endLine() {
 }
 
 // end tells the outcome; its result is no part of the events.
-func (s *sending) end(ctx context.Context) error {
+func (s *sentCommand) end(ctx context.Context) error {
 	var cmd httpapi.Command
 	if err := s.client.call(ctx, http.MethodGet, commandPath(s.id), nil, &cmd); err != nil {
 		cmd = s.seen

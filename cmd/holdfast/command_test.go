@@ -419,7 +419,7 @@ func streamOpen(ctx context.Context, t *testing.T, f *fakeGateway, n int) {
 // On a terminal each progress is written over the one before.
 func TestProgressStaysOnOneLineOfATerminal(t *testing.T) {
 	var out syncBuffer
-	s := &sending{program: &program{stdout: &out}, tty: true}
+	s := &sentCommand{program: &program{stdout: &out}, tty: true}
 	say := func(at int, st devices.State, p *devices.Progress) {
 		c := httpapi.Command{Command: devices.Command{ID: "c", State: st, Updated: fakeBegin.Add(time.Duration(at) * time.Second), Progress: p}}
 		s.told(&c, httpapi.Event{})

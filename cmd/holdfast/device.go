@@ -300,7 +300,7 @@ func (p *program) printDevices(list []devices.Device, now time.Time) {
 	for i := range list {
 		d := &list[i]
 		rows = append(rows, []string{
-			d.ID, orDash(shown(d.Name, 24)), d.Role, deviceState(d), seen(&d.Presence, now), orDash(d.Presence.Address), credentialKinds(d),
+			d.ID, orDash(shown(d.Name, 24)), d.Role, deviceState(d), seen(&d.Presence, now), orDash(d.Presence.Address), credentialKinds(d, now),
 		})
 	}
 	p.table(rows...)
@@ -346,13 +346,16 @@ func shortAge(d time.Duration) string {
 	return fmt.Sprintf("%dd", d/(24*time.Hour))
 }
 
-func credentialKinds(d *devices.Device) string {
+// credentialKinds tells what lets a device in: what has expired does not.
+func credentialKinds(d *devices.Device, now time.Time) string {
 	if d.Anonymous {
 		return "anonymous"
 	}
 	counts := map[string]int{}
 	for _, c := range d.Credentials {
-		counts[c.Kind]++
+		if c.Expires.IsZero() || c.Expires.After(now) {
+			counts[c.Kind]++
+		}
 	}
 	var kinds []string
 	for _, k := range slices.Sorted(maps.Keys(counts)) {
@@ -437,9 +440,9 @@ func (p *program) printDevice(d *devices.Device, now time.Time) {
 	}
 	rows := [][]string{{"CREDENTIAL", "KIND", "MADE", "EXPIRES", "FINGERPRINT"}}
 	for _, c := range d.Credentials {
-		expires := "never"
-		if !c.Expires.IsZero() {
-			expires = clockText(c.Expires)
+		expires := expiryText(c.Expires)
+		if !c.Expires.IsZero() && !c.Expires.After(now) {
+			expires += " (it has)"
 		}
 		rows = append(rows, []string{c.ID, c.Kind, clockText(c.Created), expires, c.Fingerprint})
 	}

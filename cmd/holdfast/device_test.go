@@ -118,7 +118,7 @@ func TestTheListOfDevices(t *testing.T) {
 	f.addDevice("a", func(d *devices.Device) {
 		connected(d)
 		d.Name = "Pump"
-		d.Credentials = []devices.Credential{{Kind: "token"}, {Kind: "certificate"}, {Kind: "token"}}
+		d.Credentials = []devices.Credential{{Kind: "token"}, {Kind: "certificate"}, {Kind: "token"}, {Kind: "password", Expires: fakeBegin}}
 	})
 	f.addDevice("b", func(d *devices.Device) {
 		d.Presence = devices.Presence{LastSeen: time.Now().Add(-3*time.Hour - time.Minute), Address: "10.0.0.8:1"}
@@ -294,7 +294,7 @@ func TestImportReportsEachBadLineAndGoesOn(t *testing.T) {
 	errs = regexp.MustCompile(` in [0-9.µm]+s\n`).ReplaceAllString(errs, "\n")
 	want := []string{
 		`d.csv: 4 registered, 0 updated, 0 skipped, 9 failed`,
-		`d.csv:11: f: has a password and a fingerprint: give one, and add the other with holdfast device`,
+		`d.csv:11: f: has a password and a fingerprint: give one of them`,
 		`d.csv:12: is not CSV: extraneous or missing " in quoted-field`,
 		`d.csv:3: has 1 fields, the first line names 7`,
 		`d.csv:4: c: labels: "hall" is not key=value; several are separated by ;`,
@@ -411,7 +411,7 @@ func TestImportStopsWhenNothingCanSucceed(t *testing.T) {
 		!strings.Contains(got.stderr, "the rest of the file was not tried: run the same again with --existing skip") {
 		t.Errorf("%d calls, %+v", f.called("POST"), got)
 	}
-	f.spoil = nil
+	f = newFakeGateway(t)
 	if got := f.ask(t, "device", "import", file, "--secrets", filepath.Join(t.TempDir(), "s")); got.code != 0 || len(f.devices) != 5000 {
 		t.Errorf("all of it: exit %d, %d devices, %s", got.code, len(f.devices), got.stderr)
 	}

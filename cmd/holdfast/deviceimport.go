@@ -403,7 +403,7 @@ func setColumn(d *httpapi.NewDevice, column, value string) error {
 	}
 	credential := func(c httpapi.NewCredential) error {
 		if d.Credential != nil {
-			return errors.New("has a password and a fingerprint: give one, and add the other with holdfast device")
+			return errors.New("has a password and a fingerprint: give one of them")
 		}
 		d.Credential = &c
 		return nil

@@ -84,6 +84,12 @@ func runGateway(ctx context.Context, p *program, args []string) error {
 	return nil
 }
 
+// reloader takes another configuration while it runs. later names the keys that need a restart; after an error the old one
+// stays. *gateway.Gateway is one.
+type reloader interface {
+	Reload(c *config.Config) (later []string, err error)
+}
+
 // reload reads the configuration again and hands it to the gateway. What is wrong is told, and then everything stays as it is.
 func reload(log *slog.Logger, file string, g reloader) {
 	cfg, warnings, err := load(file)
@@ -106,15 +112,10 @@ func reload(log *slog.Logger, file string, g reloader) {
 		log.Error("configuration not taken, the old one stays", "err", err)
 		return
 	}
-	log.Info("configuration read again", "file", file, "in_force", "devices.roles, devices.anonymous, certificates")
 	if len(later) > 0 {
-		log.Warn("these keys have changed as well and need a restart", "keys", later)
+		log.Warn("configuration has changes that need a restart", "keys", later)
 	}
-}
-
-// reloader is a gateway that takes another configuration while it runs.
-type reloader interface {
-	Reload(c *config.Config) (later []string, err error)
+	log.Info("configuration read again", "file", file)
 }
 
 // sayHow tells a newcomer what to do next.

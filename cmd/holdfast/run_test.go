@@ -32,7 +32,9 @@ func TestTheConfigurationIsReadAgain(t *testing.T) {
 		taken bool
 		want  []string
 	}{
-		"right": {"gateway: { id: other }\n", nil, true, []string{"level=INFO msg=\"configuration read again\"", "need a restart", "keys=[spool]"}},
+		"right": {"gateway: { id: other }\n", nil, true, []string{
+			"level=INFO msg=\"configuration read again\"", "level=WARN msg=\"configuration has changes that need a restart\" keys=\"[spool http]\"",
+		}},
 		"warned of": {
 			"gateway: { id: other }\nspool: { durability: interval }\n", nil, true,
 			[]string{"level=WARN msg=configuration key=spool.durability", "read again"},
@@ -53,7 +55,7 @@ func TestTheConfigurationIsReadAgain(t *testing.T) {
 				t.Fatal(err)
 			}
 			var out syncBuffer
-			g := &fakeReloader{err: tc.err, later: []string{"spool"}}
+			g := &fakeReloader{err: tc.err, later: []string{"spool", "http"}}
 			reload(slog.New(slog.NewTextHandler(&out, nil)), file, g)
 			if (g.got != nil) != tc.taken || tc.taken && g.got.Gateway.ID != "other" {
 				t.Errorf("taken: %+v", g.got)

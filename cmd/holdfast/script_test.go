@@ -8,6 +8,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/json"
 	"encoding/pem"
 	"errors"
 	"fmt"
@@ -77,6 +78,7 @@ func TestScripts(t *testing.T) {
 			"signal":  signalProcess,
 			"expand":  expand,
 			"waitfor": waitFor,
+			"secret":  secret,
 		},
 	})
 }
@@ -151,6 +153,13 @@ func waitFor(ts *testscript.TestScript, _ bool, args []string) {
 	})
 }
 
+// secret FILE: puts the secret of the JSON that the last command printed into the file.
+func secret(ts *testscript.TestScript, _ bool, args []string) {
+	var made struct{ Secret string }
+	ts.Check(json.Unmarshal([]byte(ts.ReadFile("stdout")), &made))
+	ts.Check(os.WriteFile(ts.MkAbs(args[0]), []byte(made.Secret), 0o600))
+}
+
 // signal SIGNAL DIR: sends the signal to the gateway that has the data directory open.
 func signalProcess(ts *testscript.TestScript, _ bool, args []string) {
 	b, err := os.ReadFile(filepath.Join(ts.MkAbs(args[1]), "holdfast.lock"))
@@ -222,7 +231,8 @@ func writeCertificates(dir string) error {
 }
 
 // mqttpub ADDRESS CLIENT QOS TOPIC PAYLOAD [CERTS]: publishes one message and prints what the answer
-// was; with a folder of certificates over TLS, showing the client's.
+// was; with a folder of certificates over TLS, showing the client's: those of writeCertificates, or of
+// holdfast cert. With PASSWORD_FILE in the environment it gives that password and its id as the user's name.
 func mqttpub(args []string) int {
 	addr, id, topic, payload := args[0], args[1], args[3], args[4]
 	qos, err := strconv.Atoi(args[2])
@@ -239,15 +249,28 @@ func mqttpub(args []string) int {
 			}
 		},
 	}
+	if file := os.Getenv("PASSWORD_FILE"); file != "" {
+		password, err := os.ReadFile(file)
+		if err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+		o.Connect.Username, o.Connect.HasUsername = id, true
+		o.Connect.Password, o.Connect.HasPassword = []byte(strings.TrimSpace(string(password))), true
+	}
 	if len(args) > 5 {
+		caFile, pairFile := "ca.pem", [2]string{"client.pem", "client.key"}
+		if _, err := os.Stat(filepath.Join(args[5], "ca.crt")); err == nil {
+			caFile, pairFile = "ca.crt", [2]string{"devices/" + id + ".crt", "devices/" + id + ".key"}
+		}
 		pool := x509.NewCertPool()
-		ca, err := os.ReadFile(filepath.Join(args[5], "ca.pem"))
+		ca, err := os.ReadFile(filepath.Join(args[5], caFile))
 		if err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			return 1
 		}
 		pool.AppendCertsFromPEM(ca)
-		pair, err := tls.LoadX509KeyPair(filepath.Join(args[5], "client.pem"), filepath.Join(args[5], "client.key"))
+		pair, err := tls.LoadX509KeyPair(filepath.Join(args[5], pairFile[0]), filepath.Join(args[5], pairFile[1]))
 		if err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			return 1

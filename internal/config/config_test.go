@@ -309,7 +309,7 @@ func TestProblems(t *testing.T) {
 			`g.yaml:4:34: devices.roles[0].publish[1]: "a#" is no topic filter: '+' stands for one whole level, '#' for all that follow and only at the end`,
 			`g.yaml:4:40: devices.roles[0].publish[2]: is empty: write a topic filter, such as "dt/#" or "cmd/{device}/req/#"`,
 			`g.yaml:4:57: devices.roles[0].subscribe[0]: "$share/g/a" is a shared subscription: write the filter without $share and the group, it holds for both`,
-			`g.yaml:5:15: devices.roles[1].name: "a b" has to be 1 to 32 letters, digits, '-', '_' or '.', and begin with a letter or digit`,
+			`g.yaml:5:15: devices.roles[1].name: "a b" has to be 1 to 64 letters, digits, '-', '_' or '.', and begin with a letter or digit`,
 			`g.yaml:7:15: devices.roles[3].name: "c" is the name of devices.roles[2] already`,
 			`g.yaml:7:46: devices.roles[3].limits.bytes_per_second: "5" has no unit: write a size with its unit: 64KiB, 512MiB, 8GiB`,
 			`g.yaml:7:70: devices.roles[3].limits.messages_per_second: is less than nothing; 0 means no limit`,

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"holdfast/bridge"
+	"holdfast/devices"
 	"holdfast/gateway/broker"
 	"holdfast/internal/mqtt"
 	"holdfast/spool"
@@ -300,7 +301,7 @@ func (d *decoder) checkDevices(dev *Devices) {
 	for i := range dev.Roles {
 		r := &dev.Roles[i]
 		path := fmt.Sprintf("devices.roles[%d]", i)
-		if d.name(path+".name", r.Name, 32) {
+		if d.name(path+".name", r.Name, devices.MaxRoleName) {
 			d.unique(path+".name", r.Name, names)
 		}
 		d.patterns(path+".publish", r.Publish, true)
