@@ -24,6 +24,9 @@ func (i *Identity) Device() string { return i.e.id }
 // Credential is the id of the credential that let it in; "": none, or a certificate that is not pinned.
 func (i *Identity) Credential() string { return i.credential }
 
+// Authenticated says whether it has shown a credential or a certificate that is its own; without, it came as devices.anonymous allows.
+func (i *Identity) Authenticated() bool { return i.credential != "" || i.certified }
+
 // MayPublish says whether it may publish to topic. It allocates nothing and follows changes of its role at once.
 func (i *Identity) MayPublish(topic []byte) bool {
 	role := i.e.role.Load()

@@ -101,3 +101,14 @@ func Held(r *Registry) (n int) {
 	r.entries.each(func(*entry) { n++ })
 	return n
 }
+
+// KnownIDs is of how many ids there is a trace in memory.
+func KnownIDs(r *Registry) (n int) {
+	for i := range r.entries.shards {
+		s := &r.entries.shards[i]
+		s.mu.Lock()
+		n += len(s.table)
+		s.mu.Unlock()
+	}
+	return n
+}

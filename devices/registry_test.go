@@ -184,7 +184,7 @@ func TestKnown(t *testing.T) {
 	wantErr(t, "unknown", s.Known("none"), devices.ErrUnknownDevice)
 }
 
-func TestListDevices(t *testing.T) {
+func TestListOfDevices(t *testing.T) {
 	s := newSite(t)
 	for i := range 25 {
 		d := devices.NewDevice{ID: fmt.Sprintf("d%02d", i), NoCredential: true, Labels: map[string]string{"site": fmt.Sprint("S", i%3)}}

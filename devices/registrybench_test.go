@@ -2,12 +2,14 @@ package devices_test
 
 import (
 	"fmt"
+	"runtime"
 	"slices"
 	"sync"
 	"testing"
 	"time"
 
 	"holdfast/devices"
+	"holdfast/internal/testkit"
 )
 
 // fill registers n devices, 128 at a time, and returns their tokens by number.
@@ -183,11 +185,32 @@ func TestMemoryIsBounded(t *testing.T) {
 	if n := devices.Held(s.Registry); n != 300+100 {
 		t.Errorf("%d devices in memory, 300 are in use and 100 may be kept", n)
 	}
+	testkit.Eventually(t, 10*time.Second, "forgetting ids that nobody holds", func() bool { return devices.KnownIDs(s.Registry) == 300+100 })
 	// Those that were held are still the ones that change.
 	if _, err := s.Patch(t.Context(), "device-000000", devices.DevicePatch{Enabled: ptr(false)}); err != nil {
 		t.Fatal(err)
 	}
 	if held[0].MayPublish([]byte("dt/x")) || !held[1].MayPublish([]byte("dt/x")) {
 		t.Error("a change of rights did not reach who holds them")
+	}
+}
+
+// TestWhatIsUsedStaysInMemory: a device that comes again and again does not pay for the many that come once.
+func TestWhatIsUsedStaysInMemory(t *testing.T) {
+	s := newSite(t)
+	devices.SetCache(s.Registry, 10)
+	secrets := fill(t, s, 100)
+	s.add(withPassword("d"))
+	s.mustLogin("d", password)
+	if n := s.hashes(func() {
+		for i, secret := range secrets {
+			s.mustLogin(fmt.Sprintf("device-%06d", i), secret)
+			if i%9 == 8 { // fewer than fit, so that it never is the one that was not used for longest
+				runtime.GC()
+				s.mustLogin("d", password)
+			}
+		}
+	}); n != 0 {
+		t.Errorf("its password was hashed %v times again", n)
 	}
 }

@@ -11,15 +11,18 @@ import (
 
 var errRefused = errors.New("disk reserve reached")
 
-// picky refuses what is handed in while it is told to.
+// picky refuses what is handed in, or loses it later, while it is told to.
 type picky struct {
-	rows   *rows
-	refuse atomic.Bool
+	rows         *rows
+	refuse, lose atomic.Bool
 }
 
 func (p *picky) Commit(ops []kv.Op, events []devices.Event, done func(error)) error {
 	if p.refuse.Load() {
 		return errRefused
+	}
+	if p.lose.Load() {
+		return p.rows.Commit(nil, nil, func(error) { done(errRefused) })
 	}
 	return p.rows.Commit(ops, events, done)
 }
@@ -59,4 +62,26 @@ func TestWhatTheJournalRefusesChangesNothing(t *testing.T) {
 		t.Errorf("%+v", c)
 	}
 	checkCounts(t, s)
+}
+
+// TestWhatIsNotStoredIsNotShown: the store failed after it had taken the rows.
+func TestWhatIsNotStoredIsNotShown(t *testing.T) {
+	p := &picky{}
+	s := newSite(t, func(s *site, _ *devices.RegistryConfig) { s.journal = p })
+	p.rows = s.rows
+	s.add(devices.NewDevice{ID: "d"})
+	p.lose.Store(true)
+	wantErr(t, "add", third(s.Add(t.Context(), devices.NewDevice{ID: "e"})), errRefused)
+	wantErr(t, "remove", s.Remove(t.Context(), "d"), errRefused)
+	wantErr(t, "get", second(s.Get("e")), devices.ErrUnknownDevice)
+	wantErr(t, "known", s.Known("e"), devices.ErrUnknownDevice)
+	if err := s.Known("d"); err != nil {
+		t.Error(err)
+	}
+	if k := s.kicksOf("d"); len(k) != 0 {
+		t.Errorf("kicked %+v", k)
+	}
+	if c := s.Counts().Registered; c != 1 {
+		t.Errorf("%d registered", c)
+	}
 }

@@ -297,13 +297,11 @@ func (p *pattern) covers(filter, own string) bool {
 			if i == 0 && strings.HasPrefix(name, "$") { // MQTT-4.7.2-1
 				return false
 			}
-		case name == "+":
-			return false // an id that looks like a wildcard gets no further than here either
 		case level == deviceLevel:
-			if own == "" || name != own {
+			if own == "" || name != own { // own is a device id: it is no wildcard
 				return false
 			}
-		case name != level:
+		case name != level: // + in filter, too
 			return false
 		}
 	}

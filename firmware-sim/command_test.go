@@ -412,7 +412,7 @@ func TestARestartInterruptsACommand(t *testing.T) {
 	s.order(d, "query", "query", `{"n":3}`)
 	f, stop := commanded(t, firmwaresim.Config{
 		Broker: "mqtt://" + s.Addr, NoSamples: true, Crash: 0.9, Seed: 1, MinBackoff: time.Millisecond, MaxBackoff: 10 * time.Millisecond, Drain: 20 * time.Second,
-		Execution: firmwaresim.Execution{Duration: 10 * time.Second, Names: map[string]firmwaresim.Behaviour{"query": firmwaresim.Query}},
+		Execution: firmwaresim.Execution{Duration: 3 * time.Second, Names: map[string]firmwaresim.Behaviour{"query": firmwaresim.Query}},
 	})
 	eventually(t, "the query to be begun again", func() bool {
 		x, _ := f.CommandLedger().Get(d, "query")

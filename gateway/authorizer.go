@@ -56,6 +56,15 @@ func (a authorizer) Rights(client string) broker.Rights { return rights{a.regist
 // rights is what one device may do.
 type rights struct{ *devices.Identity }
 
+// Principal says who was let in, so that nobody takes over another's connection or session: the device, once it has shown
+// that it is the one. Without credentials it is nobody in particular.
+func (r rights) Principal() string {
+	if !r.Authenticated() {
+		return ""
+	}
+	return r.Device()
+}
+
 // MayPublish implements broker.Rights.
 func (r rights) MayPublish(topic []byte) bool {
 	return !reserved(topic) && r.Identity.MayPublish(topic)

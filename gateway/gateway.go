@@ -273,7 +273,7 @@ func (g *Gateway) openBridges(context.Context) error {
 		})
 		g.bridges = append(g.bridges, b)
 		if u.Commands {
-			g.orders[u.Name] = newOrders(g.cfg.Gateway.ID, u, g.commands, log)
+			g.orders[u.Name] = newOrders(g.cfg.Gateway.ID, u, g.commands, log.With("upstream", u.Name))
 		}
 		lanes := u.Lanes
 		if lanes == nil {

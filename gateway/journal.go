@@ -87,7 +87,9 @@ func (j *journal) record(e *devices.Event, now int64, unsynced bool) spool.Recor
 		device = r.Device
 		topic = wire.CommandEventTopic(j.gateway, r.Device, r.ID, wire.StateRefused)
 		ev := wire.CommandEvent{
-			Gateway: j.gateway, Device: r.Device, ID: r.ID, State: wire.StateRefused, Final: true, At: at, ClockState: clockState,
+			Gateway: j.gateway, Device: r.Device, ID: r.ID, State: wire.StateRefused, At: at,
+			// Where another command of this id goes on, its followers must not take this for the end of it.
+			Final: r.Code != devices.CodeEnded && r.Code != devices.CodeConflict, ClockState: clockState,
 			Code: r.Code, Reason: r.Reason,
 		}
 		payload = ev.Encode()

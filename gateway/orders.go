@@ -61,7 +61,7 @@ func (o *orders) ready() (up bool, err string) {
 func (o *orders) take(m mqttup.Incoming) {
 	gateway, device, action, ok := wire.ParseCommandTopic(m.Topic)
 	if !ok || gateway != o.gateway {
-		o.log.Warn("not a command's topic", "upstream", o.upstream.Name, "topic", m.Topic)
+		o.log.Warn("not a command's topic", "topic", m.Topic)
 		m.Ack()
 		return
 	}
@@ -82,13 +82,15 @@ func (o *orders) take(m mqttup.Incoming) {
 	}
 	if err != nil {
 		// The store takes nothing more: the process is about to end, and the upstream will send it again.
-		o.log.Warn("command not stored", "upstream", o.upstream.Name, "device", device, "err", err)
+		o.log.Warn("command not stored", "device", device, "err", err)
 	}
 }
 
 func (o *orders) submit(device string, payload []byte, retained bool, stored func(error)) error {
 	s, err := wire.DecodeSubmit(payload)
 	switch {
+	case errors.Is(err, wire.ErrTooLarge):
+		return o.refuse(device, s.ID, devices.CodeTooLarge, err.Error(), stored)
 	case err != nil:
 		return o.refuse(device, s.ID, devices.CodeInvalid, err.Error(), stored)
 	case retained && s.ID == "":

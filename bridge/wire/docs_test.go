@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -152,10 +153,48 @@ func TestDocumentedExamplesAreReal(t *testing.T) {
 			t.Errorf("%s: %s", section, diff)
 		}
 	}
+	at := wire.Time{Time: time.Date(2026, 1, 31, 16, 0, 2, 125e6, time.UTC)}
+	step := wire.CommandEvent{
+		Gateway: "ward-3-east", Device: "bed-07", ID: epoch, Name: "setpoint", State: "SUCCEEDED", Previous: "IN_PROGRESS", Final: true, At: at,
+		ClockState: wire.ClockSynced, Attempts: 1, Source: "upstream cloud",
+	}
+	step.SetResult([]byte(`{"celsius":21.5}`), "application/json")
+	presence := wire.DeviceEvent{
+		Gateway: "ward-3-east", Device: "bed-07", State: wire.StateOffline, At: at, ClockState: wire.ClockSynced, Address: "10.0.0.7:50412",
+		Protocol: "MQTT 3.1.1", Reason: "keep-alive ran out",
+	}
+	if diff := cmp.Diff(block(t, "## Command events", "json"), string(step.Encode())+"\n"); diff != "" {
+		t.Error(diff)
+	}
+	if diff := cmp.Diff(block(t, "## Device events", "json"), string(presence.Encode())+"\n"); diff != "" {
+		t.Error(diff)
+	}
+	commands, err := os.ReadFile(filepath.Join("..", "..", "docs", "commands.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Contains(commands, append(step.Encode(), '\n')) {
+		t.Error("docs/commands.md shows another event")
+	}
 	if got, err := wire.DecodeGap([]byte(block(t, "## Gaps", "json"))); err != nil || got != gap {
 		t.Errorf("gap: %+v, %v", got, err)
 	}
 	if got, err := wire.DecodeState([]byte(block(t, "## Birth and death", "json"))); err != nil || got != state {
 		t.Errorf("state: %+v, %v", got, err)
+	}
+}
+
+// TestEveryKeyIsDocumented holds the tables of the page to the code: a key that is read is told of, with its limits in mind.
+func TestEveryKeyIsDocumented(t *testing.T) {
+	b, err := os.ReadFile(filepath.Join("..", "..", "docs", "commands.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, rest, _ := strings.Cut(string(b), "\n## Submit\n")
+	table, _, _ := strings.Cut(rest, "\n## ")
+	for _, key := range wire.SubmitKeys {
+		if !strings.Contains(table, "\n| `"+key+"` |") {
+			t.Errorf("docs/commands.md does not tell of the key %s", key)
+		}
 	}
 }

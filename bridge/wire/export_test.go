@@ -5,4 +5,5 @@ var (
 	EscapeLevel          = escapeLevel
 	UnescapeLevel        = unescapeLevel
 	NewBatchEncoderLevel = newBatchEncoder
+	SubmitKeys           = submitKeys
 )

@@ -62,8 +62,8 @@ func checkBroker(o mqttup.Options) error {
 	return nil
 }
 
-// sending is one run of holdfast cloud send.
-type sending struct {
+// cloudSending is one run of holdfast cloud send.
+type cloudSending struct {
 	options         mqttup.Options
 	gateway, device string
 	submit          wire.Submit
@@ -78,17 +78,17 @@ type sending struct {
 }
 
 // readCloudSend reads flags and arguments.
-func readCloudSend(p *program, args []string) (*sending, error) {
+func readCloudSend(p *program, args []string) (*cloudSending, error) {
 	fs := p.flags()
-	s := &sending{stderr: &lockedWriter{w: p.stderr}}
+	s := &cloudSending{stderr: &lockedWriter{w: p.stderr}}
 	brokerFlags(fs, &s.options)
 	fs.StringVar(&s.gateway, "gateway", "", "the gateway's `ID`")
 	fs.StringVar(&s.submit.ID, "id", "", "the command's `ID`; without one it gets a new one")
 	payload := fs.String("payload", "", "`TEXT` for the device")
 	file := fs.String("payload-file", "", "`FILE` whose bytes are for the device")
 	fs.StringVar(&s.submit.ContentType, "content-type", "", "`TYPE` of the payload")
-	ttl := fs.Duration("ttl", 0, "how long it may wait to be delivered, `D` such as 90s or 12h (none: 24h)")
-	execution := fs.Duration("execution-timeout", 0, "how long the device may take from delivered to an outcome, `D` (none: 5m)")
+	ttl := durationFlag(fs, "ttl", 0, "how long it may wait to be delivered, `D` such as 90s or 12h (none: 24h)")
+	execution := durationFlag(fs, "execution-timeout", 0, "how long the device may take from delivered to an outcome, `D` (none: 5m)")
 	fs.Func("not-before", "not to be sent before `TIME`, such as 2026-01-31T16:00:00Z", func(text string) error {
 		return s.submit.NotBefore.UnmarshalJSON([]byte(`"` + text + `"`))
 	})
@@ -101,7 +101,7 @@ func readCloudSend(p *program, args []string) (*sending, error) {
 	fs.StringVar(&s.reason, "reason", "", "why, `TEXT`; with --cancel")
 	fs.BoolVar(&s.wait, "wait", false, "follow it to its end")
 	noWait := fs.Bool("no-wait", false, "end when the gateway has stored it; so it is without --wait")
-	fs.DurationVar(&s.timeout, "timeout", 0, "stop waiting after `D` (none: never)")
+	timeout := durationFlag(fs, "timeout", 0, "stop waiting after `D` (none: never)")
 	asJSON := fs.Bool("json", false, "print JSON, one object a line, as cloud tail --json does")
 	names, err := p.parse(fs, args, 1, 2)
 	if err != nil {
@@ -109,7 +109,7 @@ func readCloudSend(p *program, args []string) (*sending, error) {
 	}
 	given := map[string]bool{}
 	fs.Visit(func(f *flag.Flag) { given[f.Name] = true })
-	s.device = names[0]
+	s.device, s.timeout = names[0], *timeout
 	s.submit.TTL, s.submit.HasTTL = wire.Duration(*ttl), given["ttl"]
 	s.submit.ExecutionTimeout = wire.Duration(*execution)
 	s.submit.Payload = []byte(*payload)
@@ -176,7 +176,7 @@ func cloudSend(ctx context.Context, p *program, args []string) error {
 	return s.run(ctx, log)
 }
 
-func (s *sending) run(ctx context.Context, log *slog.Logger) error {
+func (s *cloudSending) run(ctx context.Context, log *slog.Logger) error {
 	id := s.cancel
 	if id == "" {
 		if s.submit.ID == "" {
@@ -244,7 +244,7 @@ func (s *sending) run(ctx context.Context, log *slog.Logger) error {
 	return s.sendSubmit(ctx, client, slow)
 }
 
-func (s *sending) sendCancel(ctx context.Context, client *cloud.Client) error {
+func (s *cloudSending) sendCancel(ctx context.Context, client *cloud.Client) error {
 	e, err := client.Cancel(ctx, s.gateway, s.device, s.cancel, s.reason)
 	if err != nil {
 		return s.explain(err, s.cancel)
@@ -258,7 +258,7 @@ func (s *sending) sendCancel(ctx context.Context, client *cloud.Client) error {
 	return nil
 }
 
-func (s *sending) sendSubmit(ctx context.Context, client *cloud.Client, slow *time.Timer) error {
+func (s *cloudSending) sendSubmit(ctx context.Context, client *cloud.Client, slow *time.Timer) error {
 	c, err := client.Submit(ctx, s.gateway, s.device, s.submit)
 	if c != nil {
 		defer c.Close()
@@ -295,12 +295,12 @@ func (s *sending) sendSubmit(ctx context.Context, client *cloud.Client, slow *ti
 	return nil
 }
 
-func (s *sending) succeeded(e wire.CommandEvent) bool {
+func (s *cloudSending) succeeded(e wire.CommandEvent) bool {
 	return e.State == "SUCCEEDED" || s.submit.OneWay && e.State == "DELIVERED"
 }
 
 // explain adds what became of the command if it is not followed to its end.
-func (s *sending) explain(err error, id string) error {
+func (s *cloudSending) explain(err error, id string) error {
 	var refused *cloud.RefusedError
 	if errors.As(err, &refused) {
 		if err := s.print(refused.Event); err != nil {
