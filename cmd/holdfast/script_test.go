@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -38,6 +39,7 @@ import (
 func TestMain(m *testing.M) {
 	testscript.Main(m, map[string]func(){
 		"holdfast": main,
+		"mqttdo":   func() { os.Exit(mqttdo(os.Args[1:])) },
 		"mqttpub":  func() { os.Exit(mqttpub(os.Args[1:])) },
 		"upstream": func() { os.Exit(upstream(os.Args[1:])) },
 	})
@@ -311,6 +313,61 @@ func mqttpub(args []string) int {
 	if err := c.Disconnect(mqtt.Success); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
+	}
+	return 0
+}
+
+// mqttdo ADDRESS CLIENT ANSWER...: a device that answers its next command with each ANSWER, KIND or KIND=PAYLOAD, and goes.
+// It prints what it was told.
+func mqttdo(args []string) int {
+	addr, id, answers := args[0], args[1], args[2:]
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	got := make(chan *mqtt.Publish, 1)
+	acks := make(chan mqtt.Reason, len(answers))
+	o := mqtt.ClientOptions{
+		Address: addr, Connect: mqtt.Connect{Version: mqtt.V5, ClientID: id},
+		OnAck: func(_ *mqtt.Client, a *mqtt.Ack) { acks <- a.Reason },
+		OnMessage: func(_ *mqtt.Client, p *mqtt.Publish) {
+			got <- &mqtt.Publish{Topic: bytes.Clone(p.Topic), Payload: bytes.Clone(p.Payload)}
+		},
+	}
+	fail := func(err error) int {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	c, err := mqtt.Dial(ctx, o)
+	if err != nil {
+		return fail(err)
+	}
+	defer c.Abort()
+	if _, err := c.Subscribe(ctx, &mqtt.Subscribe{Filters: []mqtt.Subscription{{Filter: "cmd/" + id + "/req/#", QoS: 1}}}); err != nil {
+		return fail(err)
+	}
+	select {
+	case p := <-got:
+		fmt.Printf("%s %s\n", p.Topic, p.Payload)
+		levels := strings.Split(string(p.Topic), "/") // cmd/CLIENT/req/ID/NAME
+		for n, a := range answers {
+			kind, payload, _ := strings.Cut(a, "=")
+			topic := strings.Join([]string{"cmd", id, "res", levels[3], kind}, "/")
+			if err := c.Publish(&mqtt.Publish{ID: uint16(n + 1), QoS: 1, Topic: []byte(topic), Payload: []byte(payload)}); err != nil {
+				return fail(err)
+			}
+			select {
+			case r := <-acks:
+				if r >= 0x80 {
+					return fail(fmt.Errorf("%s: %v", a, r))
+				}
+			case <-ctx.Done():
+				return fail(errors.New("no answer to " + a))
+			}
+		}
+	case <-ctx.Done():
+		return fail(errors.New("no command came"))
+	}
+	if err := c.Disconnect(mqtt.Success); err != nil {
+		return fail(err)
 	}
 	return 0
 }
