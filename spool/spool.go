@@ -29,8 +29,9 @@ const (
 // there, is read first, and is not configured.
 const SystemLane = "system"
 
-// systemMaxBytes bounds the system lane; its oldest go first.
-const systemMaxBytes = 64 << 20
+// systemMaxBytes bounds the system lane; its oldest go first. It holds the events of some 800,000 steps of commands, which
+// have to wait for days without a link.
+const systemMaxBytes = 256 << 20
 
 // LaneConfig is one lane's limits.
 type LaneConfig struct {

@@ -243,7 +243,7 @@ func TestCloudSendSaysWhatIsWrong(t *testing.T) {
 		{append(to, "n", "--payload-file", "/none/b"), 1, "/none/b"},
 		{append(to, "n", "--ttl", "0s"), 2, "--ttl"},
 		{append(to, "n", "--ttl", "soon"), 2, "ttl"},
-		{append(to, "n", "--execution-timeout", "-5s"), 2, "--execution-timeout"},
+		{append(to, "n", "--execution-timeout", "-5s"), 2, "execution-timeout"},
 		{append(to, "n", "--not-before", "tomorrow"), 2, "RFC 3339"},
 		{append(to, "n", "--max-attempts", "-1"), 2, "max_attempts"},
 		{append(to, "n", "--feedback", "all"), 2, "none, negative, positive, full"},

@@ -127,7 +127,7 @@ func sayHow(log *slog.Logger, g *gateway.Gateway) {
 		}
 		log.Info("no configuration file: this machine only, any client id is a device",
 			"publish", fmt.Sprintf("mosquitto_pub -h %s -p %s -q 1 -i my-device -t dt/demo/my-device/temp -m 21.5", host, port),
-			"look", "holdfast status")
+			"look", "holdfast status", "command", "holdfast command send my-device hello --wait")
 	}
 }
 
