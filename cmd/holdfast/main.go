@@ -289,7 +289,7 @@ func (p *program) parse(fs *flag.FlagSet, args []string, least, most int) ([]str
 			return nil, errHelped
 		case err != nil:
 			return nil, usagef("%s", strings.NewReplacer("flag provided but not defined: -", "there is no flag --",
-				"flag needs an argument: -", "a value is missing after --").Replace(err.Error()))
+				"flag needs an argument: -", "a value is missing after --", `" for flag -`, `" for --`, `" for -`, `" for --`).Replace(err.Error()))
 		}
 		left := fs.Args()
 		// What follows "--" is no flag, whatever it looks like.
