@@ -162,7 +162,7 @@ func TestWhoGetsIn(t *testing.T) {
 
 func TestWhomACertificateNames(t *testing.T) {
 	s := newSite(t)
-	for _, id := range []string{"cn", "dns.example", "last", "opaque", "urn-name", "device:x", "urn:device:y", "host.example"} {
+	for _, id := range []string{"cn", "dns.example", "last", "opaque", "urn-name", "ours", "device:x", "urn:device:y", "host.example"} {
 		s.add(devices.NewDevice{ID: id, NoCredential: true})
 	}
 	for device, c := range map[string]*x509.Certificate{
@@ -171,6 +171,7 @@ func TestWhomACertificateNames(t *testing.T) {
 		"last":         certificate("x", nil, "spiffe://site.example/ward/3/last"),
 		"opaque":       certificate("x", nil, "device:opaque"),
 		"urn-name":     certificate("x", nil, "urn:device:urn-name"),
+		"ours":         certificate("x", nil, "urn:holdfast:device:ours"),
 		"device:x":     certificate("x", nil, "device:x"),
 		"urn:device:y": certificate("x", nil, "urn:device:y"),
 	} {

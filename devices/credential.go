@@ -236,7 +236,7 @@ func (r *Registry) keyed(c *credential, password []byte) []byte {
 func fingerprint(cert *x509.Certificate) [sha256.Size]byte { return sha256.Sum256(cert.Raw) }
 
 // certificateNames lists whom a certificate names: CN, DNS names, and URIs whole, by their last path segment, and by
-// what follows "device:" in an opaque one (device:pump-1, urn:device:pump-1).
+// what follows "device:" in an opaque one (device:pump-1, urn:device:pump-1, urn:holdfast:device:pump-1).
 func certificateNames(cert *x509.Certificate) []string {
 	var names []string
 	add := func(name string) {
@@ -262,8 +262,10 @@ func uriDevice(u *url.URL) string {
 	if u.Scheme == "device" {
 		return u.Opaque
 	}
-	if name, ok := strings.CutPrefix(u.Opaque, "device:"); ok {
-		return name
+	for _, prefix := range [...]string{"device:", "holdfast:device:"} {
+		if name, ok := strings.CutPrefix(u.Opaque, prefix); ok {
+			return name
+		}
 	}
 	return ""
 }

@@ -14,13 +14,20 @@ import (
 func (g *Gateway) Reload(cfg *config.Config) (later []string, err error) {
 	g.reloading.Lock()
 	defer g.reloading.Unlock()
+	for i := range cfg.Devices.Roles { // what SetPolicy would refuse, before anything is taken
+		if err := cfg.Devices.Roles[i].Validate(); err != nil {
+			return nil, fmt.Errorf("devices.roles: %w", err)
+		}
+	}
+	if err := g.broker.ReloadTLS(); err != nil {
+		return nil, err
+	}
 	if err := g.devices.SetPolicy(cfg.Devices.Roles, cfg.Devices.Anonymous); err != nil {
 		return nil, fmt.Errorf("devices.roles: %w", err)
 	}
 	g.cfg.Devices.Roles, g.cfg.Devices.Anonymous = cfg.Devices.Roles, cfg.Devices.Anonymous
 	g.broker.Recheck()
-	err = g.broker.ReloadTLS()
-	return g.needRestart(cfg), err
+	return g.needRestart(cfg), nil
 }
 
 // needRestart names the keys whose values differ from those that the gateway works with.
