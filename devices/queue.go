@@ -73,6 +73,8 @@ type Queue struct {
 	states  [len(stateNames)]int       // commands of ids without an end, by working state
 	history int                        // rows of ended commands, as far as counted
 	total   QueueCounts                // since the start; states are not kept here
+	untold  int                        // answers not believed since one was logged for people
+	tellAt  int64                      // t from which the next one is
 
 	// Only OpenQueue and Run touch what follows.
 	stale    []string // devices with commands that a former process left in SENT
@@ -164,10 +166,11 @@ type commandResult struct {
 }
 
 const (
-	queueKeepPayload = 512  // bytes; larger payloads are read when they are sent
-	queueMaxSteps    = 32   // of a command's history
-	queueProgressGap = 1000 // ms between two stored progress updates
-	queueRetry       = 1000 // ms after the store took nothing
+	queueKeepPayload = 512    // bytes; larger payloads are read when they are sent
+	queueMaxSteps    = 32     // of a command's history
+	queueProgressGap = 1000   // ms between two stored progress updates
+	queueRetry       = 1000   // ms after the store took nothing
+	queueTellGap     = 60_000 // ms between two answers not believed of which people are told
 )
 
 // OpenQueue opens the queue in store. It reads a row for each command that has no end yet.

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"slices"
 	"strings"
 	"testing"
@@ -1145,5 +1146,27 @@ func TestRunEnds(t *testing.T) {
 	cancel()
 	if err := r.Run(ctx); err != nil {
 		t.Error(err)
+	}
+}
+
+// A device that goes on answering what cannot be true is told of once a minute, with the number of the others.
+func TestAnswersNotBelievedDoNotFillTheLog(t *testing.T) {
+	var log bytes.Buffer
+	r := newQueueRig(t, devices.QueueConfig{Log: slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelWarn}))})
+	lies := func(n int) string {
+		log.Reset()
+		for range n {
+			if err := r.Answer("dev", "nothing", devices.AnswerSucceeded, nil, "", nil, nil, 0); !errors.Is(err, devices.ErrAnswer) {
+				t.Fatal(err)
+			}
+		}
+		return log.String()
+	}
+	if s := lies(1000); strings.Count(s, "\n") != 1 || !strings.Contains(s, "device=dev command=nothing") {
+		t.Errorf("log of 1000: %s", s)
+	}
+	r.clock.advance(time.Minute)
+	if s := lies(10); strings.Count(s, "\n") != 1 || !strings.Contains(s, "others_before=999") {
+		t.Errorf("log a minute later: %s", s)
 	}
 }
