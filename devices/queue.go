@@ -344,17 +344,16 @@ func (tx *queueTx) submit(r *Request, done func(c Command, repeat bool, err erro
 		}
 	}
 	if q.cfg.Known != nil {
-		if err := q.cfg.Known(r.Device); err != nil {
-			code := CodeUnavailable
-			switch {
-			case errors.Is(err, ErrUnknownDevice):
-				code = CodeUnknownDevice
-			case errors.Is(err, ErrDisabled):
-				code = CodeDisabled
-			case errors.Is(err, ErrBadID):
-				code = CodeInvalid
-			}
-			return refuse(code, "device %s: %v", r.Device, err)
+		switch err := q.cfg.Known(r.Device); {
+		case err == nil:
+		case errors.Is(err, ErrUnknownDevice):
+			return refuse(CodeUnknownDevice, "there is no device %s at this gateway: holdfast device add registers it", r.Device)
+		case errors.Is(err, ErrDisabled):
+			return refuse(CodeDisabled, "device %s is disabled: holdfast device enable lets it in again", r.Device)
+		case errors.Is(err, ErrBadID):
+			return refuse(CodeInvalid, "%v", err)
+		default:
+			return refuse(CodeUnavailable, "it is not known whether there is a device %s: %v", r.Device, err)
 		}
 	}
 	opts := commandOptions{

@@ -587,9 +587,9 @@ func TestRefusals(t *testing.T) {
 	r := newQueueRig(t, devices.QueueConfig{MaxPending: 3, Known: func(device string) error {
 		switch device {
 		case "unknown":
-			return devices.ErrUnknownDevice
+			return fmt.Errorf("device %q: %w", device, devices.ErrUnknownDevice)
 		case "disabled":
-			return devices.ErrDisabled
+			return fmt.Errorf("device %q: %w", device, devices.ErrDisabled)
 		case "odd":
 			return devices.ErrBadID
 		case "broken":
@@ -650,6 +650,14 @@ func TestRefusals(t *testing.T) {
 				t.Error("told upstream what nobody there asked")
 			}
 		})
+	}
+	for device, want := range map[string]string{
+		"unknown":  "there is no device unknown at this gateway: holdfast device add registers it",
+		"disabled": "device disabled is disabled: holdfast device enable lets it in again",
+	} {
+		if _, _, err := r.trySubmit(devices.Request{Device: device}); err == nil || err.Error() != want {
+			t.Errorf("refused with %q, want %q", err, want)
+		}
 	}
 	_, err := r.Get("no/id")
 	wantRefusal(t, err, devices.CodeUnknown, "")
