@@ -112,6 +112,19 @@ func (e *entry) durable() (*device, error) {
 	return e.current, e.bad
 }
 
+// settled is durable for who has read the row: d, if nobody has read it before. nil: it is not on stable storage yet.
+func (e *entry) settled(d *device) *device {
+	if e == nil {
+		return d
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if !e.loaded {
+		return d
+	}
+	return e.current
+}
+
 // begin notes that d is handed in.
 func (e *entry) begin(d *device) {
 	e.mu.Lock()

@@ -470,7 +470,10 @@ func (r *Registry) List(f DeviceFilter) (page []Device, next string, err error) 
 		}
 		return page, next, nil
 	}
-	err = r.scan(f.After, func(d *device) bool { return !add(d) })
+	err = r.scan(f.After, func(d *device) bool {
+		d = r.entries.find(d.id).settled(d) // a row can be read a moment before it is safe
+		return d == nil || !add(d)
+	})
 	if err != nil {
 		return nil, "", fmt.Errorf("list devices: %w", err)
 	}

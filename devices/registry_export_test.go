@@ -2,6 +2,9 @@ package devices
 
 import "runtime"
 
+// DeviceKey is the key of a device's row.
+func DeviceKey(id string) []byte { return deviceKey(id) }
+
 // SetMaxDevices lowers how many devices may be registered.
 func SetMaxDevices(r *Registry, n int) { r.maxDevices = n }
 

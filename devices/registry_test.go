@@ -15,6 +15,7 @@ import (
 
 	"holdfast/devices"
 	"holdfast/internal/kv"
+	"holdfast/internal/testkit"
 )
 
 func TestDeviceSurvivesARestart(t *testing.T) {
@@ -465,5 +466,34 @@ func TestMetricsTellTheCounts(t *testing.T) {
 		if got := s.counter("holdfast_devices_logins_total", result); got != want {
 			t.Errorf("%v logins ended with %s, want %v", got, result, want)
 		}
+	}
+}
+
+// A list shows what Get shows: nothing before it is stored.
+func TestListShowsOnlyWhatIsStored(t *testing.T) {
+	s := newSite(t)
+	s.add(devices.NewDevice{ID: "old", Name: "before"})
+	release := s.rows.stall()
+	defer release()
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer release()
+	wg.Go(func() { s.Add(t.Context(), devices.NewDevice{ID: "new"}) })
+	wg.Go(func() { s.Patch(t.Context(), "old", devices.DevicePatch{Name: ptr("after")}) })
+	testkit.Eventually(t, 5*time.Second, "both rows to be written", func() bool {
+		if _, found, _ := s.store.Get(devices.DeviceKey("new")); !found {
+			return false
+		}
+		row, _, _ := s.store.Get(devices.DeviceKey("old"))
+		return bytes.Contains(row, []byte("after"))
+	})
+	page, _, err := s.List(devices.DeviceFilter{})
+	if err != nil || len(page) != 1 || page[0].Name != "before" {
+		t.Errorf("List = %+v, %v; want old alone, as it was", page, err)
+	}
+	release()
+	wg.Wait()
+	if page, _, err := s.List(devices.DeviceFilter{}); err != nil || len(page) != 2 || page[1].Name != "after" {
+		t.Errorf("List = %+v, %v; want both", page, err)
 	}
 }
