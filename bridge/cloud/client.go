@@ -162,8 +162,7 @@ func (c *Client) Submit(ctx context.Context, gateway, device string, s wire.Subm
 	if err != nil {
 		return nil, err
 	}
-	f := c.follow(gateway, device, s.ID)
-	f.oneWay, f.submitted = s.OneWay, true
+	f := c.follow(&Command{Gateway: gateway, Device: device, ID: s.ID, oneWay: s.OneWay, submitted: true})
 	answered := f.first
 	if s.Feedback != "" && s.Feedback != "full" {
 		answered = nil
@@ -189,9 +188,8 @@ func (c *Client) Cancel(ctx context.Context, gateway, device, id, reason string)
 	if err != nil {
 		return wire.CommandEvent{}, err
 	}
-	f := c.follow(gateway, device, id)
+	f := c.follow(&Command{Gateway: gateway, Device: device, ID: id, canceled: true})
 	defer f.Close()
-	f.canceled = true
 	if _, err := c.ask(ctx, wire.CommandTopic(gateway, device, wire.ActionCancel), body, f.over); err != nil {
 		return wire.CommandEvent{}, fmt.Errorf("cancel %s of device %s: %w", id, device, err)
 	}
@@ -233,14 +231,14 @@ func (c *Client) ask(ctx context.Context, topic string, body []byte, answered <-
 }
 
 // Follow follows a command that somebody submitted. Only what arrives from now on is seen.
-func (c *Client) Follow(gateway, device, id string) *Command { return c.follow(gateway, device, id) }
+func (c *Client) Follow(gateway, device, id string) *Command {
+	return c.follow(&Command{Gateway: gateway, Device: device, ID: id})
+}
 
-func (c *Client) follow(gateway, device, id string) *Command {
-	f := &Command{
-		ID: id, Gateway: gateway, Device: device, client: c, first: make(chan struct{}), over: make(chan struct{}), ring: make(chan struct{}, 1),
-		seen: recent{most: 1 << 10},
-	}
-	key := commandKey{gateway, device, id}
+// follow completes f and has Handle find it.
+func (c *Client) follow(f *Command) *Command {
+	f.client, f.first, f.over, f.ring, f.seen = c, make(chan struct{}), make(chan struct{}), make(chan struct{}, 1), recent{most: 1 << 10}
+	key := commandKey{f.Gateway, f.Device, f.ID}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.followers[key] = append(c.followers[key], f)

@@ -305,3 +305,29 @@ func TestHandle(t *testing.T) {
 		t.Errorf("filters %q", cloud.Filters(""))
 	}
 }
+
+// Events of a command that is submitted again come while it is submitted. The race detector says whether both touch the same.
+func TestEventsComeDuringSubmit(t *testing.T) {
+	c := cloud.NewClient(cloud.ClientConfig{Publisher: &wired{}})
+	stop, stopped := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(stopped)
+		for n := 1; ; n++ {
+			select {
+			case <-stop:
+				return
+			default:
+				handle(t, c, step("QUEUED", attempts(n)))
+			}
+		}
+	}()
+	for range 100 {
+		f, err := c.Submit(t.Context(), "g", "d", wire.Submit{ID: "c-1", Name: "stop"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		f.Close()
+	}
+	close(stop)
+	<-stopped
+}
