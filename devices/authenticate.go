@@ -160,7 +160,7 @@ func (r *Registry) judge(ctx context.Context, a *Attempt) (*Identity, error) {
 	i := &Identity{e: e}
 	switch {
 	case len(a.Password) > 0:
-		c, err := r.check(ctx, d, a.Password, r.now())
+		c, err := r.check(ctx, d, a.Password, r.now(), func() error { return r.guard.crowded(source(a.Address)) })
 		switch {
 		case err != nil:
 			return nil, fmt.Errorf("device %q: %w", a.Device, err)

@@ -85,13 +85,18 @@ func (c *credential) show() Credential {
 // argonSlots bounds how many passwords are hashed at once: each takes 19 MiB and a core.
 const argonSlots = 2
 
-// hash computes argon2id when there is room for it.
-func (r *Registry) hash(ctx context.Context, password, salt []byte, cost argonCost) ([]byte, error) {
+// hash computes argon2id when there is room for it, unless crowded says then that it is not worth it. nil: it is.
+func (r *Registry) hash(ctx context.Context, password, salt []byte, cost argonCost, crowded func() error) ([]byte, error) {
 	select {
 	case r.slots <- struct{}{}:
 		defer func() { <-r.slots }()
 	case <-ctx.Done():
 		return nil, fmt.Errorf("wait for another password's hash: %w", ctx.Err())
+	}
+	if crowded != nil {
+		if err := crowded(); err != nil {
+			return nil, err
+		}
 	}
 	r.m.hashes.Inc()
 	return argon2.IDKey(password, salt, cost.passes, cost.memory, cost.threads, sha256.Size), nil
@@ -138,7 +143,7 @@ func (r *Registry) newCredential(ctx context.Context, id string, n NewCredential
 			c.salt = make([]byte, 16)
 			rand.Read(c.salt)
 		}
-		if c.secret, err = r.hash(ctx, []byte(n.Password), c.salt, c.cost); err != nil {
+		if c.secret, err = r.hash(ctx, []byte(n.Password), c.salt, c.cost, nil); err != nil {
 			return nil, "", err
 		}
 	case CredentialCertificate:
@@ -166,7 +171,7 @@ func newCredentialID() string {
 }
 
 // check tries what a client gave as its password. dev is nil for a device that is not known. It returns the
-// credential that it fits, or nil; the error is ctx's.
+// credential that it fits, or nil; the error is ctx's, or crowded's (see hash), which is asked before argon2.
 //
 // How long a refusal takes must not tell which devices there are. Two things see to that:
 //
@@ -180,7 +185,7 @@ func newCredentialID() string {
 // no secret about any of them, nothing is computed. Passwords too short or too long to be right cost nothing, for
 // everybody. What still shows is a device whose password was stored with another cost, until it is changed, and that
 // a right password, which is remembered, is found without argon2.
-func (r *Registry) check(ctx context.Context, dev *device, secret []byte, now time.Time) (*credential, error) {
+func (r *Registry) check(ctx context.Context, dev *device, secret []byte, now time.Time, crowded func() error) (*credential, error) {
 	var found *credential
 	if len(secret) >= len(tokenPrefix) && string(secret[:len(tokenPrefix)]) == tokenPrefix {
 		sum := sha256.Sum256(secret)
@@ -206,7 +211,7 @@ func (r *Registry) check(ctx context.Context, dev *device, secret []byte, now ti
 	)
 	for c := range dev.valid(kindPassword, now) {
 		if hashed == nil || c.cost != hashed.cost || !slices.Equal(c.salt, hashed.salt) {
-			if sum, err = r.hash(ctx, secret, c.salt, c.cost); err != nil {
+			if sum, err = r.hash(ctx, secret, c.salt, c.cost, crowded); err != nil {
 				return nil, err
 			}
 			hashed = c
@@ -217,7 +222,7 @@ func (r *Registry) check(ctx context.Context, dev *device, secret []byte, now ti
 	}
 	switch {
 	case hashed == nil && r.counts.Load().passwords > 0:
-		_, err = r.hash(ctx, secret, r.key[:16], defaultCost)
+		_, err = r.hash(ctx, secret, r.key[:16], defaultCost, crowded)
 	case found != nil:
 		found.remembered.Store((*[sha256.Size]byte)(r.keyed(found, secret)))
 	}

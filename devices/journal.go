@@ -7,9 +7,10 @@ import "holdfast/internal/kv"
 type Journal interface {
 	// Commit hands in ops and, in the same batch, those of events that are for the cloud. done is called
 	// once, with nil when all is on stable storage, from one goroutine and in the order of the calls; it
-	// must be quick, must not block and must not call Commit. Events are shown to watchers before done is
-	// called. An error means that nothing was taken and done will not be called. Commit may wait while the
-	// store is behind. It keeps nothing of ops; what Events point to must not change any more.
+	// must be quick, must not block and must not call Commit. Events are shown to watchers after done has
+	// returned, so that what they look at then is not older than what they were told. An error means that
+	// nothing was taken and done will not be called. Commit may wait while the store is behind. It keeps
+	// nothing of ops; what Events point to must not change any more.
 	Commit(ops []kv.Op, events []Event, done func(error)) error
 }
 

@@ -73,6 +73,8 @@ type Queue struct {
 	states  [len(stateNames)]int       // commands of ids without an end, by working state
 	history int                        // rows of ended commands, as far as counted
 	total   QueueCounts                // since the start; states are not kept here
+	untold  int                        // answers not believed since one was logged for people
+	tellAt  int64                      // t from which the next one is
 
 	// Only OpenQueue and Run touch what follows.
 	stale    []string // devices with commands that a former process left in SENT
@@ -163,10 +165,11 @@ type commandResult struct {
 }
 
 const (
-	queueKeepPayload = 512  // bytes; larger payloads are read when they are sent
-	queueMaxSteps    = 32   // of a command's history
-	queueProgressGap = 1000 // ms between two stored progress updates
-	queueRetry       = 1000 // ms after the store took nothing
+	queueKeepPayload = 512    // bytes; larger payloads are read when they are sent
+	queueMaxSteps    = 32     // of a command's history
+	queueProgressGap = 1000   // ms between two stored progress updates
+	queueRetry       = 1000   // ms after the store took nothing
+	queueTellGap     = 60_000 // ms between two answers not believed of which people are told
 )
 
 // OpenQueue opens the queue in store. It reads a row for each command that has no end yet.
@@ -340,17 +343,16 @@ func (tx *queueTx) submit(r *Request, done func(c Command, repeat bool, err erro
 		}
 	}
 	if q.cfg.Known != nil {
-		if err := q.cfg.Known(r.Device); err != nil {
-			code := CodeUnavailable
-			switch {
-			case errors.Is(err, ErrUnknownDevice):
-				code = CodeUnknownDevice
-			case errors.Is(err, ErrDisabled):
-				code = CodeDisabled
-			case errors.Is(err, ErrBadID):
-				code = CodeInvalid
-			}
-			return refuse(code, "device %s: %v", r.Device, err)
+		switch err := q.cfg.Known(r.Device); {
+		case err == nil:
+		case errors.Is(err, ErrUnknownDevice):
+			return refuse(CodeUnknownDevice, "there is no device %s at this gateway: holdfast device add registers it", r.Device)
+		case errors.Is(err, ErrDisabled):
+			return refuse(CodeDisabled, "device %s is disabled: holdfast device enable lets it in again", r.Device)
+		case errors.Is(err, ErrBadID):
+			return refuse(CodeInvalid, "%v", err)
+		default:
+			return refuse(CodeUnavailable, "it is not known whether there is a device %s: %v", r.Device, err)
 		}
 	}
 	opts := commandOptions{

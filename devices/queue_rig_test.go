@@ -258,7 +258,10 @@ func (r *queueRig) open() {
 	r.store = store
 	r.j = &queueJournal{store: store}
 	cfg := r.cfg
-	cfg.Journal, cfg.Log, cfg.Clock = r.j, log, r.clock.source()
+	cfg.Journal, cfg.Clock = r.j, r.clock.source()
+	if cfg.Log == nil {
+		cfg.Log = log
+	}
 	if r.Queue, err = devices.OpenQueue(store, cfg); err != nil {
 		r.t.Fatal(err)
 	}

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"slices"
 	"strings"
 	"testing"
@@ -635,9 +636,9 @@ func TestRefusals(t *testing.T) {
 	r := newQueueRig(t, devices.QueueConfig{MaxPending: 3, Known: func(device string) error {
 		switch device {
 		case "unknown":
-			return devices.ErrUnknownDevice
+			return fmt.Errorf("device %q: %w", device, devices.ErrUnknownDevice)
 		case "disabled":
-			return devices.ErrDisabled
+			return fmt.Errorf("device %q: %w", device, devices.ErrDisabled)
 		case "odd":
 			return devices.ErrBadID
 		case "broken":
@@ -698,6 +699,14 @@ func TestRefusals(t *testing.T) {
 				t.Error("told upstream what nobody there asked")
 			}
 		})
+	}
+	for device, want := range map[string]string{
+		"unknown":  "there is no device unknown at this gateway: holdfast device add registers it",
+		"disabled": "device disabled is disabled: holdfast device enable lets it in again",
+	} {
+		if _, _, err := r.trySubmit(devices.Request{Device: device}); err == nil || err.Error() != want {
+			t.Errorf("refused with %q, want %q", err, want)
+		}
 	}
 	_, err := r.Get("no/id")
 	wantRefusal(t, err, devices.CodeUnknown, "")
@@ -1225,5 +1234,27 @@ func TestRunEnds(t *testing.T) {
 	cancel()
 	if err := r.Run(ctx); err != nil {
 		t.Error(err)
+	}
+}
+
+// A device that goes on answering what cannot be true is told of once a minute, with the number of the others.
+func TestAnswersNotBelievedDoNotFillTheLog(t *testing.T) {
+	var log bytes.Buffer
+	r := newQueueRig(t, devices.QueueConfig{Log: slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelWarn}))})
+	lies := func(n int) string {
+		log.Reset()
+		for range n {
+			if err := r.Answer("dev", "nothing", devices.AnswerSucceeded, nil, "", nil, nil, 0); !errors.Is(err, devices.ErrAnswer) {
+				t.Fatal(err)
+			}
+		}
+		return log.String()
+	}
+	if s := lies(1000); strings.Count(s, "\n") != 1 || !strings.Contains(s, "device=dev command=nothing") {
+		t.Errorf("log of 1000: %s", s)
+	}
+	r.clock.advance(time.Minute)
+	if s := lies(10); strings.Count(s, "\n") != 1 || !strings.Contains(s, "others_before=999") {
+		t.Errorf("log a minute later: %s", s)
 	}
 }

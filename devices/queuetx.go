@@ -3,8 +3,10 @@ package devices
 import (
 	"bytes"
 	"cmp"
+	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"slices"
 	"time"
 
@@ -716,12 +718,19 @@ func (tx *queueTx) outcome(p *queuedCommand, to State, payload []byte, contentTy
 	tx.enter(p, s, to, reason)
 }
 
-// disbelieve counts an answer that is not believed.
+// disbelieve counts an answer that is not believed, and logs it: a device that goes on and on must not fill the log.
 func (q *Queue) disbelieve(why, device, id, text string) error {
+	level := slog.LevelDebug
 	q.mu.Lock()
 	q.total.Disbelieved++
+	q.untold++
+	others := 0
+	if now := q.clock.now().t; now >= q.tellAt {
+		level, others = slog.LevelWarn, q.untold-1
+		q.untold, q.tellAt = 0, now+queueTellGap
+	}
 	q.mu.Unlock()
 	q.m.disbelieved.WithLabelValues(why).Inc()
-	q.log.Debug("answer not believed", "device", device, "command", id, "reason", text)
+	q.log.Log(context.Background(), level, "answer not believed", "device", device, "command", id, "reason", text, "others_before", others)
 	return fmt.Errorf("%w: %s", ErrAnswer, text)
 }

@@ -146,6 +146,17 @@ func (t *throttle) locked(addr netip.Addr, device string) time.Duration {
 	return 0
 }
 
+// crowded is ErrTooOften while as many failures of addr wait as may: what comes then is not worth the gateway's processors. Else
+// one address could have argon2 computed all day, under another name each time.
+func (t *throttle) crowded(addr netip.Addr) error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if p := t.peers.get(addr, time.Now()); p == nil || *p == nil || (*p).waiting < maxWaiting {
+		return nil
+	}
+	return fmt.Errorf("%w: %d failed logins of this address wait for their answer, and no other password from there is tried", ErrTooOften, maxWaiting)
+}
+
 // passed notes that device showed from addr what is right.
 func (t *throttle) passed(addr netip.Addr, device string) {
 	t.mu.Lock()

@@ -112,6 +112,41 @@ func TestAtMostSixteenFailuresOfAnAddressWait(t *testing.T) {
 	})
 }
 
+// Whoever guesses passwords, under another name each time, does not have argon2 computed at will: it is the dearest thing that a
+// stranger can ask for.
+func TestGuessesOfOneAddressDoNotTakeTheProcessors(t *testing.T) {
+	bubble(t, func(t *testing.T, s *site) {
+		home := address(1)
+		s.add(withPassword("known"))
+		s.add(withPassword("late"))
+		if _, err := s.loginFrom(home, "known", password); err != nil {
+			t.Fatal(err)
+		}
+		for n := range 9 {
+			s.loginFrom(home, fmt.Sprint("nobody-", n), "hft_wrong")
+		}
+		var wg sync.WaitGroup
+		if n := s.hashes(func() {
+			for n := range 200 {
+				wg.Go(func() { s.loginFrom(home, fmt.Sprint("someone-", n), "a wrong password") })
+			}
+			synctest.Wait()
+		}); n < 16 || n > 16+2 { // two are computed at once
+			t.Errorf("%v passwords of 200 were hashed, want the 16 whose answers wait", n)
+		}
+		if _, err := s.loginFrom(home, "known", password); err != nil {
+			t.Errorf("a password that was right before: %v", err)
+		}
+		if _, err := s.loginFrom(home, "late", password); !errors.Is(err, devices.ErrTooOften) {
+			t.Errorf("another right password: %v, want that it is too many attempts", err)
+		}
+		if _, err := s.loginFrom(address(2), "late", password); err != nil {
+			t.Errorf("from another address: %v", err)
+		}
+		wg.Wait()
+	})
+}
+
 func TestAWaitEndsWithItsContext(t *testing.T) {
 	bubble(t, func(t *testing.T, s *site) {
 		for n := range 9 {

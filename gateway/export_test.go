@@ -5,6 +5,7 @@ import (
 
 	"github.com/cockroachdb/pebble/v2/vfs"
 
+	"holdfast/devices"
 	"holdfast/internal/config"
 	"holdfast/internal/kv"
 )
@@ -45,4 +46,13 @@ func OpenDataDir(path string) (interface{ Close() error }, error) { return openD
 func WithFS(o Options, fs vfs.FS) Options {
 	o.storeOptions = func(k *kv.Options) { k.FS = fs }
 	return o
+}
+
+// Watch has fn see each event of g, too, and look at commands meanwhile. Before Run.
+func Watch(g *Gateway, fn func(e devices.Event, get func(id string) (devices.Command, error))) {
+	show := g.journal.watch
+	g.journal.watch = func(e devices.Event) {
+		show(e)
+		fn(e, g.commands.Get)
+	}
 }

@@ -240,7 +240,7 @@ func (g *Gateway) openBroker(context.Context) error {
 		return err
 	}
 	g.downlink = newDownlink(g.devices, g.commands)
-	in.answers, in.log = g.downlink.answer, log
+	in.answers = g.downlink.answer
 	cfg := broker.Config{Listeners: g.cfg.Listeners, ShutdownTimeout: brokerShutdown}
 	if g.broker, err = broker.New(cfg, g.store, in, authorizer{g.devices}, g.downlink, log, g.registry); err != nil {
 		return err

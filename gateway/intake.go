@@ -3,7 +3,6 @@ package gateway
 import (
 	"errors"
 	"fmt"
-	"log/slog"
 
 	"holdfast/devices"
 	"holdfast/gateway/broker"
@@ -27,7 +26,6 @@ type Intake struct {
 	clock  *clock
 	// answers takes what devices say of their commands; nil: there are none.
 	answers func(m *broker.Message, ops []kv.Op, done kv.Done, token uint64) (taken bool, err error)
-	log     *slog.Logger
 }
 
 func newIntake(sp appender, table []config.Route, c *clock) (*Intake, error) {
@@ -92,11 +90,10 @@ func (i *Intake) Publish(m *broker.Message, ops []kv.Op, done kv.Done, token uin
 }
 
 // answer hands m over if it is a device's answer to a command. One that is not believed is acknowledged all the same, with
-// ops: MQTT 3.1.1 has no other word than none, and the device would send it again for ever. It is counted, and changes nothing.
+// ops: MQTT 3.1.1 has no other word than none, and the device would send it again for ever. The queue has counted and logged it.
 func (i *Intake) answer(m *broker.Message, ops []kv.Op, done kv.Done, token uint64) (taken bool, err error) {
 	taken, err = i.answers(m, ops, done, token)
 	if errors.Is(err, devices.ErrAnswer) {
-		i.log.Warn("answer to a command not believed", "device", string(m.Record.Device), "topic", string(m.Record.Topic), "err", err)
 		return true, i.spool.Append(spool.LaneNone, nil, ops, done, token, false)
 	}
 	return taken, err

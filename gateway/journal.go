@@ -32,7 +32,7 @@ func (j *journal) Commit(ops []kv.Op, events []devices.Event, done func(error)) 
 	return j.spool.AppendAll(j.lane, records, ops, &journalDone{j, events, done}, 0)
 }
 
-// journalDone shows events to watchers and then tells who waits.
+// journalDone tells who waits, and then shows events to watchers: who is told of a step and looks finds it.
 type journalDone struct {
 	j      *journal
 	events []devices.Event
@@ -41,13 +41,13 @@ type journalDone struct {
 
 // Done implements kv.Done.
 func (d *journalDone) Done(_, _ uint64, err error) {
+	if d.done != nil {
+		d.done(err)
+	}
 	if err == nil && d.j.watch != nil {
 		for i := range d.events {
 			d.j.watch(d.events[i])
 		}
-	}
-	if d.done != nil {
-		d.done(err)
 	}
 }
 

@@ -19,6 +19,15 @@ func (g *Gateway) Reload(cfg *config.Config) (later []string, err error) {
 			return nil, fmt.Errorf("devices.roles: %w", err)
 		}
 	}
+	// The new configuration was held to this with its own listeners; those that are open stay until a restart.
+	if cfg.Devices.Anonymous && !cfg.Devices.AllowAnonymousOnNetwork {
+		for i := range g.cfg.Listeners {
+			if l := &g.cfg.Listeners[i]; !config.Loopback(l.Address) {
+				return nil, fmt.Errorf("devices.anonymous would let everybody in by listener %s, which is still open at %s: restart to have the new listeners, "+
+					"or set devices.allow_anonymous_on_network to true if the network itself keeps strangers out", l.Name, l.Address)
+			}
+		}
+	}
 	if err := g.broker.ReloadTLS(); err != nil {
 		return nil, err
 	}

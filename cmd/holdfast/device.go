@@ -183,9 +183,9 @@ It is shown this once. The device gives it as its MQTT password:
 `, secret, id, id, secret, id)
 }
 
-// hint adds a way out to a refusal with a code.
+// hint adds a way out to a refusal with a code, unless the gateway has named one.
 func hint(err error, code, format string, args ...any) error {
-	if refused(err, code) {
+	if refused(err, code) && !strings.Contains(err.Error(), "holdfast ") {
 		return fmt.Errorf("%w: "+format, append([]any{err}, args...)...)
 	}
 	return err
