@@ -114,7 +114,9 @@ func TestBootIn1970(t *testing.T) {
 	clock.set(func(c *fakeClock) { c.wall, c.synced = right.Add(13*time.Minute), true })
 	r.pass(devices.CommandTimerLook)
 	clock.advance(-devices.CommandTimerLook)
-	r.pass(6 * time.Minute) // 24 of 30 minutes of the one, 24 of 60, 11 of 11
+	r.pass(6*time.Minute - 2*time.Millisecond)
+	r.wantState("new", devices.Queued)
+	r.pass(2 * time.Millisecond) // 24 of 30 minutes of the one, 24 of 60, 11 of 11
 	r.wantState("new", devices.Expired)
 	r.lives(6*time.Minute, 36*time.Minute)
 }

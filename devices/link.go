@@ -18,7 +18,7 @@ type Link interface {
 // Delivery is one PUBLISH of a command, QoS 1, on cmd/{device}/req/{id}/{name}.
 type Delivery struct {
 	Device, ID, Name string
-	Payload          []byte
+	Payload          []byte // not to be changed
 	ContentType      string
 	Expiry           time.Duration // what is left of its time to live
 	Dup              bool          // it was sent before

@@ -101,7 +101,6 @@ type queueDevice struct {
 
 	// Under Queue.mu.
 	users int // who has it in hand
-	idle  bool
 }
 
 // queuedCommand is a command in memory: those without an end, and for a moment those that have just ended.

@@ -341,9 +341,12 @@ func TestRunKeepsTime(t *testing.T) {
 		mu.Lock()
 		defer mu.Unlock()
 		want := []told{
-			{devices.Queued, 0}, {devices.Sent, 0},
-			{devices.Queued, 10 * time.Second}, {devices.Sent, 15 * time.Second},
-			{devices.Delivered, 20 * time.Second}, {devices.Queued, 20 * time.Second},
+			{devices.Queued, 0},
+			{devices.Sent, 0},
+			{devices.Queued, 10 * time.Second},
+			{devices.Sent, 15 * time.Second},
+			{devices.Delivered, 20 * time.Second},
+			{devices.Queued, 20 * time.Second},
 			{devices.TimedOut, 40 * time.Second},
 			{devices.Expired, 80 * time.Second},
 		}

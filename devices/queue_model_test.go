@@ -492,7 +492,7 @@ func TestQueueModel(t *testing.T) {
 				}
 				r.j.release(t, rapid.IntRange(0, 5).Draw(rt, "commits"))
 			},
-			"crash": func(rt *rapid.T) {
+			"crash": func(*rapid.T) {
 				r.flush()
 				r.j.mu.Lock()
 				r.j.onEvent = nil
@@ -522,7 +522,7 @@ func TestQueueModel(t *testing.T) {
 				r.verifyRows()
 				r.tick()
 			},
-			"": func(rt *rapid.T) {
+			"": func(*rapid.T) {
 				r.flush()
 				held := holding()
 				r.j.mu.Lock()

@@ -20,6 +20,7 @@ import (
 
 // queueJournal is a devices.Journal on a store: it notes events when they are durable, can hold commits back, and can refuse them.
 type queueJournal struct {
+	handIn  sync.Mutex // held over the hand-in, which may block; nothing that a done calls takes it
 	mu      sync.Mutex
 	store   *kv.Store
 	refuse  error
@@ -56,19 +57,23 @@ func (d *queueCommitDone) Done(_, _ uint64, err error) {
 }
 
 func (j *queueJournal) Commit(ops []kv.Op, events []devices.Event, done func(error)) error {
-	j.mu.Lock()
-	defer j.mu.Unlock()
-	if j.refuse != nil {
-		return j.refuse
-	}
-	j.commits++
 	c := heldCommit{events: events, done: done}
 	for _, o := range ops {
 		c.ops = append(c.ops, kv.Op{Key: slices.Clone(o.Key), Value: slices.Clone(o.Value), Delete: o.Delete})
 	}
-	if j.hold {
-		j.held = append(j.held, c)
-		return nil
+	j.handIn.Lock()
+	defer j.handIn.Unlock()
+	j.mu.Lock()
+	err, hold := j.refuse, j.hold
+	if err == nil {
+		j.commits++
+		if hold {
+			j.held = append(j.held, c)
+		}
+	}
+	j.mu.Unlock()
+	if err != nil || hold {
+		return err
 	}
 	return j.store.Apply(c.ops, &queueCommitDone{j, c}, 0)
 }
@@ -76,19 +81,21 @@ func (j *queueJournal) Commit(ops []kv.Op, events []devices.Event, done func(err
 // release lets n held commits go, all if n < 0, and holds on if there are more.
 func (j *queueJournal) release(t testing.TB, n int) {
 	t.Helper()
+	j.handIn.Lock()
+	defer j.handIn.Unlock()
 	j.mu.Lock()
 	if n < 0 || n >= len(j.held) {
 		n = len(j.held)
 	}
-	go1 := j.held[:n]
+	gone := j.held[:n]
 	j.held = slices.Clone(j.held[n:])
 	j.hold = len(j.held) > 0
-	for _, c := range go1 {
+	j.mu.Unlock()
+	for _, c := range gone {
 		if err := j.store.Apply(c.ops, &queueCommitDone{j, c}, 0); err != nil {
 			t.Errorf("apply: %v", err)
 		}
 	}
-	j.mu.Unlock()
 }
 
 // fakeClock is a ClockSource under the test's control.

@@ -243,6 +243,9 @@ func TestLostConnectionRepeatsWithDup(t *testing.T) {
 	r.Acked("dev", l1, first.Token, "") // of the old connection
 	r.flush()
 	r.wantState("a", devices.Sent)
+	r.Gone("dev", l1) // once more: the device has another by now
+	r.flush()
+	r.wantState("a", devices.Sent)
 	l3 := r.link("dev") // takes over without a word of the old one
 	if c := r.wantState("a", devices.DeadLettered); c.Reason != "sent 2 times and never acknowledged; the last time: connection lost before it was acknowledged" {
 		t.Errorf("reason %q", c.Reason)
@@ -297,6 +300,11 @@ func TestRestartPutsSentBack(t *testing.T) {
 		}
 		if got := history(r.get("a")); got != "QUEUED SENT QUEUED SENT" {
 			t.Errorf("history %s", got)
+		}
+		r.Gone("dev", l)
+		r.flush()
+		if c := r.wantState("a", devices.Queued); c.Reason != "connection lost before it was acknowledged" {
+			t.Errorf("reason %q", c.Reason)
 		}
 	}
 }
@@ -397,6 +405,47 @@ func TestExpiry(t *testing.T) {
 	}
 	if err := r.answer("dev", "c", devices.AnswerSucceeded, ""); !errors.Is(err, devices.ErrAnswer) {
 		t.Errorf("outcome of a command that was never sent: %v", err)
+	}
+}
+
+func TestExpiryLeavesTheConnection(t *testing.T) {
+	r := newQueueRig(t, devices.QueueConfig{AckTimeout: 10 * time.Second})
+	r.submit(devices.Request{ID: "a", TTL: 10 * time.Second})
+	l := r.link("dev")
+	r.pass(20 * time.Second) // both at once: there is nothing to repeat
+	r.wantState("a", devices.Expired)
+	if l.ended != "" {
+		t.Errorf("connection ended: %s", l.ended)
+	}
+}
+
+// TestFirstOutcomeStandsBeforeItIsStored: what was decided holds, also while nobody can see it yet.
+func TestFirstOutcomeStandsBeforeItIsStored(t *testing.T) {
+	for name, stored := range map[string]bool{"its end is stored": true, "its end is not stored yet": false} {
+		t.Run(name, func(t *testing.T) {
+			r := newQueueRig(t, devices.QueueConfig{})
+			r.submit(devices.Request{ID: "a", ExecutionTimeout: time.Minute})
+			l := r.link("dev")
+			r.ack(l)
+			r.j.hold = !stored
+			r.pass(time.Minute)
+			r.j.hold = true
+			r.mustAnswer("dev", "a", devices.AnswerSucceeded, "")
+			if !stored {
+				r.j.release(t, 1)
+				r.flush()
+			}
+			r.wantState("a", devices.TimedOut)
+			if err := r.answer("dev", "a", devices.AnswerFailed, ""); !errors.Is(err, devices.ErrAnswer) {
+				t.Errorf("another outcome: %v", err)
+			}
+			r.j.release(t, -1)
+			r.flush()
+			r.wantState("a", devices.Succeeded)
+			if n := r.CommandsInMemory(); n != 0 {
+				t.Errorf("%d commands in memory", n)
+			}
+		})
 	}
 }
 
@@ -824,6 +873,14 @@ func TestAnswerTakesOps(t *testing.T) {
 		if _, found, _ := r.store.Get(key); !found || done.n != 1 {
 			t.Errorf("%s: ops taken %v, done %d times", kind, found, done.n)
 		}
+		if kind == devices.AnswerSucceeded { // without ops, and nothing changes: somebody waits all the same
+			if err := r.Answer("dev", "a", kind, nil, "", nil, done, 1); err != nil {
+				t.Fatal(err)
+			}
+			if r.flush(); done.n != 2 {
+				t.Errorf("done %d times", done.n)
+			}
+		}
 	}
 }
 
@@ -1010,6 +1067,21 @@ func TestHistoryIsRemoved(t *testing.T) {
 	}
 }
 
+// TestHistoryKeepsWhatIsBeingChanged: a late outcome is on its way to disk while its command is old enough to go.
+func TestHistoryKeepsWhatIsBeingChanged(t *testing.T) {
+	r := newQueueRig(t, devices.QueueConfig{History: time.Hour})
+	r.submit(devices.Request{ID: "a", ExecutionTimeout: time.Minute})
+	r.ack(r.link("dev"))
+	r.pass(time.Minute)
+	r.j.hold = true
+	r.mustAnswer("dev", "a", devices.AnswerSucceeded, "")
+	r.pass(2 * time.Hour)
+	r.j.release(t, -1)
+	r.flush()
+	r.wantState("a", devices.Succeeded)
+	r.verifyRows()
+}
+
 func TestStoreThatTakesNothing(t *testing.T) {
 	r := newQueueRig(t, devices.QueueConfig{Window: 1})
 	r.submit(devices.Request{ID: "a", MaxAttempts: 3})
@@ -1062,9 +1134,17 @@ func TestStoreThatTakesNothing(t *testing.T) {
 	if c.Attempts != 1 {
 		t.Errorf("%d attempts", c.Attempts)
 	}
+	r.link("dev")
+	refuse(full)
+	l = r.link("dev") // takes over
+	refuse(nil)
+	r.pass(2 * time.Second)
+	if d := l.last(t); d.ID != "a" || !d.Dup {
+		t.Errorf("sent %+v on the new connection", d)
+	}
 	refuse(full)
 	r.pass(25 * time.Hour)
-	r.wantState("a", devices.Queued)
+	r.wantState("a", devices.Sent)
 	refuse(nil)
 	r.pass(2 * time.Second)
 	r.wantState("a", devices.Expired)

@@ -230,7 +230,7 @@ func (tx *queueTx) settle() {
 	q, d, now := tx.q, tx.d, tx.now.t
 	ack := milliseconds(q.cfg.AckTimeout)
 	overdue := func(p *queuedCommand) bool {
-		return p.work.state == Sent && !p.restarted && now >= p.work.sentT+ack
+		return p.work.state == Sent && now >= p.work.sentT+ack
 	}
 	expired := func(p *queuedCommand) bool { return now >= q.clock.due(p.createdT, p.opts.Value().ttl) }
 	if d.link != nil {
@@ -251,7 +251,7 @@ func (tx *queueTx) settle() {
 			case expired(p):
 				ttl := time.Duration(p.opts.Value().ttl) * time.Millisecond
 				tx.move(p, Expired, fmt.Sprintf("not delivered within its time to live of %v", ttl))
-			case s.state == Queued || d.link != nil && p.linkGen == d.linkGen && !p.restarted:
+			case s.state == Queued || d.link != nil && p.linkGen == d.linkGen:
 			case p.restarted:
 				tx.requeue(p, "gateway restarted")
 			case overdue(p):
