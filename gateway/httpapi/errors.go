@@ -52,7 +52,6 @@ const (
 	codeTooManyDevices  = "too_many_devices"
 	codeTokenExists     = "token_exists"
 	codeTooManyTokens   = "too_many_tokens"
-	codeLastAdmin       = "last_admin"
 	codeBodyTooLarge    = "body_too_large"
 	codeMediaType       = "unsupported_media_type"
 	codeTooManyAttempts = "too_many_attempts"
@@ -85,7 +84,6 @@ var statuses = map[string]int{
 	codeTooManyDevices:        http.StatusConflict,
 	codeTokenExists:           http.StatusConflict,
 	codeTooManyTokens:         http.StatusConflict,
-	codeLastAdmin:             http.StatusConflict,
 	codeBodyTooLarge:          http.StatusRequestEntityTooLarge,
 	devices.CodeTooLarge:      http.StatusRequestEntityTooLarge,
 	codeMediaType:             http.StatusUnsupportedMediaType,
@@ -128,8 +126,6 @@ func asFailure(err error) (f *failure, ok bool) {
 		f = &failure{code: codeTooManyTokens, message: err.Error()}
 	case errors.Is(err, ErrNoToken):
 		f = &failure{code: codeNoToken, message: err.Error()}
-	case errors.Is(err, ErrLastAdmin):
-		f = &failure{code: codeLastAdmin, message: err.Error()}
 	default:
 		return nil, false
 	}

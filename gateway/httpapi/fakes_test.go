@@ -97,9 +97,6 @@ func (t *tokens) Remove(name string) error {
 	if t.err != nil {
 		return t.err
 	}
-	if name == "the-admin" {
-		return httpapi.ErrLastAdmin
-	}
 	for secret, k := range t.known {
 		if k.Name == name {
 			delete(t.known, secret)

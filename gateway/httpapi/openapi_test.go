@@ -198,7 +198,6 @@ var rows = map[string]row{
 		method: "DELETE", target: "/api/v1/tokens/the-viewer",
 		fails: map[string]func(*rig) *answered{
 			"unknown_token": calls("DELETE", "/api/v1/tokens/x"),
-			"last_admin":    calls("DELETE", "/api/v1/tokens/the-admin"),
 		},
 	},
 }

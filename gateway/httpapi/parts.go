@@ -70,7 +70,7 @@ type Tokens interface {
 	// Add makes one; secret is what the bearer shows, told this once. lifetime 0: it does not expire. name
 	// is well formed. ErrTokenExists, ErrTooManyTokens.
 	Add(name string, role Role, lifetime time.Duration) (made Token, secret string, err error)
-	// Remove revokes one at once. ErrNoToken, ErrLastAdmin.
+	// Remove revokes one at once. ErrNoToken.
 	Remove(name string) error
 }
 
@@ -79,7 +79,6 @@ var (
 	ErrTokenExists   = errors.New("there is a token of this name already")
 	ErrTooManyTokens = errors.New("too many tokens")
 	ErrNoToken       = errors.New("no such token")
-	ErrLastAdmin     = errors.New("the last token with role admin stays: add another one first")
 )
 
 // Token is one bearer token, as it is shown. The secret is not part of it.
