@@ -6,6 +6,7 @@ import (
 	"github.com/cockroachdb/pebble/v2/vfs"
 
 	"holdfast/devices"
+	"holdfast/gateway/httpapi"
 	"holdfast/internal/config"
 	"holdfast/internal/kv"
 )
@@ -47,6 +48,19 @@ func WithFS(o Options, fs vfs.FS) Options {
 	o.storeOptions = func(k *kv.Options) { k.FS = fs }
 	return o
 }
+
+// OpenTokens opens the tokens in store and dir as a gateway does, with a clock that a test holds.
+func OpenTokens(store *kv.Store, dir string, now func() time.Time) (httpapi.Tokens, error) {
+	t, err := openTokens(store, dir)
+	if err != nil {
+		return nil, err
+	}
+	t.now = now
+	return t, nil
+}
+
+// MaxTokens bounds how many there are.
+const MaxTokens = maxTokens
 
 // Watch has fn see each event of g, too, and look at commands meanwhile. Before Run.
 func Watch(g *Gateway, fn func(e devices.Event, get func(id string) (devices.Command, error))) {

@@ -363,7 +363,8 @@ func TestMessagesGoUpstream(t *testing.T) {
 	}
 	testkit.EventuallyNil(t, 15*time.Second, "all to be delivered", func() error {
 		st := g.Status()
-		want := map[string]uint64{"batches/alarm": 5, "batches/telemetry": 5, "batches/bulk": 0, "plain/alarm": 5,
+		want := map[string]uint64{
+			"batches/alarm": 5, "batches/telemetry": 5, "batches/bulk": 0, "plain/alarm": 5,
 			"batches/system": 1, "plain/system": 1, // that the device is on-line
 		}
 		for _, a := range st.Ledger.Accounts {

@@ -20,6 +20,9 @@ func lock(f *os.File) error {
 	return err
 }
 
+// openToOthers says whether anybody but its owner may do something with a file.
+func openToOthers(fi os.FileInfo) bool { return fi.Mode().Perm()&0o077 != 0 }
+
 // diskFree gives the bytes that this user can still write on the file system of path, 0 if unknown.
 func diskFree(path string) uint64 {
 	var st unix.Statfs_t

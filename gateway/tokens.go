@@ -76,6 +76,12 @@ func openTokens(store *kv.Store, dir string) (t *tokens, err error) {
 	case err != nil:
 		return nil, fmt.Errorf("admin token: %w", err)
 	}
+	if fi, err := os.Stat(path); err != nil {
+		return nil, fmt.Errorf("admin token: %w", err)
+	} else if openToOthers(fi) {
+		return nil, fmt.Errorf("admin token %s can be read by other users (mode %04o): remove the file, and the next start makes a new one; "+
+			"or chmod 600 it if nobody has read it", path, fi.Mode().Perm())
+	}
 	text := strings.TrimSpace(string(secret))
 	if len(text) < 32 {
 		return nil, fmt.Errorf("admin token %s holds no token: remove the file, and the next start makes a new one", path)
@@ -101,7 +107,8 @@ func openTokens(store *kv.Store, dir string) (t *tokens, err error) {
 // writeSecret makes a file that only its owner can read, whole or not at all.
 func writeSecret(path string, secret []byte) error {
 	tmp := path + ".new"
-	f, err := os.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	_ = os.Remove(tmp) // of a start that did not come to its end; its mode is not ours to trust
+	f, err := os.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		return fmt.Errorf("make admin token: %w", err)
 	}
@@ -173,7 +180,7 @@ func (t *tokens) Add(name string, role httpapi.Role, lifetime time.Duration) (ht
 	case exists || name == adminName:
 		return httpapi.Token{}, "", fmt.Errorf("token %q: %w", name, httpapi.ErrTokenExists)
 	case n >= maxTokens:
-		return httpapi.Token{}, "", fmt.Errorf("there are %d tokens, as many as are kept: remove some", n)
+		return httpapi.Token{}, "", fmt.Errorf("%w: there are %d, as many as are kept: remove some", httpapi.ErrTooManyTokens, n)
 	}
 	secret := newSecret()
 	h := sha256.Sum256([]byte(secret))
