@@ -66,7 +66,7 @@ func checkRequest(r *Request) (code, reason string) {
 	case len(r.ContentType) > MaxContentType || !commandPrintable(r.ContentType):
 		return CodeInvalid, fmt.Sprintf("the content type is not up to %d printable ASCII characters", MaxContentType)
 	case r.TTL < 0:
-		return CodeExpired, fmt.Sprintf("its time to live is over already: ttl is %v", r.TTL)
+		return CodeExpired, fmt.Sprintf("its time to live is over before it begins: give a ttl of more than 0, or leave it out for %v", DefaultTTL)
 	case r.TTL > MaxTTL:
 		return CodeInvalid, fmt.Sprintf("ttl is %v, at most %v are allowed", r.TTL, MaxTTL)
 	case r.ExecutionTimeout < 0 || r.ExecutionTimeout > MaxExecution:

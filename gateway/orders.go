@@ -6,12 +6,12 @@ import (
 	"fmt"
 	"log/slog"
 	"sync"
-	"time"
 
 	"holdfast/bridge"
 	"holdfast/bridge/mqttup"
 	"holdfast/bridge/wire"
 	"holdfast/devices"
+	"holdfast/gateway/httpapi"
 )
 
 // orders takes the commands that come down from one upstream. The upstream is acknowledged when a command is
@@ -97,7 +97,7 @@ func (o *orders) submit(device string, payload []byte, retained bool, stored fun
 		return o.refuse(device, "", devices.CodeInvalid,
 			"a retained submit without an id would be a new command at each reconnect: give it an id, or do not retain it", stored)
 	}
-	r := request(device, &s)
+	r := httpapi.Request(device, &s)
 	r.Source, r.Upstream = "upstream "+o.upstream.Name, o.upstream.Name
 	return o.queue.Submit(&r, func(_ devices.Command, _ bool, err error) { stored(onlyStore(err)) })
 }
@@ -120,17 +120,4 @@ func onlyStore(err error) error {
 		return nil
 	}
 	return err
-}
-
-// request makes a queue's request of what the cloud or the API asks.
-func request(device string, s *wire.Submit) devices.Request {
-	r := devices.Request{
-		ID: s.ID, Device: device, Name: s.Name, Payload: s.Payload, ContentType: s.ContentType, TTL: time.Duration(s.TTL),
-		NotBefore: s.NotBefore.Time, ExecutionTimeout: time.Duration(s.ExecutionTimeout), MaxAttempts: s.MaxAttempts, OneWay: s.OneWay,
-		Urgent: s.Urgent, SupersedeKey: s.SupersedeKey, Feedback: devices.Feedback(s.Feedback),
-	}
-	if s.HasTTL && r.TTL <= 0 {
-		r.TTL = -1 // over before it began: for the queue to refuse
-	}
-	return r
 }

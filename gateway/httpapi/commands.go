@@ -78,9 +78,6 @@ func (s *Server) sendCommand(c *call) error {
 	if err != nil {
 		return failf(codeBadBody, "body: %v", err)
 	}
-	if sub.HasTTL && sub.TTL <= 0 { // to the queue it would be the default
-		return failf(devices.CodeExpired, "ttl is %v: the command would be over before it began; give more, or leave it out for %v", time.Duration(sub.TTL), devices.DefaultTTL)
-	}
 	if key := c.r.Header.Get("Idempotency-Key"); key != "" {
 		if sub.ID != "" && sub.ID != key {
 			return failf(codeBadBody, "id is %.64q and the header Idempotency-Key is %.64q: give one, or the same twice", sub.ID, key)
@@ -88,12 +85,9 @@ func (s *Server) sendCommand(c *call) error {
 		sub.ID = key
 	}
 	pos := s.p.Events.now() // before it is looked at: see awaitEnd
-	cmd, repeat, err := s.p.Commands.SubmitWait(c.r.Context(), &devices.Request{
-		ID: sub.ID, Device: c.path("id"), Name: sub.Name, Payload: sub.Payload, ContentType: sub.ContentType,
-		TTL: time.Duration(sub.TTL), NotBefore: sub.NotBefore.Time, ExecutionTimeout: time.Duration(sub.ExecutionTimeout),
-		MaxAttempts: sub.MaxAttempts, OneWay: sub.OneWay, Urgent: sub.Urgent, SupersedeKey: sub.SupersedeKey,
-		Feedback: devices.Feedback(sub.Feedback), Source: "api " + c.who,
-	})
+	req := Request(c.path("id"), &sub)
+	req.Source = "api " + c.who
+	cmd, repeat, err := s.p.Commands.SubmitWait(c.r.Context(), &req)
 	if err != nil {
 		return err
 	}
@@ -109,6 +103,19 @@ func (s *Server) sendCommand(c *call) error {
 		return c.reply(http.StatusOK, NewCommand(&cmd, true))
 	}
 	return c.reply(http.StatusCreated, NewCommand(&cmd, true))
+}
+
+// Request is what the queue is asked for when somebody submits s for a device, whichever way s came.
+func Request(device string, s *wire.Submit) devices.Request {
+	r := devices.Request{
+		ID: s.ID, Device: device, Name: s.Name, Payload: s.Payload, ContentType: s.ContentType, TTL: time.Duration(s.TTL),
+		NotBefore: s.NotBefore.Time, ExecutionTimeout: time.Duration(s.ExecutionTimeout), MaxAttempts: s.MaxAttempts, OneWay: s.OneWay,
+		Urgent: s.Urgent, SupersedeKey: s.SupersedeKey, Feedback: devices.Feedback(s.Feedback),
+	}
+	if s.HasTTL && r.TTL <= 0 {
+		r.TTL = -1 // over before it began: for the queue to refuse. 0 would be the default.
+	}
+	return r
 }
 
 // begins holds the first byte of a command against what its header calls it: the decoder goes by that byte.

@@ -278,6 +278,8 @@ func (q *queue) SubmitWait(_ context.Context, r *devices.Request) (devices.Comma
 		return devices.Command{}, false, refusal(devices.CodeUnknownDevice)
 	case !d.Enabled:
 		return devices.Command{}, false, refusal(devices.CodeDisabled)
+	case r.TTL < 0:
+		return devices.Command{}, false, refusal(devices.CodeExpired)
 	case r.Name == "a/b":
 		return devices.Command{}, false, refusal(devices.CodeInvalid)
 	case len(r.Payload) > devices.MaxCommandPayload:
