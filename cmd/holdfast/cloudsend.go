@@ -9,13 +9,10 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"os"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
-
-	"github.com/google/uuid"
 
 	"holdfast/bridge/cloud"
 	"holdfast/bridge/mqttup"
@@ -83,20 +80,7 @@ func readCloudSend(p *program, args []string) (*cloudSending, error) {
 	s := &cloudSending{stderr: &lockedWriter{w: p.stderr}}
 	brokerFlags(fs, &s.options)
 	fs.StringVar(&s.gateway, "gateway", "", "the gateway's `ID`")
-	fs.StringVar(&s.submit.ID, "id", "", "the command's `ID`; without one it gets a new one")
-	payload := fs.String("payload", "", "`TEXT` for the device")
-	file := fs.String("payload-file", "", "`FILE` whose bytes are for the device")
-	fs.StringVar(&s.submit.ContentType, "content-type", "", "`TYPE` of the payload")
-	ttl := durationFlag(fs, "ttl", 0, "how long it may wait to be delivered, `D` such as 90s or 12h (none: 24h)")
-	execution := durationFlag(fs, "execution-timeout", 0, "how long the device may take from delivered to an outcome, `D` (none: 5m)")
-	fs.Func("not-before", "not to be sent before `TIME`, such as 2026-01-31T16:00:00Z", func(text string) error {
-		return s.submit.NotBefore.UnmarshalJSON([]byte(`"` + text + `"`))
-	})
-	fs.IntVar(&s.submit.MaxAttempts, "max-attempts", 0, "given up after `N` sends that the device did not acknowledge (none: 10)")
-	fs.BoolVar(&s.submit.OneWay, "one-way", false, "delivered is all that is wanted: the device does not answer")
-	fs.BoolVar(&s.submit.Urgent, "urgent", false, "overtakes the other commands of the device")
-	fs.StringVar(&s.submit.SupersedeKey, "supersede-key", "", "takes the place of an earlier command with the same `KEY` that is not delivered")
-	fs.StringVar(&s.submit.Feedback, "feedback", "", "which states are told: `LEVEL` none, negative, positive or full (none: full)")
+	submit := submitFlagsIn(fs)
 	fs.StringVar(&s.cancel, "cancel", "", "call off the command `ID`")
 	fs.StringVar(&s.reason, "reason", "", "why, `TEXT`; with --cancel")
 	fs.BoolVar(&s.wait, "wait", false, "follow it to its end")
@@ -107,12 +91,7 @@ func readCloudSend(p *program, args []string) (*cloudSending, error) {
 	if err != nil {
 		return nil, err
 	}
-	given := map[string]bool{}
-	fs.Visit(func(f *flag.Flag) { given[f.Name] = true })
 	s.device, s.timeout = names[0], *timeout
-	s.submit.TTL, s.submit.HasTTL = wire.Duration(*ttl), given["ttl"]
-	s.submit.ExecutionTimeout = wire.Duration(*execution)
-	s.submit.Payload = []byte(*payload)
 	if err := checkBroker(s.options); err != nil {
 		return nil, err
 	}
@@ -125,28 +104,13 @@ func readCloudSend(p *program, args []string) (*cloudSending, error) {
 		return nil, usagef("something is missing: what is the device to do?")
 	case s.wait && *noWait:
 		return nil, usagef("--wait and --no-wait exclude each other")
-	case given["payload"] && given["payload-file"]:
-		return nil, usagef("--payload and --payload-file exclude each other")
-	case given["ttl"] && *ttl <= 0:
-		return nil, usagef("--ttl %v is over before it begins", *ttl)
-	case given["execution-timeout"] && *execution <= 0:
-		return nil, usagef("--execution-timeout must be longer than 0")
-	case s.wait && s.submit.Feedback != "" && s.submit.Feedback != "full":
-		return nil, usagef("--wait needs --feedback full: the gateway would not tell every end")
-	}
-	if given["payload-file"] {
-		if s.submit.Payload, err = os.ReadFile(*file); err != nil {
-			return nil, err
-		}
 	}
 	if s.cancel == "" {
-		s.submit.Name = names[1]
-		b, err := wire.EncodeSubmit(&s.submit)
-		if err == nil {
-			_, err = wire.DecodeSubmit(b) // what the gateway would say
+		if s.submit, err = submit.request(names[1]); err != nil {
+			return nil, err
 		}
-		if err != nil {
-			return nil, usageError{err.Error()}
+		if f := s.submit.Feedback; s.wait && f != "" && f != "full" {
+			return nil, usagef("--wait needs --feedback full: the gateway would not tell every end")
 		}
 	}
 	if *asJSON {
@@ -179,13 +143,6 @@ func cloudSend(ctx context.Context, p *program, args []string) error {
 func (s *cloudSending) run(ctx context.Context, log *slog.Logger) error {
 	id := s.cancel
 	if id == "" {
-		if s.submit.ID == "" {
-			made, err := uuid.NewV7()
-			if err != nil {
-				return err
-			}
-			s.submit.ID = made.String()
-		}
 		id = s.submit.ID
 	}
 	var nonce [6]byte

@@ -244,9 +244,9 @@ func TestCloudSendSaysWhatIsWrong(t *testing.T) {
 		{append(to, "n", "--ttl", "0s"), 2, "--ttl"},
 		{append(to, "n", "--ttl", "soon"), 2, "ttl"},
 		{append(to, "n", "--execution-timeout", "-5s"), 2, "execution-timeout"},
-		{append(to, "n", "--not-before", "tomorrow"), 2, "RFC 3339"},
+		{append(to, "n", "--not-before", "tomorrow"), 2, "neither a time"},
 		{append(to, "n", "--max-attempts", "-1"), 2, "max_attempts"},
-		{append(to, "n", "--feedback", "all"), 2, "none, negative, positive, full"},
+		{append(to, "n", "--feedback", "all"), 2, "none, negative, positive or full"},
 		{append(to, "n", "--feedback", "none", "--wait"), 2, "--feedback full"},
 		{append(to, "n", "--timeout", "300ms"), 1, "nothing was sent: not waited longer than 300ms"},
 	} {

@@ -4,17 +4,13 @@ import (
 	"context"
 	"encoding/base64"
 	"errors"
-	"flag"
 	"fmt"
 	"net/http"
 	"net/url"
 	"os"
-	"slices"
 	"strconv"
 	"strings"
 	"time"
-
-	"github.com/google/uuid"
 
 	"holdfast/bridge/wire"
 	"holdfast/devices"
@@ -41,19 +37,7 @@ The same --id with the same command is the same command: it is not sent a second
 func commandSend(ctx context.Context, p *program, args []string) error {
 	fs := p.flags()
 	api := apiFlagsIn(fs)
-	var s wire.Submit
-	payload := fs.String("payload", "", "what the device is told, `TEXT`")
-	payloadFile := fs.String("payload-file", "", "the same from a `FILE`")
-	fs.StringVar(&s.ContentType, "content-type", "", "what the payload is, `TYPE`, such as application/json")
-	fs.StringVar(&s.ID, "id", "", "the command's `ID` (none: one is made)")
-	ttl := durationFlag(fs, "ttl", 0, "it is for nothing if it is not delivered within `D` (none: 24h)")
-	notBefore := fs.String("not-before", "", "it waits until `TIME`: 2026-03-01T06:00:00Z, or a duration from now")
-	execution := durationFlag(fs, "execution-timeout", 0, "the device has `D` from the delivery to the outcome (none: 5m)")
-	fs.IntVar(&s.MaxAttempts, "max-attempts", 0, "it is given up after `N` sends without an acknowledgement (none: 10)")
-	fs.BoolVar(&s.OneWay, "one-way", false, "the device acknowledges it and says nothing more")
-	fs.BoolVar(&s.Urgent, "urgent", false, "it overtakes those that wait for the same device")
-	fs.StringVar(&s.SupersedeKey, "supersede-key", "", "it takes the place of those with this `KEY` that are not delivered")
-	fs.StringVar(&s.Feedback, "feedback", "", "what of it is told upstream, `none|negative|positive|full` (none: full)")
+	submit := submitFlagsIn(fs)
 	wait := fs.Bool("wait", false, "follow it to its end")
 	timeout := durationFlag(fs, "timeout", 0, "wait `D` at most (none: for ever)")
 	asJSON := fs.Bool("json", false, "print JSON; with --wait one event a line")
@@ -62,31 +46,12 @@ func commandSend(ctx context.Context, p *program, args []string) error {
 		return err
 	}
 	device := words[0]
-	s.Name = words[1]
-	s.TTL, s.ExecutionTimeout = wire.Duration(*ttl), wire.Duration(*execution)
-	if s.NotBefore.Time, err = momentOf(*notBefore, time.Now()); err != nil {
-		return err
-	}
-	switch {
-	case *payload != "" && *payloadFile != "":
-		return usagef("--payload and --payload-file exclude each other")
-	case *timeout > 0 && !*wait:
+	if *timeout > 0 && !*wait {
 		return usagef("--timeout is for --wait; how long the command itself may wait is --ttl")
-	case s.Feedback != "" && !slices.Contains([]string{"none", "negative", "positive", "full"}, s.Feedback):
-		return usagef("--feedback is none, negative, positive or full")
-	case *payloadFile != "":
-		if s.Payload, err = readLimited(*payloadFile, devices.MaxCommandPayload); err != nil {
-			return err
-		}
-	case isSet(fs, "payload"):
-		s.Payload = []byte(*payload)
 	}
-	if s.ID == "" {
-		id, err := uuid.NewV7() // ours, so that asking again after a lost answer is no second command
-		if err != nil {
-			return err
-		}
-		s.ID = id.String()
+	s, err := submit.request(words[1])
+	if err != nil {
+		return err
 	}
 	body, err := wire.EncodeSubmit(&s)
 	if err != nil {
@@ -111,13 +76,6 @@ func commandSend(ctx context.Context, p *program, args []string) error {
 		return nil
 	}
 	return sent.wait(ctx, *timeout)
-}
-
-// isSet says whether a flag was given, be it as nothing.
-func isSet(fs *flag.FlagSet, name string) bool {
-	set := false
-	fs.Visit(func(f *flag.Flag) { set = set || f.Name == name })
-	return set
 }
 
 // momentOf reads a time, or a duration from now.

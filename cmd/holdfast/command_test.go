@@ -72,6 +72,7 @@ see what becomes of it: holdfast command show c1
 		{2, "something is missing", []string{"valve"}},
 		{2, "exclude each other", []string{"valve", "open", "--payload", "a", "--payload-file", file}},
 		{2, "--timeout is for --wait", []string{"valve", "open", "--timeout", "1s"}},
+		{2, "--ttl 0s is over", []string{"valve", "open", "--ttl", "0s"}},
 		{2, "--feedback is none", []string{"valve", "open", "--feedback", "some"}},
 		{2, "neither a time", []string{"valve", "open", "--not-before", "tomorrow"}},
 		{1, "is longer than 64.0 KiB", []string{"valve", "open", "--payload-file", importFile(t, "big", strings.Repeat("x", 64<<10+1))}},
