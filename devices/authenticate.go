@@ -24,7 +24,8 @@ func (i *Identity) Device() string { return i.e.id }
 // Credential is the id of the credential that let it in; "": none, or a certificate that is not pinned.
 func (i *Identity) Credential() string { return i.credential }
 
-// Authenticated says whether it has shown a credential or a certificate that is its own; without, it came as devices.anonymous allows.
+// Authenticated says whether it has shown a credential or a certificate that is its own; without, it came as
+// devices.anonymous allows.
 func (i *Identity) Authenticated() bool { return i.credential != "" || i.certified }
 
 // MayPublish says whether it may publish to topic. It allocates nothing and follows changes of its role at once.
@@ -72,9 +73,9 @@ func (r *Registry) Identity(device string) *Identity {
 	return &Identity{e: e}
 }
 
-// Authenticate lets a client in or not: ErrCredentials, ErrDisabled, ErrBadID, ErrTooOften. It takes the same time for an unknown
-// device as for a wrong password. A failure is answered late, the later the more there were from that address; the
-// wait ends with ctx. The text of an error is for the log, it is not for the client.
+// Authenticate lets a client in or not: ErrCredentials, ErrDisabled, ErrBadID, ErrTooOften. It takes the same time for
+// an unknown device as for a wrong password. A failure is answered late, the later the more there were from that
+// address; the wait ends with ctx. The text of an error is for the log, it is not for the client.
 //
 // The rules: the client id is the device, and a user name, if there is one, has to say the same. A password that is
 // not empty has to fit one of the device's tokens or passwords, whatever else is shown. Without one, a certificate

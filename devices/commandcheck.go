@@ -97,7 +97,8 @@ func validCommandID(id string) bool {
 	return true
 }
 
-// validCommandDevice says whether a device of this name could have a command topic and a key. Whether it is known is not asked here.
+// validCommandDevice says whether a device of this name could have a command topic and a key. Whether it is known is
+// not asked here.
 func validCommandDevice(device string) bool {
 	return device != "" && len(device) <= 255 && utf8.ValidString(device) && !strings.ContainsAny(device, "/+#\x00")
 }

@@ -293,9 +293,9 @@ func (q *Queue) openClock(latest int64) error {
 }
 
 // Submit takes a command. It keeps nothing of r. done is called once: with the command, when that is on stable storage,
-// and whether it is a repeat of one that was taken before; or with a *Refusal as the error, when what is told upstream of it is on
-// stable storage (at once, if r.Upstream is not set). It must not block. It may be called before Submit returns. An error that
-// Submit returns means that the store takes nothing; then done is not called.
+// and whether it is a repeat of one that was taken before; or with a *Refusal as the error, when what is told upstream
+// of it is on stable storage (at once, if r.Upstream is not set). It must not block. It may be called before Submit
+// returns. An error that Submit returns means that the store takes nothing; then done is not called.
 //
 // The same id with the same body is the same command; its state is told to r.Upstream again.
 func (q *Queue) Submit(r *Request, done func(c Command, repeat bool, err error)) error {
@@ -504,9 +504,9 @@ func (q *Queue) refuse(r *Refusal, upstream string, done func(error)) error {
 	})
 }
 
-// Cancel calls a command off: for sure while it was not sent, else as far as the device has not finished. device is whose command
-// it has to be, "": anyone's. upstream is who asks, "" for none. done is called once, as with Submit; refused are a command that is not
-// known (CodeUnknown) and one that has ended (CodeEnded).
+// Cancel calls a command off: for sure while it was not sent, else as far as the device has not finished. device is
+// whose command it has to be, "": anyone's. upstream is who asks, "" for none. done is called once, as with Submit;
+// refused are a command that is not known (CodeUnknown) and one that has ended (CodeEnded).
 func (q *Queue) Cancel(device, id, reason, upstream string, done func(c Command, err error)) error {
 	refuse := func(code, format string, args ...any) error {
 		r := &Refusal{ID: id, Device: device, Code: code, Reason: fmt.Sprintf(format, args...)}
@@ -580,8 +580,8 @@ func (q *Queue) Remove(device string) {
 	})
 }
 
-// Ready says that a device is connected over l and has its session, and perhaps new subscriptions. Called again for each SUBACK.
-// After Gone l does not become ready again.
+// Ready says that a device is connected over l and has its session, and perhaps new subscriptions. Called again for
+// each SUBACK. After Gone l does not become ready again.
 func (q *Queue) Ready(device string, l Link) {
 	q.decide(device, func(tx *queueTx) {
 		d := tx.d
@@ -606,7 +606,8 @@ func (q *Queue) Gone(device string, l Link) {
 	})
 }
 
-// Acked says that the device acknowledged the delivery token on l. refused is the reason of a PUBACK that says no (MQTT 5), "" else.
+// Acked says that the device acknowledged the delivery token on l. refused is the reason of a PUBACK that says no (MQTT
+// 5), "" else.
 func (q *Queue) Acked(device string, l Link, token uint64, refused string) {
 	q.decide(device, func(tx *queueTx) {
 		p := tx.delivery(token)

@@ -17,8 +17,8 @@ import (
 	"holdfast/internal/kv"
 )
 
-// lastBreath is a Journal of a process that dies at one of its commits: the one before which it dies is lost, the one after which
-// it dies is stored, and nobody is told.
+// lastBreath is a Journal of a process that dies at one of its commits: the one before which it dies is lost, the one
+// after which it dies is stored, and nobody is told.
 type lastBreath struct {
 	*queueJournal
 	mu     sync.Mutex
@@ -129,8 +129,9 @@ func (r *queueRig) says(id string, kind devices.AnswerKind) {
 	}
 }
 
-// TestCrashAtEveryCommit has the process die at each commit of some lives of commands, before and after the commit took effect, and
-// looks at what the next one finds: each command as the commits that took effect left it, in rows that agree; and each comes to an end.
+// TestCrashAtEveryCommit has the process die at each commit of some lives of commands, before and after the commit took
+// effect, and looks at what the next one finds: each command as the commits that took effect left it, in rows that
+// agree; and each comes to an end.
 func TestCrashAtEveryCommit(t *testing.T) {
 	for name, life := range commandLives {
 		t.Run(name, func(t *testing.T) {

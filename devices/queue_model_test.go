@@ -285,9 +285,10 @@ func (w *modelWatch) sent(j *queueJournal, d *devices.Delivery) int {
 	return last.Attempts
 }
 
-// TestQueueModel drives a queue and a simple model with the same random operations: submits, repeats, conflicts, cancellations,
-// devices that come and go, acks, stale acks, answers true and false, time, jumps of the wall clock, commits that are held back, and crashes at any of
-// these moments. What is told of each command is what the model says, in order, and as much of it as is durable.
+// TestQueueModel drives a queue and a simple model with the same random operations: submits, repeats, conflicts,
+// cancellations, devices that come and go, acks, stale acks, answers true and false, time, jumps of the wall clock,
+// commits that are held back, and crashes at any of these moments. What is told of each command is what the model says,
+// in order, and as much of it as is durable.
 func TestQueueModel(t *testing.T) {
 	rapid.Check(t, func(rt *rapid.T) {
 		window := rapid.IntRange(1, 3).Draw(rt, "window")

@@ -18,7 +18,8 @@ import (
 	"holdfast/internal/testkit"
 )
 
-// queueJournal is a devices.Journal on a store: it notes events when they are durable, can hold commits back, and can refuse them.
+// queueJournal is a devices.Journal on a store: it notes events when they are durable, can hold commits back, and can
+// refuse them.
 type queueJournal struct {
 	handIn  sync.Mutex // held over the hand-in, which may block; nothing that a done calls takes it
 	mu      sync.Mutex
@@ -397,7 +398,8 @@ func (r *queueRig) wantState(id string, want devices.State) devices.Command {
 	return c
 }
 
-// told gives the events of a command as "QUEUED SENT …", a minus before those that are not for the cloud, and a plus before repeats.
+// told gives the events of a command as "QUEUED SENT …", a minus before those that are not for the cloud, and a plus
+// before repeats.
 func (r *queueRig) told(id string) string {
 	r.j.mu.Lock()
 	defer r.j.mu.Unlock()

@@ -50,8 +50,8 @@ type CommandFilter struct {
 	Limit  int     // at most; 0: 100
 }
 
-// List returns commands, the newest first, without payload, result and history. next is what to give as Before for the following page;
-// 0: that was the last.
+// List returns commands, the newest first, without payload, result and history. next is what to give as Before for the
+// following page; 0: that was the last.
 func (q *Queue) List(f CommandFilter) (page []Command, next uint64, err error) {
 	if f.Limit <= 0 {
 		f.Limit = 100

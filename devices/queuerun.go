@@ -139,7 +139,8 @@ func (q *Queue) putOff(err error) {
 	}
 }
 
-// sweep removes ended commands that are too old or too many, one step at a time, the oldest first. more: it has not come to the end.
+// sweep removes ended commands that are too old or too many, one step at a time, the oldest first. more: it has not
+// come to the end.
 func (q *Queue) sweep(ctx context.Context, now int64) (more bool) {
 	q.mu.Lock()
 	tooMany := q.history - q.cfg.MaxHistory

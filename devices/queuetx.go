@@ -277,8 +277,9 @@ func (tx *queueTx) settle() {
 	}
 }
 
-// pick chooses the command to send next; nil: none. Urgent ones go first and have one more place than the window. One that the
-// device has not subscribed to, or whose time has not come, is passed over; one that pauses before a repeat is not, for the order's sake.
+// pick chooses the command to send next; nil: none. Urgent ones go first and have one more place than the window. One
+// that the device has not subscribed to, or whose time has not come, is passed over; one that pauses before a repeat is
+// not, for the order's sake.
 func (tx *queueTx) pick() *queuedCommand {
 	q, d := tx.q, tx.d
 	used, waiting := 0, false
@@ -318,8 +319,8 @@ func (tx *queueTx) pick() *queuedCommand {
 
 func commandTopic(device, id, name string) string { return "cmd/" + device + "/req/" + id + "/" + name }
 
-// repeatPause is how long after the last attempt the next may come, ms. A device that comes back does not wait; one whose connection
-// flaps a hundred times a second does, or its commands would be dead within a tenth of one.
+// repeatPause is how long after the last attempt the next may come, ms. A device that comes back does not wait; one
+// whose connection flaps a hundred times a second does, or its commands would be dead within a tenth of one.
 func repeatPause(attempts int32) int64 {
 	if attempts < 3 {
 		return 0
@@ -617,16 +618,17 @@ func (q *Queue) command(p *queuedCommand, s *commandState) Command {
 	return c
 }
 
-// Answer takes what a device says of a command, together with ops: rows that are committed in the same batch. done is called as
-// kv.Done says, with token; nil: nobody waits. An error that wraps ErrAnswer: the answer is not believed and ops were not taken; any other means that
-// the store takes nothing. It keeps nothing of payload and ops.
+// Answer takes what a device says of a command, together with ops: rows that are committed in the same batch. done is
+// called as kv.Done says, with token; nil: nobody waits. An error that wraps ErrAnswer: the answer is not believed and
+// ops were not taken; any other means that the store takes nothing. It keeps nothing of payload and ops.
 //
-// The first outcome stands; the same kind of outcome again is a repeat, in which nothing changes. It is believed of every command
-// that was sent once, whatever has become of it: what has ended otherwise becomes what the device says, marked late. So of a one-way
-// command, too, whose end is its delivery. accepted and progress are believed until a command has ended. An answer to a command
-// whose PUBACK is missing says that it was delivered.
+// The first outcome stands; the same kind of outcome again is a repeat, in which nothing changes. It is believed of
+// every command that was sent once, whatever has become of it: what has ended otherwise becomes what the device says,
+// marked late. So of a one-way command, too, whose end is its delivery. accepted and progress are believed until a
+// command has ended. An answer to a command whose PUBACK is missing says that it was delivered.
 //
-// Progress is stored and told once a second at most; of more than that the last counts. It does not extend the execution time-out.
+// Progress is stored and told once a second at most; of more than that the last counts. It does not extend the
+// execution time-out.
 func (q *Queue) Answer(device, id string, kind AnswerKind, payload []byte, contentType string, ops []kv.Op, done kv.Done, token uint64) error {
 	var progress *Progress
 	to := State(0)

@@ -27,8 +27,9 @@ type RegistryConfig struct {
 	Log       *slog.Logger
 	Metrics   prometheus.Registerer // nil: none
 	Now       func() time.Time      // nil: time.Now
-	// Kick is called, from any goroutine, when a device may no longer be connected (disabled, removed, its credentials gone): it ends
-	// the device's connections at once. forget: the broker's session of it is to go, too. It does not block.
+	// Kick is called, from any goroutine, when a device may no longer be connected (disabled, removed, its credentials
+	// gone): it ends the device's connections at once. forget: the broker's session of it is to go, too. It does not
+	// block.
 	Kick func(device, reason string, forget bool)
 }
 
@@ -100,7 +101,8 @@ func (c counts) plus(sign int, d counts) counts {
 // cachedDevices bounds how many devices that are not connected are kept in memory.
 const cachedDevices = 20_000
 
-// OpenRegistry opens the registry in store. It takes the same time for no device and for 100,000: rows are read when they are needed.
+// OpenRegistry opens the registry in store. It takes the same time for no device and for 100,000: rows are read when
+// they are needed.
 func OpenRegistry(store *kv.Store, cfg RegistryConfig) (*Registry, error) {
 	p, err := newPolicy(cfg.Roles, cfg.Anonymous)
 	if err != nil {
@@ -724,7 +726,8 @@ const (
 	sweepPage  = 500 // devices read with one iterator
 )
 
-// Run does what needs time: it tells of devices that a crash of the gateway has disconnected, forgets expired credentials and disconnects who used them.
+// Run does what needs time: it tells of devices that a crash of the gateway has disconnected, forgets expired
+// credentials and disconnects who used them.
 func (r *Registry) Run(ctx context.Context) error {
 	if err := r.tellCrashed(ctx); err != nil {
 		return fmt.Errorf("devices: %w", err)

@@ -146,8 +146,8 @@ func (t *throttle) locked(addr netip.Addr, device string) time.Duration {
 	return 0
 }
 
-// crowded is ErrTooOften while as many failures of addr wait as may: what comes then is not worth the gateway's processors. Else
-// one address could have argon2 computed all day, under another name each time.
+// crowded is ErrTooOften while as many failures of addr wait as may: what comes then is not worth the gateway's
+// processors. Else one address could have argon2 computed all day, under another name each time.
 func (t *throttle) crowded(addr netip.Addr) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()

@@ -112,8 +112,8 @@ func TestAtMostSixteenFailuresOfAnAddressWait(t *testing.T) {
 	})
 }
 
-// Whoever guesses passwords, under another name each time, does not have argon2 computed at will: it is the dearest thing that a
-// stranger can ask for.
+// Whoever guesses passwords, under another name each time, does not have argon2 computed at will: it is the dearest
+// thing that a stranger can ask for.
 func TestGuessesOfOneAddressDoNotTakeTheProcessors(t *testing.T) {
 	bubble(t, func(t *testing.T, s *site) {
 		home := address(1)

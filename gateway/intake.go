@@ -89,8 +89,9 @@ func (i *Intake) Publish(m *broker.Message, ops []kv.Op, done kv.Done, token uin
 	return err
 }
 
-// answer hands m over if it is a device's answer to a command. One that is not believed is acknowledged all the same, with
-// ops: MQTT 3.1.1 has no other word than none, and the device would send it again for ever. The queue has counted and logged it.
+// answer hands m over if it is a device's answer to a command. One that is not believed is acknowledged all the same,
+// with ops: MQTT 3.1.1 has no other word than none, and the device would send it again for ever. The queue has counted
+// and logged it.
 func (i *Intake) answer(m *broker.Message, ops []kv.Op, done kv.Done, token uint64) (taken bool, err error) {
 	taken, err = i.answers(m, ops, done, token)
 	if errors.Is(err, devices.ErrAnswer) {

@@ -36,7 +36,8 @@ func letIn(t *testing.T, r *running) bool {
 	return false
 }
 
-// The rule that no stranger comes in from the network holds for the listeners that are open, not for those that a restart would open.
+// The rule that no stranger comes in from the network holds for the listeners that are open, not for those that a
+// restart would open.
 func TestReloadKeepsStrangersOutOfOpenListeners(t *testing.T) {
 	dir := t.TempDir()
 	c := configuration(t, dir)

@@ -15,8 +15,8 @@ import (
 	"holdfast/bridge/wire"
 )
 
-// Publisher is the MQTT client that a Client sends with: Publish returns when the broker has acknowledged the message (QoS 1, not retained), or
-// with an error when nobody knows. mqttup.Client is one.
+// Publisher is the MQTT client that a Client sends with: Publish returns when the broker has acknowledged the message
+// (QoS 1, not retained), or with an error when nobody knows. mqttup.Client is one.
 type Publisher interface {
 	Publish(ctx context.Context, topic string, payload []byte) error
 }
@@ -32,19 +32,20 @@ func (f PublishFunc) Publish(ctx context.Context, topic string, payload []byte) 
 // ClientConfig of a Client. Publisher has to be there.
 type ClientConfig struct {
 	Publisher Publisher
-	// Retry is the pause after which a request that nobody answered is published again, under the same id; it doubles each time, up to an hour. 0: 5 s.
+	// Retry is the pause after which a request that nobody answered is published again, under the same id; it doubles
+	// each time, up to an hour. 0: 5 s.
 	Retry time.Duration
-	// Late is how long a command is followed after an end that its device did not give (TIMED_OUT, EXPIRED, …): an outcome that still
-	// comes replaces it. 0: not at all.
+	// Late is how long a command is followed after an end that its device did not give (TIMED_OUT, EXPIRED, …): an
+	// outcome that still comes replaces it. 0: not at all.
 	Late time.Duration
-	// OnDevice is told of each device that comes or goes, OnCommand of each event of a command; repeats are left out. nil: nobody is told.
-	// They are called by Handle.
+	// OnDevice is told of each device that comes or goes, OnCommand of each event of a command; repeats are left out.
+	// nil: nobody is told. They are called by Handle.
 	OnDevice  func(e wire.DeviceEvent)
 	OnCommand func(e wire.CommandEvent)
 }
 
-// Client sends commands to devices through gateways and follows them. Give it what arrives on Filters by Handle. All methods may be
-// called by many goroutines.
+// Client sends commands to devices through gateways and follows them. Give it what arrives on Filters by Handle. All
+// methods may be called by many goroutines.
 type Client struct {
 	cfg ClientConfig
 
@@ -65,13 +66,15 @@ func NewClient(cfg ClientConfig) *Client {
 	return &Client{cfg: cfg, followers: make(map[commandKey][]*Command), seen: recent{most: 1 << 14}}
 }
 
-// Filters are what to subscribe to for a gateway's events, with QoS 1; "" stands for all gateways. Telemetry has topics of its own, see Receiver.
+// Filters are what to subscribe to for a gateway's events, with QoS 1; "" stands for all gateways. Telemetry has topics
+// of its own, see Receiver.
 func Filters(gateway string) []string {
 	return []string{wire.CommandEventFilter(gateway, "", ""), wire.DeviceEventFilter(gateway, "")}
 }
 
 // Handle takes what arrived. It says whether topic is that of an event of a command or a device; everything else is for
-// a Receiver. It does not block, except as OnDevice and OnCommand do, and keeps nothing of payload. An error (wire.ErrFormat): nothing was done.
+// a Receiver. It does not block, except as OnDevice and OnCommand do, and keeps nothing of payload. An error
+// (wire.ErrFormat): nothing was done.
 func (c *Client) Handle(topic string, payload []byte) (handled bool, err error) {
 	switch t := wire.ParseTopic(topic); t.Kind {
 	case wire.KindCommandEvent:
@@ -141,13 +144,14 @@ func (e *RefusedError) Error() string {
 	return fmt.Sprintf("refused by gateway %s (%s): %s", e.Event.Gateway, e.Event.Code, e.Event.Reason)
 }
 
-// ErrUnanswered says that a request was published and that ctx ended before the gateway answered: it waits at the broker, or its answer is under way. The
-// same request with the same id does no harm.
+// ErrUnanswered says that a request was published and that ctx ended before the gateway answered: it waits at the
+// broker, or its answer is under way. The same request with the same id does no harm.
 var ErrUnanswered = errors.New("the gateway has not answered")
 
-// Submit sends a command and returns it, followed, when the gateway has told its first state; call its Close when it is not followed any more. Without an id
-// it gets a UUIDv7, so that repeats on the way are the same command. Until the gateway answers the request is repeated, each time
-// after a longer pause. A command whose feedback is not full is not waited for: there may be no state to tell.
+// Submit sends a command and returns it, followed, when the gateway has told its first state; call its Close when it is
+// not followed any more. Without an id it gets a UUIDv7, so that repeats on the way are the same command. Until the
+// gateway answers the request is repeated, each time after a longer pause. A command whose feedback is not full is not
+// waited for: there may be no state to tell.
 //
 // Errors: *RefusedError; ErrUnanswered, and then the command is returned as well and may be followed.
 func (c *Client) Submit(ctx context.Context, gateway, device string, s wire.Submit) (*Command, error) {
@@ -181,8 +185,8 @@ func (c *Client) Submit(ctx context.Context, gateway, device string, s wire.Subm
 	return f, err
 }
 
-// Cancel calls a command off and returns its state after that: CANCELED, or the end that it had reached before. *RefusedError: there is no such command, or it
-// had ended. ErrUnanswered as from Submit.
+// Cancel calls a command off and returns its state after that: CANCELED, or the end that it had reached before.
+// *RefusedError: there is no such command, or it had ended. ErrUnanswered as from Submit.
 func (c *Client) Cancel(ctx context.Context, gateway, device, id, reason string) (wire.CommandEvent, error) {
 	body, err := wire.EncodeCancel(&wire.Cancel{ID: id, Reason: reason})
 	if err != nil {
@@ -245,8 +249,8 @@ func (c *Client) follow(f *Command) *Command {
 	return f
 }
 
-// Command is a command that is followed. Its methods may be called by many goroutines, but each event is given to one of those that
-// range over Events.
+// Command is a command that is followed. Its methods may be called by many goroutines, but each event is given to one
+// of those that range over Events.
 type Command struct {
 	Gateway, Device, ID string
 
@@ -309,7 +313,8 @@ func Ended(e *wire.CommandEvent, oneWay bool) bool {
 	return e.Final
 }
 
-// take notes an event. Gateways deliver at least once, so after a lost connection some come again, the older ones after newer ones.
+// take notes an event. Gateways deliver at least once, so after a lost connection some come again, the older ones after
+// newer ones.
 func (f *Command) take(e *wire.CommandEvent, print uint64) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -374,8 +379,9 @@ func (f *Command) refused() error {
 	return nil
 }
 
-// Events gives each event once, in order, from the first that came after Submit or Follow, and ends with the end of the command, or
-// ClientConfig.Late after one that a late outcome may replace. An error is the last that it gives: ctx ended, or Close was called.
+// Events gives each event once, in order, from the first that came after Submit or Follow, and ends with the end of the
+// command, or ClientConfig.Late after one that a late outcome may replace. An error is the last that it gives: ctx
+// ended, or Close was called.
 func (f *Command) Events(ctx context.Context) iter.Seq2[wire.CommandEvent, error] {
 	return func(yield func(wire.CommandEvent, error) bool) {
 		var late <-chan time.Time

@@ -34,9 +34,9 @@ type publication struct {
 	acked   chan struct{}
 }
 
-// Connect connects and subscribes to filters, if there are any, and stays connected until ctx ends, whatever happens to the network; join it with Wait.
-// It returns when the subscription has been made for the first time. It tries as long as ctx lives, except where the broker refuses it or the
-// filters.
+// Connect connects and subscribes to filters, if there are any, and stays connected until ctx ends, whatever happens to
+// the network; join it with Wait. It returns when the subscription has been made for the first time. It tries as long
+// as ctx lives, except where the broker refuses it or the filters.
 //
 // handler is called as by Subscribe. It must not wait for a Publish of the same client: while it is busy nothing is read.
 func Connect(ctx context.Context, o Options, filters []string, handler func(topic string, payload []byte)) (*Client, error) {
@@ -80,9 +80,10 @@ func (c *Client) Wait() error {
 	return c.err
 }
 
-// Publish sends a message with QoS 1, not retained, and returns when the broker has acknowledged it. While there is no connection it waits
-// for one; what was not acknowledged when a connection ended is sent again, so it may arrive twice. With an error it may have arrived, too:
-// ctx ended, the client ended, or the message cannot be sent at all. payload must not change until Publish has returned.
+// Publish sends a message with QoS 1, not retained, and returns when the broker has acknowledged it. While there is no
+// connection it waits for one; what was not acknowledged when a connection ended is sent again, so it may arrive twice.
+// With an error it may have arrived, too: ctx ended, the client ended, or the message cannot be sent at all. payload
+// must not change until Publish has returned.
 func (c *Client) Publish(ctx context.Context, topic string, payload []byte) error {
 	if err := checkTopic(topic); err != nil {
 		return err

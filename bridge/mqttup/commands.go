@@ -16,15 +16,16 @@ import (
 // until it has. Brokers have bounds of their own, often lower.
 const maxUnacked = 1024
 
-// CommandsFromConfig makes the options with which a gateway takes commands from a configured upstream: as the bridge has them, under a client
-// id of their own.
+// CommandsFromConfig makes the options with which a gateway takes commands from a configured upstream: as the bridge
+// has them, under a client id of their own.
 func CommandsFromConfig(c bridge.Config, gateway string) Options {
 	return Options{
 		URL: c.URL, ClientID: CommandsClientID(gateway, c.Name), Username: c.Username, PasswordFile: c.PasswordFile, TLS: c.TLS, Persistent: true,
 	}
 }
 
-// CommandsClientID is the id under which the broker keeps a gateway's commands: ClientID with -cmd at the end. It must stay the same.
+// CommandsClientID is the id under which the broker keeps a gateway's commands: ClientID with -cmd at the end. It must
+// stay the same.
 func CommandsClientID(gateway, upstream string) string {
 	id := ClientID(gateway, upstream) + "-cmd"
 	if len(id) > maxClientID {
@@ -45,26 +46,29 @@ type Incoming struct {
 	n      uint64
 }
 
-// Ack tells the broker that the message is safe here. It may be called from any goroutine, does not block, and does nothing the second time, or when
-// the connection has ended: then the broker sends the message again. The broker is told in the order in which the messages came, as
-// MQTT wants it (MQTT 3.1.1 §4.6): what came before and is not acknowledged holds up what came after.
+// Ack tells the broker that the message is safe here. It may be called from any goroutine, does not block, and does
+// nothing the second time, or when the connection has ended: then the broker sends the message again. The broker is
+// told in the order in which the messages came, as MQTT wants it (MQTT 3.1.1 §4.6): what came before and is not
+// acknowledged holds up what came after.
 func (m Incoming) Ack() {
 	if m.window != nil {
 		m.window.ack(m.n)
 	}
 }
 
-// TakeCommands calls handler for each message on filter until ctx ends, and then returns nil. The session at the broker is persistent: what
-// is published while nobody is connected comes with the next connection. It never gives up: connections that
-// fail and subscriptions that are refused are tried again after 500 ms to 30 s, with full jitter. o.OnState is told of each change,
-// o.Log of those that say something new. An error means that o is wrong.
+// TakeCommands calls handler for each message on filter until ctx ends, and then returns nil. The session at the broker
+// is persistent: what is published while nobody is connected comes with the next connection. It never gives up:
+// connections that fail and subscriptions that are refused are tried again after 500 ms to 30 s, with full jitter.
+// o.OnState is told of each change, o.Log of those that say something new. An error means that o is wrong.
 //
-// Calls of handler come one after the other, in the order of arrival, and none after TakeCommands has returned. handler is to return
-// quickly and to call Ack once what it was given is stored, so that many share one commit; with 1,024 unacknowledged ones no more are read. Messages that
-// were not acknowledged before a connection ended come again on the next, usually with Dup.
+// Calls of handler come one after the other, in the order of arrival, and none after TakeCommands has returned. handler
+// is to return quickly and to call Ack once what it was given is stored, so that many share one commit; with 1,024
+// unacknowledged ones no more are read. Messages that were not acknowledged before a connection ended come again on the
+// next, usually with Dup.
 //
-// Empty retained messages, which are how a retained message is removed, are not handed over. A payload above o.MaxPayload
-// (here by default wire.MaxSubmit) is cut to one byte more than that, so that it can be refused; otherwise the broker would send it for ever.
+// Empty retained messages, which are how a retained message is removed, are not handed over. A payload above
+// o.MaxPayload (here by default wire.MaxSubmit) is cut to one byte more than that, so that it can be refused; otherwise
+// the broker would send it for ever.
 func TakeCommands(ctx context.Context, o Options, filter string, handler func(m Incoming)) error {
 	if filter == "" {
 		return errors.New("no filter to subscribe to")

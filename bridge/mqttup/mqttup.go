@@ -9,8 +9,8 @@
 // message 6 µs, 38 allocations and five goroutines, twice what a mosquitto bridge needs. The packets are
 // written here, under packet ids that paho does not use, and their PUBACKs taken before paho sees them.
 //
-// Commands come down on a client of their own (TakeCommands), with a persistent session and acknowledgements that wait until the
-// gateway has stored what came. Client is for programs on the cloud's side.
+// Commands come down on a client of their own (TakeCommands), with a persistent session and acknowledgements that wait
+// until the gateway has stored what came. Client is for programs on the cloud's side.
 package mqttup
 
 import (

@@ -182,8 +182,8 @@ func goodbye(c *conn) {
 	<-c.flushed
 }
 
-// subscribe waits for the answer as long as a connection may take, not counting the time in which messages that come before it are
-// being handled: a slow handler is no dead broker.
+// subscribe waits for the answer as long as a connection may take, not counting the time in which messages that come
+// before it are being handled: a slow handler is no dead broker.
 func (s *subscriber) subscribe(ctx context.Context, pc paho.Client, c *conn) error {
 	if len(s.filters) == 0 {
 		return nil

@@ -104,7 +104,8 @@ func ParseRequestTopic(topic string) (device, id, name string, ok bool) {
 	return parseDeviceTopic(topic, "req")
 }
 
-// AnswerTopic is where a device answers: cmd/{device}/res/{id}/{kind}; kind is accepted, progress, succeeded, failed or rejected.
+// AnswerTopic is where a device answers: cmd/{device}/res/{id}/{kind}; kind is accepted, progress, succeeded, failed or
+// rejected.
 func AnswerTopic(device, id, kind string) string {
 	return "cmd/" + escapeLevel(device) + "/res/" + escapeLevel(id) + "/" + escapeLevel(kind)
 }

@@ -70,7 +70,8 @@ var (
 // the limits of a queue, except that it reads at most MaxSubmit bytes (ErrTooLarge). Many goroutines may call it at once.
 //
 // payload may be text (CBOR: or bytes), which is taken as it is, or any other value, whose encoding is taken, with
-// content_type application/json or application/cbor if none is given. Durations are text as Go writes them, or a number of seconds.
+// content_type application/json or application/cbor if none is given. Durations are text as Go writes them, or a number
+// of seconds.
 //
 // With an error the result has the ID, if one could be read, so that a refusal can name it. It shares no memory with b.
 func DecodeSubmit(b []byte) (Submit, error) {
@@ -194,8 +195,8 @@ func (s *Submit) setPayload(f *field) error {
 	return nil
 }
 
-// EncodeSubmit writes JSON that DecodeSubmit reads back as s. An error means that no JSON can say what s says, or that it would be
-// larger than a gateway reads.
+// EncodeSubmit writes JSON that DecodeSubmit reads back as s. An error means that no JSON can say what s says, or that
+// it would be larger than a gateway reads.
 func EncodeSubmit(s *Submit) ([]byte, error) {
 	for key, text := range map[string]string{
 		"id": s.ID, "name": s.Name, "content_type": s.ContentType, "supersede_key": s.SupersedeKey, "feedback": s.Feedback,
@@ -328,7 +329,8 @@ type Time struct{ time.Time }
 
 const timeLayout = "2006-01-02T15:04:05.000Z07:00"
 
-// append writes t. RFC 3339 has four digits for a year: what a broken clock tells beyond that becomes the nearest that can be written.
+// append writes t. RFC 3339 has four digits for a year: what a broken clock tells beyond that becomes the nearest that
+// can be written.
 func (t Time) append(b []byte) []byte {
 	u := t.UTC()
 	switch y := u.Year(); {

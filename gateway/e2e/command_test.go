@@ -320,9 +320,9 @@ func command(t *testing.T, g *testkit.Gateway, id string) (v commandView, err er
 	return v, json.Unmarshal(b, &v)
 }
 
-// TestKillAtEveryState kills the gateway at each state that a command can be in: the moment that the cloud is told of it,
-// and a few milliseconds around what leads to it. After the restart the command goes its way, and what was told upstream, what the API
-// tells and what the device has done agree.
+// TestKillAtEveryState kills the gateway at each state that a command can be in: the moment that the cloud is told of
+// it, and a few milliseconds around what leads to it. After the restart the command goes its way, and what was told
+// upstream, what the API tells and what the device has done agree.
 func TestKillAtEveryState(t *testing.T) {
 	all := []string{"accepted", "progress", "succeeded"}
 	for _, c := range []struct {

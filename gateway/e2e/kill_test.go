@@ -63,7 +63,8 @@ func TestKillNine(t *testing.T) {
 	}
 }
 
-// accepted is how many messages of devices an upstream's accounts tell of: what the gateway itself has to say is in the lane system.
+// accepted is how many messages of devices an upstream's accounts tell of: what the gateway itself has to say is in the
+// lane system.
 func accepted(s *testkit.Status, upstream string) (n uint64) {
 	for _, a := range s.Ledger.Accounts {
 		if a.Upstream == upstream && a.Lane != "system" {

@@ -27,7 +27,8 @@ type attempter struct {
 	until time.Time // wrong tokens are not told apart before this
 }
 
-// attempt counts a wrong token of p. wait is how long p has to wait, in whole seconds; 0: not at all yet. first: it is the first time that it has to.
+// attempt counts a wrong token of p. wait is how long p has to wait, in whole seconds; 0: not at all yet. first: it is
+// the first time that it has to.
 func (a *attempts) attempt(p netip.Prefix, now time.Time) (wait time.Duration, first bool) {
 	a.mu.Lock()
 	defer a.mu.Unlock()

@@ -192,7 +192,8 @@ type jsonField struct {
 	tag      reflect.StructTag
 }
 
-// jsonFields lists the fields of a struct type. Those of an embedded struct count as its own; one of the same name further out hides them.
+// jsonFields lists the fields of a struct type. Those of an embedded struct count as its own; one of the same name
+// further out hides them.
 func jsonFields(t reflect.Type) []jsonField {
 	var own, embedded []jsonField
 	for i := range t.NumField() {

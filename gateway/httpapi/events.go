@@ -19,8 +19,8 @@ const DefaultEvents = 10_000
 
 // Events hands what happens to whoever watches, and keeps the last of it in memory for those who were away a moment.
 //
-// There is one ring and no queue per watcher: each has a position in the ring and reads on from there, so a watcher that does not
-// keep up costs nothing but its own view, and Publish never waits for one.
+// There is one ring and no queue per watcher: each has a position in the ring and reads on from there, so a watcher
+// that does not keep up costs nothing but its own view, and Publish never waits for one.
 type Events struct {
 	start string // names this run of the process in ids
 
@@ -56,9 +56,9 @@ func NewEvents(capacity int) *Events {
 	return &Events{start: hex.EncodeToString(b[:]), ring: make([]*happening, capacity), wake: make(chan struct{})}
 }
 
-// Publish shows e to whoever watches. It neither blocks nor encodes: one small allocation, a fraction of a microsecond. Many goroutines
-// may call it; events get their numbers in the order of the calls. It keeps e's Device and Refusal, which must not change any
-// more, and a copy of its Command without payload and result.
+// Publish shows e to whoever watches. It neither blocks nor encodes: one small allocation, a fraction of a microsecond.
+// Many goroutines may call it; events get their numbers in the order of the calls. It keeps e's Device and Refusal,
+// which must not change any more, and a copy of its Command without payload and result.
 func (h *Events) Publish(e devices.Event) {
 	ev := &happening{previous: e.Previous, device: e.Device, refusal: e.Refusal}
 	switch {
@@ -105,8 +105,8 @@ func (h *Events) now() uint64 {
 	return h.last
 }
 
-// from says where a watcher goes on that has seen the event id. ok is false if events were missed: it was before this start, or they
-// are no longer there; then pos is before the oldest that is.
+// from says where a watcher goes on that has seen the event id. ok is false if events were missed: it was before this
+// start, or they are no longer there; then pos is before the oldest that is.
 func (h *Events) from(id string) (pos uint64, ok bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -126,7 +126,8 @@ func (h *Events) oldest() uint64 {
 	return 1
 }
 
-// after appends to dst the events after pos, at most max. lost: some of them are no longer there. If there are none, wake is closed when there are.
+// after appends to dst the events after pos, at most max. lost: some of them are no longer there. If there are none,
+// wake is closed when there are.
 func (h *Events) after(dst []*happening, pos uint64, most int) (_ []*happening, wake <-chan struct{}, lost bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()

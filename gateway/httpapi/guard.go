@@ -113,9 +113,9 @@ func (s *Server) admit(c *call) error {
 	return nil
 }
 
-// wrongToken counts attempts by address. A token has 256 random bits: nobody finds one by trying, at any speed. What the delay does
-// is tell a program with an old token to slow down. So it holds for wrong tokens only: behind a proxy everybody has the same
-// address, and one of them must not lock the others out.
+// wrongToken counts attempts by address. A token has 256 random bits: nobody finds one by trying, at any speed. What
+// the delay does is tell a program with an old token to slow down. So it holds for wrong tokens only: behind a proxy
+// everybody has the same address, and one of them must not lock the others out.
 func (s *Server) wrongToken(c *call) error {
 	s.m.wrongTokens.Inc()
 	wait, first := s.wrong.attempt(peer(c.r), time.Now())
@@ -171,8 +171,9 @@ func loopbackPeer(r *http.Request) bool {
 	return err == nil && peer.Addr().Unmap().IsLoopback()
 }
 
-// loopbackName tells whether the name that was asked for is this machine's. A web page in a browser on this machine is a peer on
-// loopback too: by a name of its own that it lets resolve to 127.0.0.1 it could read what it likes (DNS rebinding).
+// loopbackName tells whether the name that was asked for is this machine's. A web page in a browser on this machine is
+// a peer on loopback too: by a name of its own that it lets resolve to 127.0.0.1 it could read what it likes (DNS
+// rebinding).
 func loopbackName(host string) bool {
 	name := host
 	if h, _, err := net.SplitHostPort(host); err == nil {

@@ -239,8 +239,8 @@ var common = map[string]func(r *rig, w *row, op operation) *answered{
 	},
 }
 
-// TestEveryRowIsWhatIsDescribed calls every method of every path in each way that the API's own description tells of, and holds each
-// answer against the schema there (ask does). What is described and not called here fails the test.
+// TestEveryRowIsWhatIsDescribed calls every method of every path in each way that the API's own description tells of,
+// and holds each answer against the schema there (ask does). What is described and not called here fails the test.
 func TestEveryRowIsWhatIsDescribed(t *testing.T) {
 	d := described(t)
 	seen := map[string]bool{}

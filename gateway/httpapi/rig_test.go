@@ -126,7 +126,8 @@ func (a *answered) message() string {
 	return e.Error.Message
 }
 
-// ask sends a request as an admin on this machine, if no option says otherwise, and holds the answer against the API's description.
+// ask sends a request as an admin on this machine, if no option says otherwise, and holds the answer against the API's
+// description.
 func (r *rig) ask(method, target string, options ...option) *answered {
 	r.t.Helper()
 	req := httptest.NewRequestWithContext(r.t.Context(), method, "http://127.0.0.1:8080"+target, nil)

@@ -77,7 +77,8 @@ type Upstream struct {
 	LastError string    `json:"last_error,omitempty"` // why the last link or attempt ended; stays after a reconnect
 	LastAck   time.Time `json:"last_ack,omitzero"`
 	InFlight  int       `json:"in_flight"` // sends without an outcome
-	// Commands says whether commands come down from it now, CommandsError why not; both are absent if it is not to be asked for any.
+	// Commands says whether commands come down from it now, CommandsError why not; both are absent if it is not to be
+	// asked for any.
 	Commands      *bool  `json:"commands,omitempty"`
 	CommandsError string `json:"commands_error,omitempty"`
 

@@ -138,8 +138,8 @@ func take(sem chan struct{}) bool {
 
 func give(sem chan struct{}) { <-sem }
 
-// awaitEnd waits until the command id has ended, at most for wait, and gives it as it is then. pos is a position in the events from
-// before id was looked at.
+// awaitEnd waits until the command id has ended, at most for wait, and gives it as it is then. pos is a position in the
+// events from before id was looked at.
 func (s *Server) awaitEnd(c *call, id string, pos uint64, wait time.Duration) (devices.Command, error) {
 	wait = min(wait, maxWait)
 	if wait <= 0 || !take(s.waiters) { // too many wait: this one gets what is known now, and may ask again

@@ -319,7 +319,8 @@ func TestAStreamGoesOnWhereItEnded(t *testing.T) {
 	})
 }
 
-// TestAStreamThatSawNothingMissesNothing: the id that a stream begins with, and that its heartbeats bring, is enough to come back with.
+// TestAStreamThatSawNothingMissesNothing: the id that a stream begins with, and that its heartbeats bring, is enough to
+// come back with.
 func TestAStreamThatSawNothingMissesNothing(t *testing.T) {
 	inBubble(t, 4, func(t *testing.T, l *live) {
 		s := l.watch("?device=pump", "")

@@ -55,7 +55,8 @@ func isText(b []byte) bool {
 	})
 }
 
-// CommandPage answers GET /commands and GET /devices/{id}/commands, the newest first. Next is what to give as ?before= for the following page; "": none.
+// CommandPage answers GET /commands and GET /devices/{id}/commands, the newest first. Next is what to give as ?before=
+// for the following page; "": none.
 type CommandPage struct {
 	Commands []Command `json:"commands"`
 	Next     string    `json:"next,omitempty"`
