@@ -191,7 +191,3 @@ const (
 	AnswerFailed    AnswerKind = "failed"
 	AnswerRejected  AnswerKind = "rejected"
 )
-
-// ErrAnswer is wrapped by the errors of Queue.Answer that mean: refused and counted, never believed.
-// What is wrong follows it.
-var ErrAnswer = errors.New("answer not believed")

@@ -53,9 +53,9 @@ func requestHash(r *Request) (sum commandHash) {
 func checkRequest(r *Request) (code, reason string) {
 	switch {
 	case r.ID != "" && !validCommandID(r.ID):
-		return CodeInvalid, fmt.Sprintf("the id %q is not 1 to %d letters, digits, '-', '_', '.' or ':', of which the first is a letter or a digit", commandClip(r.ID), MaxCommandID)
+		return CodeInvalid, fmt.Sprintf("the id %q is not 1 to %d letters, digits, '-', '_', '.' or ':', of which the first is a letter or a digit", clip(r.ID), MaxCommandID)
 	case !validCommandDevice(r.Device):
-		return CodeInvalid, fmt.Sprintf("%q is not a device id", commandClip(r.Device))
+		return CodeInvalid, fmt.Sprintf("%q is not a device id", clip(r.Device))
 	}
 	if bad := checkCommandName(r.Name); bad != "" {
 		return CodeInvalid, bad
@@ -76,7 +76,7 @@ func checkRequest(r *Request) (code, reason string) {
 	case len(r.SupersedeKey) > MaxSupersedeKey || !utf8.ValidString(r.SupersedeKey):
 		return CodeInvalid, fmt.Sprintf("supersede_key is not UTF-8 of up to %d bytes", MaxSupersedeKey)
 	case r.Feedback != "" && !slices.Contains(feedbackLevels[:], r.Feedback):
-		return CodeInvalid, fmt.Sprintf("feedback is %q, allowed are none, negative, positive and full", commandClip(string(r.Feedback)))
+		return CodeInvalid, fmt.Sprintf("feedback is %q, allowed are none, negative, positive and full", clip(string(r.Feedback)))
 	}
 	return "", ""
 }
@@ -111,7 +111,7 @@ func checkCommandName(name string) string {
 	case len(name) > MaxCommandName:
 		return fmt.Sprintf("the command's name has %d bytes, at most %d are allowed", len(name), MaxCommandName)
 	case name[0] == '$' || strings.ContainsAny(name, "/+#") || !utf8.ValidString(name) || strings.ContainsFunc(name, unicode.IsControl):
-		return fmt.Sprintf("the command's name %q is not one level of a topic: no '/', '+', '#' or control characters, and no '$' in front", commandClip(name))
+		return fmt.Sprintf("the command's name %q is not one level of a topic: no '/', '+', '#' or control characters, and no '$' in front", clip(name))
 	}
 	return ""
 }
@@ -126,9 +126,9 @@ func commandPrintable(s string) bool {
 	return true
 }
 
-// commandClip bounds a text that somebody else chose.
-func commandClip(s string) string {
-	const most = 256
+// clip bounds a text that somebody else chose.
+func clip(s string) string {
+	const most = 256 // bytes
 	if len(s) <= most && utf8.ValidString(s) {
 		return s
 	}
@@ -177,12 +177,12 @@ func parseProgress(payload []byte, contentType string) (*Progress, error) {
 	case len(payload) > 8*MaxProgressText:
 		return nil, fmt.Errorf("progress of %d bytes", len(payload))
 	case isCBOR && len(payload) > 0 && payload[0]>>5 == 5:
-		if err := commandDecoder.Unmarshal(payload, &said); err != nil {
+		if err := strictCBOR.Unmarshal(payload, &said); err != nil {
 			return nil, fmt.Errorf("progress: %w", err)
 		}
 	case isCBOR && len(payload) > 0:
 		var n float64
-		if err := commandDecoder.Unmarshal(payload, &n); err != nil {
+		if err := strictCBOR.Unmarshal(payload, &n); err != nil {
 			return nil, fmt.Errorf("progress: %w", err)
 		}
 		said.Percent = &n

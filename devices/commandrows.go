@@ -1,13 +1,9 @@
 package devices
 
 import (
-	"bytes"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"unique"
-
-	"github.com/fxamacker/cbor/v2"
 
 	"holdfast/internal/kv"
 )
@@ -21,7 +17,7 @@ import (
 //	'c' 4 id                 seq: which command has that id
 //	'c' 5 len device seq     nothing: the commands of a device
 //
-// Values but those of 4 and 5 are a version byte and a CBOR map with integer keys; keys that are not known are skipped.
+// Values but those of 4 and 5 are rows, see rowV1.
 // Written to disk: never renumber, never reuse.
 const (
 	commandKindClock  = 0
@@ -32,16 +28,7 @@ const (
 	commandKindDevice = 5
 )
 
-// commandRowV1 is the first byte of a value.
-// Written to disk: never renumber, never reuse.
-const commandRowV1 = 1
-
 var commandClockKey = []byte{kv.PrefixCommand, commandKindClock}
-
-var (
-	errCommandVersion = errors.New("written by a newer holdfast: install that version again")
-	errCommandCorrupt = errors.New("damaged")
-)
 
 const commandSeqKeyLen = 10
 
@@ -126,54 +113,10 @@ type commandStep struct {
 // Written to disk: never renumber, never reuse.
 var feedbackLevels = [...]Feedback{0: FeedbackFull, 1: FeedbackNone, 2: FeedbackNegative, 3: FeedbackPositive}
 
-var (
-	commandEncoder = func() cbor.UserBufferEncMode {
-		m, err := cbor.EncOptions{}.UserBufferEncMode()
-		if err != nil {
-			panic(err)
-		}
-		return m
-	}()
-	commandDecoder = func() cbor.DecMode {
-		m, err := cbor.DecOptions{
-			DupMapKey: cbor.DupMapKeyEnforcedAPF, IndefLength: cbor.IndefLengthForbidden, TagsMd: cbor.TagsForbidden,
-			MaxNestedLevels: 8, MaxArrayElements: 4096, MaxMapPairs: 256,
-		}.DecMode()
-		if err != nil {
-			panic(err)
-		}
-		return m
-	}()
-)
-
-// encodeCommandRow makes one of the values.
-func encodeCommandRow(row any) []byte {
-	var b bytes.Buffer
-	b.WriteByte(commandRowV1)
-	if err := commandEncoder.MarshalToBuffer(row, &b); err != nil {
-		panic(fmt.Sprintf("devices: encode %T: %v", row, err)) // every value of these types can be encoded
-	}
-	return b.Bytes()
-}
-
-// decodeCommandRow decodes one of the values into row.
-func decodeCommandRow(b []byte, what string, row any) error {
-	switch {
-	case len(b) == 0:
-		return fmt.Errorf("%s row: %w: empty", what, errCommandCorrupt)
-	case b[0] != commandRowV1:
-		return fmt.Errorf("%s row: version %d: %w", what, b[0], errCommandVersion)
-	}
-	if err := commandDecoder.Unmarshal(b[1:], row); err != nil {
-		return fmt.Errorf("%s row: %w: %v", what, errCommandCorrupt, err)
-	}
-	return nil
-}
-
 // parseCommandRow decodes and checks the row of a command.
 func parseCommandRow(b []byte) (*commandRow, error) {
 	r := new(commandRow)
-	if err := decodeCommandRow(b, "command", r); err != nil {
+	if err := decodeRow(b, r); err != nil {
 		return nil, err
 	}
 	bad := ""
@@ -206,7 +149,7 @@ func parseCommandRow(b []byte) (*commandRow, error) {
 		}
 	}
 	if bad != "" {
-		return nil, fmt.Errorf("command row: %w: its %s cannot be", errCommandCorrupt, bad)
+		return nil, fmt.Errorf("%w: its %s cannot be", errDamaged, bad)
 	}
 	return r, nil
 }
@@ -214,7 +157,7 @@ func parseCommandRow(b []byte) (*commandRow, error) {
 // parseClockRow decodes and checks the row of the clock.
 func parseClockRow(b []byte) (*clockRow, error) {
 	r := new(clockRow)
-	if err := decodeCommandRow(b, "clock", r); err != nil {
+	if err := decodeRow(b, r); err != nil {
 		return nil, err
 	}
 	ok := r.T > 0 && len(r.Gaps) <= clockMaxGaps+1
@@ -227,7 +170,7 @@ func parseClockRow(b []byte) (*clockRow, error) {
 		ok = ok && ms >= -clockLimit && ms <= clockLimit
 	}
 	if !ok {
-		return nil, fmt.Errorf("clock row: %w: its times cannot be", errCommandCorrupt)
+		return nil, fmt.Errorf("%w: its times cannot be", errDamaged)
 	}
 	return r, nil
 }

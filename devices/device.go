@@ -2,7 +2,6 @@ package devices
 
 import (
 	"crypto/x509"
-	"errors"
 	"net/netip"
 	"time"
 )
@@ -132,19 +131,4 @@ const (
 	DefaultRole   = "device"
 	AnonymousRole = "anonymous"
 	MonitorRole   = "monitor" // sees everything, says nothing
-)
-
-// Errors of the Registry. Texts of wrapped errors name the way out.
-var (
-	ErrUnknownDevice  = errors.New("no such device")
-	ErrDeviceExists   = errors.New("device exists already")
-	ErrBadID          = errors.New("not a device id")
-	ErrInvalid        = errors.New("not valid")
-	ErrCredentials    = errors.New("credentials not accepted") // of Authenticate, for an unknown device too: the same answer in the same time
-	ErrDisabled       = errors.New("device is disabled")
-	ErrNoCredential   = errors.New("no such credential")
-	ErrTooManyDevices = errors.New("too many devices")
-	ErrTooOften       = errors.New("too many attempts") // not an answer to what was shown: it was not looked at, or the device connects too often
-	// ErrVersion is about a row that is left alone, and a device that can therefore not be used.
-	ErrVersion = errors.New("written by a newer holdfast: install that version again")
 )

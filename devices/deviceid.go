@@ -19,7 +19,6 @@ const (
 	MaxPassword       = 256 // bytes
 	maxDevices        = 1_000_000
 	maxAnonymous      = 10_000 // devices that registered themselves
-	maxPresenceText   = 256    // bytes of each text that is kept of a connection
 	brokerIDPrefix    = "hf-"  // client ids that the broker made: nobody comes back under one
 	idAlphabetForHelp = "letters, digits and - _ . : @"
 )
@@ -92,12 +91,4 @@ func printable(s string) bool {
 		}
 	}
 	return true
-}
-
-// clip bounds what is kept of a text that a client chose.
-func clip(s string) string {
-	if len(s) <= maxPresenceText {
-		return strings.Clone(s)
-	}
-	return strings.ToValidUTF8(s[:maxPresenceText], "") + "…"
 }

@@ -2,17 +2,13 @@ package devices
 
 import (
 	"crypto/sha256"
-	"errors"
 	"fmt"
 	"time"
-
-	"github.com/fxamacker/cbor/v2"
 
 	"holdfast/internal/kv"
 )
 
-// The registry's rows. Every value is a version byte, 1, and then a CBOR map with small unsigned keys, of which
-// those that are zero are left out and unknown ones are skipped. Times are Unix ms.
+// The registry's rows, see rowV1. Members that are zero are left out. Times are Unix ms.
 //
 //	counts     'v' 0       -> 1 registered, 2 disabled, 3 anonymous, 4 with a password; of devices
 //	device     'v' 1 | id  -> 1 name, 2 labels (map), 3 flags (1 disabled, 2 anonymous), 4 role, 5 created, 6 updated,
@@ -27,11 +23,8 @@ import (
 // crash disconnected, and nobody has to look at the others. The counts are those of the device rows, written in the
 // same batch, so that no start has to count.
 //
-// A row of a newer version is left as it is, and its device cannot be used until that version is back.
 // Written to disk: never renumber, never reuse.
 const (
-	deviceRowVersion = 1
-
 	rowCounts    = 0
 	rowDevice    = 1
 	rowPresence  = 2
@@ -47,11 +40,8 @@ const (
 
 var (
 	countsKey    = []byte{kv.PrefixDevice, rowCounts}
-	connectedRow = []byte{deviceRowVersion}
+	connectedRow = []byte{rowV1}
 )
-
-// errDamaged is wrapped by what is said of a row that cannot be read.
-var errDamaged = errors.New("row is damaged")
 
 func deviceKey(id string) []byte    { return append([]byte{kv.PrefixDevice, rowDevice}, id...) }
 func presenceKey(id string) []byte  { return append([]byte{kv.PrefixDevice, rowPresence}, id...) }
@@ -98,51 +88,6 @@ type presenceCBOR struct {
 	Reason    string `cbor:"9,keyasint,omitempty"`
 }
 
-var (
-	deviceRowEnc = func() cbor.EncMode {
-		m, err := cbor.EncOptions{Sort: cbor.SortCoreDeterministic}.EncMode()
-		if err != nil {
-			panic(err) // the options contradict each other
-		}
-		return m
-	}()
-	deviceRowDec = func() cbor.DecMode {
-		m, err := cbor.DecOptions{
-			DupMapKey:        cbor.DupMapKeyEnforcedAPF,
-			IndefLength:      cbor.IndefLengthForbidden,
-			TagsMd:           cbor.TagsForbidden,
-			MaxNestedLevels:  8,
-			MaxArrayElements: 256,
-			MaxMapPairs:      256,
-		}.DecMode()
-		if err != nil {
-			panic(err) // the options contradict each other
-		}
-		return m
-	}()
-)
-
-func encodeDeviceRow(v any) []byte {
-	b, err := deviceRowEnc.Marshal(v)
-	if err != nil {
-		panic(err) // the structs above hold nothing that CBOR cannot
-	}
-	return append([]byte{deviceRowVersion}, b...)
-}
-
-func decodeDeviceRow(b []byte, v any) error {
-	switch {
-	case len(b) == 0 || b[0] == 0:
-		return fmt.Errorf("%w: it has no version", errDamaged)
-	case b[0] > deviceRowVersion:
-		return ErrVersion
-	}
-	if err := deviceRowDec.Unmarshal(b[1:], v); err != nil {
-		return fmt.Errorf("%w: %v", errDamaged, err)
-	}
-	return nil
-}
-
 // millis and fromMillis keep the zero time.
 func millis(t time.Time) int64 {
 	if t.IsZero() {
@@ -159,12 +104,12 @@ func fromMillis(ms int64) time.Time {
 }
 
 func (c counts) encode() []byte {
-	return encodeDeviceRow(countsCBOR{c.registered, c.disabled, c.anonymous, c.passwords})
+	return encodeRow(countsCBOR{c.registered, c.disabled, c.anonymous, c.passwords})
 }
 
 func decodeCounts(b []byte) (counts, error) {
 	var v countsCBOR
-	if err := decodeDeviceRow(b, &v); err != nil {
+	if err := decodeRow(b, &v); err != nil {
 		return counts{}, err
 	}
 	if min(v.Registered, v.Disabled, v.Anonymous, v.Passwords) < 0 {
@@ -187,12 +132,12 @@ func (d *device) encode() []byte {
 			Salt: c.salt, Passes: c.cost.passes, Memory: c.cost.memory, Threads: c.cost.threads,
 		})
 	}
-	return encodeDeviceRow(v)
+	return encodeRow(v)
 }
 
 func decodeDevice(id string, b []byte) (*device, error) {
 	var v deviceCBOR
-	if err := decodeDeviceRow(b, &v); err != nil {
+	if err := decodeRow(b, &v); err != nil {
 		return nil, err
 	}
 	d := &device{
@@ -218,7 +163,7 @@ func decodeDevice(id string, b []byte) (*device, error) {
 }
 
 func encodePresence(p *Presence) []byte {
-	return encodeDeviceRow(presenceCBOR{
+	return encodeRow(presenceCBOR{
 		Connected: p.Connected, Since: millis(p.Since), LastSeen: millis(p.LastSeen), Address: p.Address, Protocol: p.Protocol,
 		Listener: p.Listener, TLS: p.TLS, Will: p.Will, Reason: p.Reason,
 	})
@@ -226,7 +171,7 @@ func encodePresence(p *Presence) []byte {
 
 func decodePresence(b []byte) (Presence, error) {
 	var v presenceCBOR
-	if err := decodeDeviceRow(b, &v); err != nil {
+	if err := decodeRow(b, &v); err != nil {
 		return Presence{}, err
 	}
 	return Presence{

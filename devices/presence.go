@@ -175,7 +175,7 @@ func (e *entry) setLastPresence(p *Presence) {
 func (r *Registry) Connected(id string, c Connection) (token uint64) {
 	conn := &connection{token: r.tokens.Add(1), since: r.wall(), info: c}
 	for _, s := range []*string{&conn.info.Address, &conn.info.Protocol, &conn.info.Listener, &conn.info.Will} {
-		*s = clip(*s)
+		*s = strings.Clone(clip(*s)) // what it was a part of may be large
 	}
 	id = strings.Clone(id)
 	r.arrive(id, conn)

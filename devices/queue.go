@@ -282,14 +282,14 @@ func (q *Queue) openClock(latest int64) error {
 	var row *clockRow
 	if found {
 		if row, err = parseClockRow(value); err != nil {
-			if errors.Is(err, errCommandVersion) {
+			if errors.Is(err, ErrVersion) {
 				return err // commands would expire by a clock that is not theirs
 			}
 			q.log.Error("the queue's clock is lost: what commands have waited while the gateway was off does not count", "err", err)
 		}
 	}
 	q.clock = openQueueClock(q.cfg.Clock.withDefaults(), row, latest, q.cfg.History)
-	return q.store.ApplyWait([]kv.Op{{Key: commandClockKey, Value: encodeCommandRow(q.clock.row())}})
+	return q.store.ApplyWait([]kv.Op{{Key: commandClockKey, Value: encodeRow(q.clock.row())}})
 }
 
 // Submit takes a command. It keeps nothing of r. done is called once: with the command, when that is on stable storage,
@@ -356,7 +356,7 @@ func (tx *queueTx) submit(r *Request, done func(c Command, repeat bool, err erro
 		}
 	}
 	opts := commandOptions{
-		name: r.Name, contentType: r.ContentType, supersedeKey: r.SupersedeKey, source: commandClip(r.Source), upstream: r.Upstream,
+		name: r.Name, contentType: r.ContentType, supersedeKey: r.SupersedeKey, source: clip(r.Source), upstream: r.Upstream,
 		ttl: milliseconds(r.TTL), execution: milliseconds(r.ExecutionTimeout), maxAttempts: int32(r.MaxAttempts),
 		oneWay: r.OneWay, urgent: r.Urgent,
 	}
@@ -485,7 +485,7 @@ func (q *Queue) refuse(r *Refusal, upstream string, done func(error)) error {
 	if told.At.IsZero() {
 		told.At = q.clock.src.Now()
 	}
-	told.ID, told.Device, told.Reason = commandClip(told.ID), commandClip(told.Device), commandClip(told.Reason)
+	told.ID, told.Device, told.Reason = clip(told.ID), clip(told.Device), clip(told.Reason)
 	q.mu.Lock()
 	q.total.Refused++
 	q.mu.Unlock()
@@ -520,7 +520,7 @@ func (q *Queue) Cancel(device, id, reason, upstream string, done func(c Command,
 		}
 	}
 	if p == nil || device != "" && p.dev.name != device {
-		return refuse(CodeUnknown, "there is no command %s: see holdfast command list", commandClip(id))
+		return refuse(CodeUnknown, "there is no command %s: see holdfast command list", clip(id))
 	}
 	device = p.dev.name
 	tx := q.begin(device)
@@ -532,7 +532,7 @@ func (q *Queue) Cancel(device, id, reason, upstream string, done func(c Command,
 		if reason == "" {
 			reason = "called off"
 		}
-		tx.move(p, Canceled, commandClip(reason))
+		tx.move(p, Canceled, clip(reason))
 		tx.settle()
 		tx.then = func(err error) {
 			if err != nil {
@@ -618,7 +618,7 @@ func (q *Queue) Acked(device string, l Link, token uint64, refused string) {
 		}
 		q.m.acked.Observe(float64(tx.now.t-p.work.sentT) / 1000)
 		if refused != "" {
-			tx.move(p, Rejected, commandClip(refused))
+			tx.move(p, Rejected, clip(refused))
 		} else {
 			tx.deliver(p, "")
 		}
@@ -662,7 +662,7 @@ func (q *Queue) lookup(id string) (*queuedCommand, error) {
 			return nil, err
 		}
 		if len(v) != 8 {
-			return nil, fmt.Errorf("id row: %w", errCommandCorrupt)
+			return nil, fmt.Errorf("command %s: id: %w", id, errDamaged)
 		}
 		p, err = q.read(binary.BigEndian.Uint64(v), nil)
 		if err != nil || p == nil {
@@ -679,7 +679,7 @@ func (q *Queue) lookup(id string) (*queuedCommand, error) {
 			if p, err = q.read(binary.BigEndian.Uint64(v), nil); err != nil || p == nil || p.work.ended(p.oneWay) {
 				return p, err
 			}
-			return nil, fmt.Errorf("command %s: %w: it has no end and is not in memory", id, errCommandCorrupt)
+			return nil, fmt.Errorf("command %s: %w: it has no end and is not in memory", id, errDamaged)
 		}
 	}
 }

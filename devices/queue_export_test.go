@@ -45,7 +45,7 @@ func CommandRowAgain(b []byte) (again []byte, err error) {
 		Now: time.Now, Elapsed: func() time.Duration { return 0 }, Boot: func() (string, time.Duration) { return "", 0 }, Synced: func() bool { return true },
 	}, nil, 0, 0)}
 	q.command(p, s)
-	return encodeCommandRow(p.row(s)), nil
+	return encodeRow(p.row(s)), nil
 }
 
 // ClockRowAgain is the same for the row of the clock; t is what the clock shows when it goes on from it.
@@ -54,7 +54,7 @@ func ClockRowAgain(b []byte, src ClockSource) (again []byte, t int64, err error)
 	if err != nil {
 		return nil, 0, err
 	}
-	again = encodeCommandRow(r)
+	again = encodeRow(r)
 	c := openQueueClock(src, r, 0, 0)
 	c.row()
 	return again, c.now().t, nil
@@ -63,6 +63,6 @@ func ClockRowAgain(b []byte, src ClockSource) (again []byte, t int64, err error)
 // BodyRow decodes what a command carries.
 func BodyRow(b []byte) ([]byte, error) {
 	var body commandBody
-	err := decodeCommandRow(b, "payload", &body)
+	err := decodeRow(b, &body)
 	return body.Payload, err
 }

@@ -73,7 +73,7 @@ func (q *Queue) lookAtClock(now int64) (credited bool) {
 	q.lookAt = now + queueLookGap
 	changed, credited := q.clock.look()
 	if changed {
-		ops := []kv.Op{{Key: commandClockKey, Value: encodeCommandRow(q.clock.row())}}
+		ops := []kv.Op{{Key: commandClockKey, Value: encodeRow(q.clock.row())}}
 		if err := q.cfg.Journal.Commit(ops, nil, func(error) {}); err != nil {
 			q.log.Debug("clock not stored: the store takes nothing", "err", err)
 		}

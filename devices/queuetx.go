@@ -164,7 +164,7 @@ func (tx *queueTx) create(p *queuedCommand, payload []byte) {
 	s := tx.change(p)
 	tx.enter(p, s, Queued, "")
 	tx.d.cmds = append(tx.d.cmds, p)
-	body := encodeCommandRow(&commandBody{Payload: payload})
+	body := encodeRow(&commandBody{Payload: payload})
 	tx.ops = append(tx.ops,
 		kv.Op{Key: commandKey(commandKindBody, p.seq), Value: body},
 		kv.Op{Key: commandIDKey(p.id), Value: commandKey(0, p.seq)[2:]},
@@ -215,7 +215,7 @@ func (tx *queueTx) sendFailed(token uint64, err error) {
 	switch {
 	case p == nil:
 	case errors.Is(err, ErrPacketTooLarge):
-		tx.move(p, DeadLettered, commandClip(err.Error()))
+		tx.move(p, DeadLettered, clip(err.Error()))
 	case d.link != nil && p.linkGen == d.linkGen:
 		if !errors.Is(err, ErrGone) {
 			tx.cut, tx.cutWhy = d.link, "a command could not be sent"
@@ -334,7 +334,7 @@ func (tx *queueTx) send(p *queuedCommand) {
 	payload, err := q.payload(p)
 	if err != nil {
 		q.log.Error("command given up: its payload cannot be read", "device", d.name, "command", p.id, "err", err)
-		tx.move(p, DeadLettered, commandClip("its payload cannot be read: "+err.Error()))
+		tx.move(p, DeadLettered, clip("its payload cannot be read: "+err.Error()))
 		return
 	}
 	s := tx.change(p)
@@ -365,10 +365,10 @@ func (q *Queue) payload(p *queuedCommand) ([]byte, error) {
 		return nil, err
 	}
 	if !found {
-		return nil, fmt.Errorf("payload row: %w: it is not there", errCommandCorrupt)
+		return nil, fmt.Errorf("payload: %w: it is not there", errDamaged)
 	}
 	var body commandBody
-	if err := decodeCommandRow(v, "payload", &body); err != nil {
+	if err := decodeRow(v, &body); err != nil {
 		return nil, err
 	}
 	return body.Payload, nil
@@ -422,7 +422,7 @@ func (tx *queueTx) commit() error {
 				tx.ops = append(tx.ops, kv.Op{Key: commandKey(commandKindOpen, c.p.seq), Delete: true})
 			}
 		}
-		tx.ops = append(tx.ops, kv.Op{Key: commandKey(kind, c.p.seq), Value: encodeCommandRow(c.p.row(c.after))})
+		tx.ops = append(tx.ops, kv.Op{Key: commandKey(kind, c.p.seq), Value: encodeRow(c.p.row(c.after))})
 	}
 	d.cmds = slices.DeleteFunc(d.cmds, func(p *queuedCommand) bool { return p.work.ended(p.oneWay) })
 	q.mu.Lock()
@@ -646,16 +646,16 @@ func (q *Queue) Answer(device, id string, kind AnswerKind, payload []byte, conte
 	case AnswerRejected:
 		to = Rejected
 	default:
-		return q.disbelieve(answerMalformed, device, id, fmt.Sprintf("there is no answer %q", commandClip(string(kind))))
+		return q.disbelieve(answerMalformed, device, id, fmt.Sprintf("there is no answer %q", clip(string(kind))))
 	}
 	if !validCommandID(id) {
-		return q.disbelieve(answerUnknown, device, commandClip(id), "no such command")
+		return q.disbelieve(answerUnknown, device, clip(id), "no such command")
 	}
 	tx := q.begin(device)
 	defer tx.end()
 	p, err := q.lookup(id)
 	switch {
-	case errors.Is(err, errCommandVersion) || errors.Is(err, errCommandCorrupt):
+	case errors.Is(err, ErrVersion) || errors.Is(err, errDamaged):
 		return q.disbelieve(answerUnknown, device, id, err.Error())
 	case err != nil:
 		return fmt.Errorf("answer to command %s: %w", id, err)
