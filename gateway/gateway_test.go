@@ -24,6 +24,7 @@ import (
 
 	"holdfast/bridge"
 	"holdfast/bridge/wire"
+	"holdfast/devices"
 	"holdfast/gateway"
 	"holdfast/gateway/broker"
 	"holdfast/gateway/httpapi"
@@ -550,17 +551,26 @@ func TestAFailedFsyncEndsTheGateway(t *testing.T) {
 		return
 	}
 	var broken atomic.Bool
+	handedIn := make(chan struct{})
 	fsys := errorfs.Wrap(vfs.Default, errorfs.InjectorFunc(func(op errorfs.Op) error {
 		if broken.Load() && (op.Kind == errorfs.OpFileSync || op.Kind == errorfs.OpFileSyncData || op.Kind == errorfs.OpFileSyncTo) {
+			<-handedIn
 			return errors.New("input/output error")
 		}
 		return nil
 	}))
-	opts := gateway.Options{Config: configuration(t, t.TempDir()), Log: slog.New(slog.NewTextHandler(os.Stderr, nil))}
+	dir := t.TempDir()
+	opts := gateway.Options{Config: configuration(t, dir), Log: slog.New(slog.NewTextHandler(os.Stderr, nil))}
 	g, err := gateway.New(t.Context(), gateway.WithFS(opts, fsys))
 	if err != nil {
 		t.Fatal(err)
 	}
+	var shown atomic.Int64 // steps of commands
+	gateway.Watch(g, func(e devices.Event, _ func(string) (devices.Command, error)) {
+		if e.Command != nil {
+			shown.Add(1)
+		}
+	})
 	ended := make(chan error, 1)
 	go func() { ended <- g.Run(t.Context()) }()
 	d, err := connect(t, g.Addrs()[0], "dev1")
@@ -570,10 +580,21 @@ func TestAFailedFsyncEndsTheGateway(t *testing.T) {
 	if r := d.publish(t, "dt/a", "before"); r != mqtt.Success {
 		t.Fatalf("reason %v", r)
 	}
+	if status, body := call(t, g, dir, "POST", "/api/v1/devices/dev1/commands", `{"id":"before","name":"stop"}`); status != http.StatusCreated {
+		t.Fatalf("%d: %s", status, body)
+	}
+	steps := shown.Load()
 	broken.Store(true)
 	if err := d.Publish(&mqtt.Publish{QoS: 1, ID: 2, Topic: []byte("dt/a"), Payload: []byte("after")}); err != nil {
 		t.Fatal(err)
 	}
+	answered := make(chan int, 1)
+	go func() {
+		status, _ := call(t, g, dir, "POST", "/api/v1/devices/dev1/commands", `{"id":"after","name":"stop"}`)
+		answered <- status
+	}()
+	testkit.Eventually(t, 10*time.Second, "the second command to be handed in", func() bool { return g.Status().Commands.Queued == 2 })
+	close(handedIn)
 	select {
 	case err := <-ended:
 		if !errors.Is(err, gateway.ErrStore) {
@@ -585,10 +606,21 @@ func TestAFailedFsyncEndsTheGateway(t *testing.T) {
 	if g.Ready() == nil {
 		t.Error("ready without a store")
 	}
-	select {
-	case r := <-d.acks:
-		t.Errorf("acknowledged with %v what is not on disk", r)
-	case <-time.After(200 * time.Millisecond): // as long as it lives: main ends the process right away
+	over := time.After(200 * time.Millisecond) // as long as it lives: main ends the process right away
+	for living := true; living; {
+		select {
+		case r := <-d.acks:
+			t.Errorf("acknowledged with %v what is not on disk", r)
+		case status := <-answered:
+			if status < 500 {
+				t.Errorf("a command that is not on disk is answered %d", status)
+			}
+		case <-over:
+			living = false
+		}
+	}
+	if n := shown.Load(); n != steps {
+		t.Errorf("%d steps of commands are shown that are not on disk", n-steps)
 	}
 	if !t.Failed() {
 		fmt.Println("ended as it should")
