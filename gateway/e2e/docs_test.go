@@ -1,10 +1,14 @@
 package e2e_test
 
 import (
+	"bytes"
 	"context"
+	"fmt"
 	"io"
 	"net/http"
 	"os"
+	"os/exec"
+	"path/filepath"
 	"regexp"
 	"strings"
 	"testing"
@@ -13,10 +17,11 @@ import (
 	"holdfast/internal/testkit"
 )
 
-// TestEveryMetricIsExplained holds docs/operations.md against what a gateway with an upstream really exports.
+// TestEveryMetricIsExplained holds docs/operations.md against what a gateway with an upstream and a TLS listener really exports.
 func TestEveryMetricIsExplained(t *testing.T) {
 	path := bin(t)
 	g := testkit.StartGateway(t, path, gatewayID, logYAML+"upstreams:\n"+upstreamYAML("cloud", testkit.FreeAddr(t), "batch", ""))
+	addTLS(t, path, g)
 	scrape(t, g) // so that the count of requests is there
 	exported := scrape(t, g)
 	doc, err := os.ReadFile("../../docs/operations.md")
@@ -35,6 +40,26 @@ func TestEveryMetricIsExplained(t *testing.T) {
 			t.Errorf("docs/operations.md does not tell of %s", name)
 		}
 	}
+}
+
+// addTLS gives g a TLS listener, with certificates of its own making, and starts it again.
+func addTLS(t *testing.T, path string, g *testkit.Gateway) {
+	t.Helper()
+	pki := filepath.Join(t.TempDir(), "pki")
+	if out, err := exec.CommandContext(t.Context(), path, "cert", "init", "--dir", pki, "--host", "127.0.0.1").CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	text, err := os.ReadFile(g.File)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tls := fmt.Sprintf("listeners:\n  - { name: tls, protocol: mqtts, address: %q, tls: { cert: %q, key: %q } }\n",
+		testkit.FreeAddr(t), filepath.Join(pki, "server.crt"), filepath.Join(pki, "server.key"))
+	if err := os.WriteFile(g.File, bytes.Replace(text, []byte("listeners:\n"), []byte(tls), 1), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	g.Stop()
+	g.Restart()
 }
 
 // scrape returns the names of the gateway's own metrics.
