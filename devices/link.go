@@ -6,6 +6,8 @@ import "time"
 // not block and may be called from any goroutine, also when the connection has ended. They must not wait for a lock that
 // somebody holds while calling the queue. Two values of the same connection are equal (==).
 type Link interface {
+	// Alive says whether the connection has not ended. It has at the latest when a newer one of the device is Ready.
+	Alive() bool
 	// Covers says whether the device has subscribed to topic with QoS 1 or 2.
 	Covers(topic string) bool
 	// Send has d written to this connection, after all that was queued before. It returns the packet id. An error

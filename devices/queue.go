@@ -580,12 +580,13 @@ func (q *Queue) Remove(device string) {
 	})
 }
 
-// Ready says that a device is connected over l and has its session, and perhaps new subscriptions. Called again for
-// each SUBACK. After Gone l does not become ready again.
+// Ready says that a device is connected over l and has its session, and perhaps new subscriptions. Called again for each
+// SUBACK. After Gone l does not become ready again, and one that has ended does not at all: it may say so after a newer
+// one has.
 func (q *Queue) Ready(device string, l Link) {
 	q.decide(device, func(tx *queueTx) {
 		d := tx.d
-		if l != d.link && l != d.dead {
+		if l != d.link && l != d.dead && l.Alive() {
 			if d.link != nil {
 				d.dead = d.link
 			}

@@ -155,6 +155,7 @@ func (c *fakeClock) source() devices.ClockSource {
 // fakeLink is one connection.
 type fakeLink struct {
 	mu      sync.Mutex
+	lost    bool
 	device  string
 	covers  func(topic string) bool // nil: all
 	sent    []devices.Delivery
@@ -170,6 +171,12 @@ func (l *fakeLink) Covers(topic string) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.covers == nil || l.covers(topic)
+}
+
+func (l *fakeLink) Alive() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return !l.lost
 }
 
 func (l *fakeLink) Send(d *devices.Delivery) (uint16, error) {

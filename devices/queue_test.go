@@ -1258,3 +1258,24 @@ func TestAnswersNotBelievedDoNotFillTheLog(t *testing.T) {
 		t.Errorf("log a minute later: %s", s)
 	}
 }
+
+// A device reconnects while its old connection still says that it has subscribed: who says it last is not the newer one.
+func TestAConnectionThatWasTakenOverTakesNothingBack(t *testing.T) {
+	r := newQueueRig(t, devices.QueueConfig{})
+	older := &fakeLink{device: "dev"}
+	newer := &fakeLink{device: "dev"}
+	older.lost = true // as soon as the newer one is there
+	r.Ready("dev", newer)
+	r.Ready("dev", older)
+	r.Gone("dev", older)
+	r.flush()
+	r.submit(devices.Request{ID: "a"})
+	if n := len(newer.deliveries()); n != 1 {
+		t.Errorf("%d deliveries on the connection that is there, want 1", n)
+	}
+	if n := len(older.deliveries()); n != 0 {
+		t.Errorf("%d deliveries on the one that has ended", n)
+	}
+	r.ack(newer)
+	r.wantState("a", devices.Delivered)
+}

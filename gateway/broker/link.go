@@ -88,6 +88,9 @@ func (l *Link) Rights() Rights { return l.c.rights }
 // Info describes the connection.
 func (l *Link) Info() LinkInfo { return l.info }
 
+// Alive says whether the connection has not ended. It has before a newer one of the client is Connected.
+func (l *Link) Alive() bool { return !l.c.ended.Load() }
+
 // Covers says whether the client has subscribed to topic with QoS 1 or 2, not counting shared
 // subscriptions, over this connection or before it in the same session. For request topics that
 // means: and its SUBACK is on its way.
