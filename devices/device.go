@@ -95,6 +95,9 @@ type Connection struct {
 	Listener string
 	TLS      bool
 	Will     string
+	// Alive says whether the connection has not ended. It has at the latest when a newer one of the device is Connected.
+	// nil: it has not.
+	Alive func() bool
 	// Identity is what Authenticate returned for this connection: it says which credential let it in, so that the
 	// connection ends with the credential. nil: not known, and then it ends with the device only.
 	Identity *Identity

@@ -196,8 +196,12 @@ func (r *Registry) arrive(id string, conn *connection) {
 	r.noteReturn(id)
 	s := r.presenceShard(id)
 	s.mu.Lock()
-	if s.conns[id] == nil {
+	switch {
+	case s.conns[id] == nil:
 		r.online.Add(1)
+	case conn.info.Alive != nil && !conn.info.Alive():
+		s.mu.Unlock()
+		return // a newer one was faster
 	}
 	s.conns[id] = conn
 	s.mu.Unlock()

@@ -82,6 +82,27 @@ func TestATakeoverIsNoEnd(t *testing.T) {
 	}
 }
 
+// The old connection of a device that came back may say that it is here after the new one has.
+func TestAConnectionThatHasEndedIsNotTheNewerOne(t *testing.T) {
+	s := newSite(t)
+	s.add(devices.NewDevice{ID: "d", NoCredential: true})
+	newer := s.Connected("d", devices.Connection{Address: "192.0.2.2:1", Alive: func() bool { return true }})
+	older := s.Connected("d", devices.Connection{Address: "192.0.2.1:1", Alive: func() bool { return false }})
+	s.Disconnected("d", older, "taken over")
+	if d, _ := s.Get("d"); !d.Presence.Connected || d.Presence.Address != "192.0.2.2:1" || s.Counts().Connected != 1 {
+		t.Errorf("%+v, %d connected", d.Presence, s.Counts().Connected)
+	}
+	s.Disconnected("d", newer, "bye")
+	if diff := cmp.Diff([]string{"d online", "d offline (bye)"}, s.told(true)); diff != "" {
+		t.Error(diff)
+	}
+	// Where there is no newer one it comes and goes.
+	s.Disconnected("d", s.Connected("d", devices.Connection{Alive: func() bool { return false }}), "lost")
+	if d, _ := s.Get("d"); d.Presence.Connected || d.Presence.Reason != "lost" {
+		t.Errorf("%+v", d.Presence)
+	}
+}
+
 // TestPresenceDoesNotWaitForTheDisk would hang if it did.
 func TestPresenceDoesNotWaitForTheDisk(t *testing.T) {
 	s := newSite(t, anonymously)
