@@ -37,7 +37,7 @@ func (d *downlink) Connected(l *broker.Link) {
 	}
 	token := d.registry.Connected(l.Client(), devices.Connection{
 		Identity: id, Alive: l.Alive,
-		Address:  info.Remote, Protocol: info.Protocol, Listener: info.Listener, TLS: info.TLS, Will: info.Will,
+		Address: info.Remote, Protocol: info.Protocol, Listener: info.Listener, TLS: info.TLS, Will: info.Will,
 	})
 	d.mu.Lock()
 	d.here[l] = token
