@@ -46,6 +46,15 @@ func apiFlagsIn(fs *flag.FlagSet) *apiFlags {
 	return &f
 }
 
+// asks parses args, as program.parse does, and gives who is to be asked.
+func (f *apiFlags) asks(p *program, fs *flag.FlagSet, args []string, least, most int) (c *apiClient, words []string, err error) {
+	if words, err = p.parse(fs, args, least, most); err != nil {
+		return nil, nil, err
+	}
+	c, err = f.client()
+	return c, words, err
+}
+
 // apiClient asks one gateway. Many goroutines may use it.
 type apiClient struct {
 	base     string // http://127.0.0.1:8080

@@ -481,11 +481,7 @@ func commandShow(ctx context.Context, p *program, args []string) error {
 	fs := p.flags()
 	api := apiFlagsIn(fs)
 	asJSON := fs.Bool("json", false, "print JSON")
-	ids, err := p.parse(fs, args, 1, 1)
-	if err != nil {
-		return err
-	}
-	c, err := api.client()
+	c, ids, err := api.asks(p, fs, args, 1, 1)
 	if err != nil {
 		return err
 	}
@@ -576,11 +572,7 @@ func commandCancel(ctx context.Context, p *program, args []string) error {
 	api := apiFlagsIn(fs)
 	reason := fs.String("reason", "", "why, `TEXT`")
 	asJSON := fs.Bool("json", false, "print JSON")
-	ids, err := p.parse(fs, args, 1, 1)
-	if err != nil {
-		return err
-	}
-	c, err := api.client()
+	c, ids, err := api.asks(p, fs, args, 1, 1)
 	if err != nil {
 		return err
 	}
@@ -617,10 +609,7 @@ func commandWatch(ctx context.Context, p *program, args []string) error {
 	device := fs.String("device", "", "only commands of this `DEVICE`")
 	id := fs.String("command", "", "only this command, `ID`")
 	asJSON := fs.Bool("json", false, "print JSON, one event a line")
-	if _, err := p.parse(fs, args, 0, 0); err != nil {
-		return err
-	}
-	c, err := api.client()
+	c, _, err := api.asks(p, fs, args, 0, 0)
 	if err != nil {
 		return err
 	}

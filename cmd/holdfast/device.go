@@ -380,11 +380,7 @@ func deviceShow(ctx context.Context, p *program, args []string) error {
 	fs := p.flags()
 	api := apiFlagsIn(fs)
 	asJSON := fs.Bool("json", false, "print JSON")
-	ids, err := p.parse(fs, args, 1, 1)
-	if err != nil {
-		return err
-	}
-	c, err := api.client()
+	c, ids, err := api.asks(p, fs, args, 1, 1)
 	if err != nil {
 		return err
 	}
@@ -474,11 +470,7 @@ func deviceSwitch(ctx context.Context, p *program, args []string, enabled bool, 
 	fs := p.flags()
 	api := apiFlagsIn(fs)
 	asJSON := fs.Bool("json", false, "print JSON")
-	ids, err := p.parse(fs, args, 1, 1)
-	if err != nil {
-		return err
-	}
-	c, err := api.client()
+	c, ids, err := api.asks(p, fs, args, 1, 1)
 	if err != nil {
 		return err
 	}
@@ -503,11 +495,7 @@ func deviceRemove(ctx context.Context, p *program, args []string) error {
 	fs := p.flags()
 	api := apiFlagsIn(fs)
 	asJSON := fs.Bool("json", false, "print JSON")
-	ids, err := p.parse(fs, args, 1, 1)
-	if err != nil {
-		return err
-	}
-	c, err := api.client()
+	c, ids, err := api.asks(p, fs, args, 1, 1)
 	if err != nil {
 		return err
 	}
@@ -537,11 +525,7 @@ func deviceRotate(ctx context.Context, p *program, args []string) error {
 	overlap := durationFlag(fs, "overlap", 24*time.Hour, "the others stay valid for `D`")
 	lifetime := durationFlag(fs, "lifetime", 0, "the new one expires after `D` (none: never)")
 	asJSON := fs.Bool("json", false, "print JSON")
-	ids, err := p.parse(fs, args, 1, 1)
-	if err != nil {
-		return err
-	}
-	c, err := api.client()
+	c, ids, err := api.asks(p, fs, args, 1, 1)
 	if err != nil {
 		return err
 	}

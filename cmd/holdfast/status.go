@@ -25,10 +25,7 @@ func showStatus(ctx context.Context, p *program, args []string) error {
 	fs := p.flags()
 	api := apiFlagsIn(fs)
 	asJSON := fs.Bool("json", false, "print what GET /api/v1/status answers")
-	if _, err := p.parse(fs, args, 0, 0); err != nil {
-		return err
-	}
-	c, err := api.client()
+	c, _, err := api.asks(p, fs, args, 0, 0)
 	if err != nil {
 		return err
 	}

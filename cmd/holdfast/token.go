@@ -71,10 +71,7 @@ func tokenList(ctx context.Context, p *program, args []string) error {
 	fs := p.flags()
 	api := apiFlagsIn(fs)
 	asJSON := fs.Bool("json", false, "print JSON, one token a line")
-	if _, err := p.parse(fs, args, 0, 0); err != nil {
-		return err
-	}
-	c, err := api.client()
+	c, _, err := api.asks(p, fs, args, 0, 0)
 	if err != nil {
 		return err
 	}
@@ -108,11 +105,7 @@ func tokenRemove(ctx context.Context, p *program, args []string) error {
 	fs := p.flags()
 	api := apiFlagsIn(fs)
 	asJSON := fs.Bool("json", false, "print JSON")
-	names, err := p.parse(fs, args, 1, 1)
-	if err != nil {
-		return err
-	}
-	c, err := api.client()
+	c, names, err := api.asks(p, fs, args, 1, 1)
 	if err != nil {
 		return err
 	}
