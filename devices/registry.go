@@ -28,8 +28,8 @@ type RegistryConfig struct {
 	Metrics   prometheus.Registerer // nil: none
 	Now       func() time.Time      // nil: time.Now
 	// Kick is called, from any goroutine, when a device may no longer be connected (disabled, removed, its credentials
-	// gone): it ends the device's connections at once. forget: the broker's session of it is to go, too. It does not
-	// block.
+	// gone): it ends the device's connections at once. forget: the broker's session of it is to go, too. It may
+	// wait as Journal.Commit may, and must not change the registry.
 	Kick func(device, reason string, forget bool)
 }
 
