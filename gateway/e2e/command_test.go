@@ -267,13 +267,14 @@ type office struct {
 	waiting map[uint16]chan struct{}
 	prints  map[string]bool                // what came, to the byte
 	events  map[string][]wire.CommandEvent // by id, each once, in the order of its first arrival
+	ended   map[string]bool                // ids of which an end was told
 	again   int                            // events that came more than once
 	notify  chan struct{}                  // cap 1
 }
 
 func openOffice(t *testing.T, addr string) *office {
 	t.Helper()
-	o := &office{t: t, waiting: map[uint16]chan struct{}{}, prints: map[string]bool{}, events: map[string][]wire.CommandEvent{}, notify: make(chan struct{}, 1)}
+	o := &office{t: t, waiting: map[uint16]chan struct{}{}, prints: map[string]bool{}, events: map[string][]wire.CommandEvent{}, ended: map[string]bool{}, notify: make(chan struct{}, 1)}
 	o.connect(addr)
 	return o
 }
@@ -323,6 +324,9 @@ func (o *office) onMessage(_ *mqtt.Client, p *mqtt.Publish) {
 	} else {
 		o.prints[print] = true
 		o.events[id] = append(o.events[id], ev)
+		if ev.Final && ev.State != wire.StateRefused {
+			o.ended[id] = true
+		}
 	}
 	o.mu.Unlock()
 	select {
@@ -380,6 +384,13 @@ func (o *office) all(id string) []wire.CommandEvent {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	return slices.Clone(o.events[id])
+}
+
+// over says whether an end of a command was told.
+func (o *office) over(id string) bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.ended[id]
 }
 
 // steps are the changes of state told of a command so far. Progress, refusals and answers to repeats are none.
