@@ -454,8 +454,9 @@ type commandView struct {
 	Payload  string `json:"payload"`
 	Result   string `json:"result"`
 	History  []struct {
-		State  string `json:"state"`
-		Reason string `json:"reason"`
+		State  string    `json:"state"`
+		At     time.Time `json:"at"`
+		Reason string    `json:"reason"`
 	} `json:"history"`
 }
 
