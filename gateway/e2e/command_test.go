@@ -335,21 +335,26 @@ func (o *office) onMessage(_ *mqtt.Client, p *mqtt.Publish) {
 	}
 }
 
-// publish returns when the broker has acknowledged it.
-func (o *office) publish(topic string, payload []byte) {
+// post publishes; acked is closed when the broker has acknowledged it.
+func (o *office) post(topic string, payload []byte) (acked <-chan struct{}) {
 	o.t.Helper()
-	acked := make(chan struct{})
+	w := make(chan struct{})
 	o.mu.Lock()
 	o.next = o.next%60000 + 1
 	id := o.next
-	o.waiting[id] = acked
+	o.waiting[id] = w
 	o.mu.Unlock()
 	if err := o.client.Publish(&mqtt.Publish{QoS: 1, ID: id, Topic: []byte(topic), Payload: payload}); err != nil {
 		o.t.Errorf("publish %s: %v", topic, err)
-		return
 	}
+	return w
+}
+
+// publish returns when the broker has acknowledged it.
+func (o *office) publish(topic string, payload []byte) {
+	o.t.Helper()
 	select {
-	case <-acked:
+	case <-o.post(topic, payload):
 	case <-o.client.Done():
 		o.t.Errorf("publish %s: connection lost: %v", topic, o.client.Err())
 	case <-time.After(10 * time.Second):
@@ -680,4 +685,65 @@ func sameSteps(v *commandView, told []wire.CommandEvent) error {
 		return fmt.Errorf("%s: %d attempts, %d steps SENT: %s", v.ID, v.Attempts, sent, show())
 	}
 	return nil
+}
+
+// TestKillInABurst kills the gateway while a burst of commands comes in and goes out, so that at any moment some are between being read and
+// being stored, between being stored and being sent, and between being sent and being acknowledged. What the gateway told the broker that
+// it has, it has; what a device has got was SENT on disk before.
+func TestKillInABurst(t *testing.T) {
+	t.Parallel()
+	path := bin(t)
+	rng, _ := seeded(t)
+	up := testkit.StartMosquitto(t, "max_inflight_messages 0")
+	o := openOffice(t, up.Addr)
+	g := testkit.StartGateway(t, path, gatewayID, logYAML+fmt.Sprintf("upstreams:\n  - { name: cloud, url: %q }\n", up.URL()))
+	var workers []*worker
+	for n := range 8 {
+		workers = append(workers, startWorker(t, g.Addr, fmt.Sprintf("dev-%d", n), []mqtt.Version{mqtt.V311, mqtt.V5}[n%2], "succeeded"))
+	}
+	g.AwaitCommands(t)
+	const each = 25
+	total := 0
+	for n := range cycles() {
+		for _, w := range workers {
+			w.here()
+		}
+		id := func(w *worker, k int) string { return fmt.Sprintf("burst-%d-%s-%d", n, w.id, k) }
+		var all []<-chan struct{}
+		for k := range each {
+			for _, w := range workers {
+				all = append(all, o.post(wire.CommandTopic(gatewayID, w.id, wire.ActionSubmit), submitBody(t, id(w, k), nil)))
+			}
+		}
+		<-time.After(time.Duration(rng.IntN(30_000)) * time.Microsecond)
+		g.Kill()
+		for _, acked := range all {
+			select {
+			case <-acked:
+			case <-time.After(10 * time.Second):
+				t.Fatal("the broker does not acknowledge")
+			}
+		}
+		g.Restart()
+		for k := range each {
+			for _, w := range workers {
+				agree(t, g, o, w, id(w, k), "SUCCEEDED", false)
+				total++
+			}
+		}
+	}
+	for _, w := range workers {
+		var want []string
+		for n := range cycles() {
+			for k := range each {
+				want = append(want, fmt.Sprintf("burst-%d-%s-%d", n, w.id, k))
+			}
+		}
+		if got := w.came(); !slices.Equal(got, want) {
+			t.Errorf("device %s got its commands in the order %v", w.id, got)
+		}
+	}
+	if got := len(listCommands(t, g)); got != total {
+		t.Errorf("%d commands were sent, the gateway has %d", total, got)
+	}
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"maps"
 	"math/rand/v2"
+	"net/http"
 	"net/url"
 	"slices"
 	"strings"
@@ -55,7 +56,7 @@ func TestCommandStorm(t *testing.T) {
 			air := testkit.StartProxy(t, g.Addr)
 			air.Set(radio)
 			force := startTroops(t, air.Addr(), seed)
-			hq := openHeadquarters(t, up.Addr, seed)
+			hq := openHeadquarters(t, g, up.Addr, seed)
 			g.AwaitCommands(t)
 			for _, device := range force.devices() {
 				known(t, g, device)
@@ -210,20 +211,22 @@ func (f *troops) String() string {
 // headquarters is the cloud: a commander for each device submits, over a link of its own that is reset now and then, and an office beside it
 // notes all that is told.
 type headquarters struct {
-	t      *testing.T
-	office *office
-	client *mqttup.Client
-	cloud  *cloud.Client
-	seed   uint64
-	quit   chan struct{}
-	wg     sync.WaitGroup
+	t       *testing.T
+	gateway *testkit.Gateway
+	office  *office
+	client  *mqttup.Client
+	cloud   *cloud.Client
+	seed    uint64
+	quit    chan struct{}
+	wg      sync.WaitGroup
 
 	mu        sync.Mutex
-	orders    map[string]*submitted // what the broker has acknowledged
+	orders    map[string]*submitted // all of them: the broker, or the gateway, acknowledges each in the end
 	followers []*cloud.Command
 	conflicts map[string]bool // ids that were used for something else, too
 	repeated  int
 	canceled  int
+	local     int
 }
 
 type submitted struct {
@@ -231,10 +234,10 @@ type submitted struct {
 	submit wire.Submit
 }
 
-func openHeadquarters(t *testing.T, addr string, seed uint64) *headquarters {
+func openHeadquarters(t *testing.T, g *testkit.Gateway, addr string, seed uint64) *headquarters {
 	t.Helper()
 	hq := &headquarters{
-		t: t, office: openOffice(t, addr), seed: seed, quit: make(chan struct{}), orders: map[string]*submitted{}, conflicts: map[string]bool{},
+		t: t, gateway: g, office: openOffice(t, addr), seed: seed, quit: make(chan struct{}), orders: map[string]*submitted{}, conflicts: map[string]bool{},
 	}
 	link := testkit.StartProxy(t, addr)
 	hq.cloud = cloud.NewClient(cloud.ClientConfig{
@@ -362,7 +365,11 @@ func (hq *headquarters) send(rng *rand.Rand, device string, s wire.Submit, order
 	hq.orders[s.ID] = &submitted{device, s}
 	hq.mu.Unlock()
 	how := rng.IntN(20)
-	if how == 0 && !ordered {
+	if how < 4 && !ordered { // it takes a way of its own
+		hq.wg.Go(func() { hq.overAPI(device, s.ID, body) })
+		return
+	}
+	if how == 4 && !ordered {
 		// Followed, and asked for again until the gateway answers.
 		hq.wg.Go(func() {
 			ctx, cancel := context.WithTimeout(context.Background(), 90*time.Second)
@@ -382,18 +389,33 @@ func (hq *headquarters) send(rng *rand.Rand, device string, s wire.Submit, order
 	hq.publish(device, wire.ActionSubmit, body)
 	later := time.Duration(rng.IntN(400)) * time.Millisecond
 	switch how {
-	case 1, 2: // once more
+	case 5, 6: // once more
 		hq.note(func() { hq.repeated++ })
 		hq.publish(device, wire.ActionSubmit, body)
-	case 3: // the id of another
+	case 7: // the id of another
 		hq.note(func() { hq.conflicts[s.ID] = true })
 		hq.publish(device, wire.ActionSubmit, fmt.Appendf(nil, `{"id":%q,"name":"another"}`, s.ID))
-	case 4, 5:
+	case 8, 9:
 		hq.note(func() { hq.canceled++ })
 		hq.wg.Go(func() {
 			<-time.After(later)
 			hq.publish(device, wire.ActionCancel, fmt.Appendf(nil, `{"id":%q}`, s.ID))
 		})
+	}
+}
+
+// overAPI submits at the gateway itself until it says that it has the command.
+func (hq *headquarters) overAPI(device, id string, body []byte) {
+	hq.note(func() { hq.local++ })
+	for deadline := time.Now().Add(60 * time.Second); ; <-time.After(30 * time.Millisecond) {
+		_, err := hq.gateway.Call(http.MethodPost, "/api/v1/devices/"+device+"/commands", json.RawMessage(body), http.StatusCreated, http.StatusOK)
+		if err == nil {
+			return
+		}
+		if time.Now().After(deadline) {
+			hq.t.Errorf("%s over the API: %v", id, err)
+			return
+		}
 	}
 }
 
@@ -487,8 +509,8 @@ func reconcile(t *testing.T, g *testkit.Gateway, hq *headquarters, force *troops
 	if v.Executed == 0 || v.Repeats == 0 && cycles() >= 20 { // that a PUBACK is lost takes some luck
 		t.Errorf("the test has shown nothing: %v", v)
 	}
-	return fmt.Sprintf("%d commands (%d submitted again, %d called off, %d followed, %d conflicts) ended %v, %d of them late; %d events, %d came again; devices: %v",
-		len(hq.orders), hq.repeated, hq.canceled, len(hq.followers), len(hq.conflicts), ends, late, events, again, v)
+	return fmt.Sprintf("%d commands (%d submitted again, %d called off, %d followed, %d over the API, %d conflicts) ended %v, %d of them late; %d events, %d came again; devices: %v",
+		len(hq.orders), hq.repeated, hq.canceled, len(hq.followers), hq.local, len(hq.conflicts), ends, late, events, again, v)
 }
 
 // listCommands gives the states of all commands, by id.
