@@ -37,6 +37,10 @@ func becomes(t *testing.T, g *testkit.Gateway, id, state string) (v commandView)
 	return v
 }
 
+// grain is by how much two times of a history may be nearer to each other than what lay between them: both are cut to
+// milliseconds, and so is the clock that time-outs go by.
+const grain = 2 * time.Millisecond
+
 // steps are the states of the history.
 func (v *commandView) steps() string {
 	var s []string
@@ -308,7 +312,7 @@ func TestCommandTimes(t *testing.T) {
 			if received, _ := w.seen(id); v.Attempts != 2 || received != 2 {
 				t.Errorf("received %d times; %+v", received, v)
 			}
-			if d := v.History[2].At.Sub(v.at(t, "SENT")); d < time.Second || v.History[2].Reason != "no acknowledgement within 1s" {
+			if d := v.History[2].At.Sub(v.at(t, "SENT")); d < time.Second-grain || v.History[2].Reason != "no acknowledgement within 1s" {
 				t.Errorf("put back after %v: %s", d, v.History[2].Reason)
 			}
 		},
@@ -317,7 +321,7 @@ func TestCommandTimes(t *testing.T) {
 			id := w.id + ".a"
 			order(t, g, w.id, id, map[string]any{"execution_timeout": "700ms"})
 			v := agree(t, g, o, w, id, "TIMED_OUT", false)
-			if d := v.at(t, "TIMED_OUT").Sub(v.at(t, "DELIVERED")); d < 700*time.Millisecond || v.Late {
+			if d := v.at(t, "TIMED_OUT").Sub(v.at(t, "DELIVERED")); d < 700*time.Millisecond-grain || v.Late {
 				t.Errorf("timed out after %v: %+v", d, v)
 			}
 			w.say(id, "progress") // is not believed any more
@@ -347,7 +351,7 @@ func TestCommandTimes(t *testing.T) {
 			order(t, g, w.id, id, map[string]any{"ttl": "700ms"})
 			order(t, g, w.id, w.id+".b", nil)
 			v := agree(t, g, o, w, id, "EXPIRED", false)
-			if d := v.at(t, "EXPIRED").Sub(v.at(t, "QUEUED")); d < 700*time.Millisecond || v.Attempts != 0 {
+			if d := v.at(t, "EXPIRED").Sub(v.at(t, "QUEUED")); d < 700*time.Millisecond-grain || v.Attempts != 0 {
 				t.Errorf("expired after %v: %+v", d, v)
 			}
 			w.comeBack()
@@ -363,7 +367,7 @@ func TestCommandTimes(t *testing.T) {
 			order(t, g, w.id, w.id+".b", nil)
 			agree(t, g, o, w, w.id+".b", "SUCCEEDED", false)
 			v := agree(t, g, o, w, w.id+".a", "SUCCEEDED", false)
-			if sent := v.at(t, "SENT"); sent.Before(when) || sent.After(when.Add(5*time.Second)) {
+			if sent := v.at(t, "SENT"); sent.Before(when.Add(-grain)) || sent.After(when.Add(5*time.Second)) {
 				t.Errorf("not before %v, sent %v", when, sent)
 			}
 			if got := w.came(); !slices.Equal(got, []string{w.id + ".b", w.id + ".a"}) {

@@ -89,6 +89,16 @@ func TestCommandStorm(t *testing.T) {
 			link.Reset() // what hangs in there would be given up after 30 s
 
 			begin := time.Now()
+			g.AwaitCommands(t)
+			testkit.EventuallyNil(t, 60*time.Second, "what waited at the broker has come", func() error {
+				listed := listCommands(t, g)
+				for id := range hq.orders {
+					if listed[id] == "" {
+						return fmt.Errorf("%s has not, and others: the gateway has %d of %d", id, len(listed), len(hq.orders))
+					}
+				}
+				return nil
+			})
 			testkit.EventuallyNil(t, 90*time.Second, "every command has ended", func() error {
 				s, err := g.Status()
 				if n := s.Commands; err == nil && n.Queued+n.Sent+n.Delivered+n.InProgress > 0 {
