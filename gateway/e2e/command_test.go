@@ -497,11 +497,11 @@ func TestKillAtEveryState(t *testing.T) {
 	for _, c := range []struct {
 		kill    string // at this state
 		more    map[string]any
-		deaf    bool                                   // until the gateway is back
-		answers []string                               // before
+		deaf    bool                                  // until the gateway is back
+		answers []string                              // before
 		act     func(o *office, w *worker, id string) // when it is with the device; leads to the state
-		then    []string                               // answers to what comes after the restart
-		late    func(w *worker, id string)             // after the restart
+		then    []string                              // answers to what comes after the restart
+		late    func(w *worker, id string)            // after the restart
 		end     string
 	}{
 		{kill: "QUEUED", answers: all, then: all, end: "SUCCEEDED"},

@@ -251,8 +251,10 @@ func openHeadquarters(t *testing.T, g *testkit.Gateway, addr string, seed uint64
 	}
 	link := testkit.StartProxy(t, addr)
 	hq.cloud = cloud.NewClient(cloud.ClientConfig{
-		Publisher: cloud.PublishFunc(func(ctx context.Context, topic string, payload []byte) error { return hq.client.Publish(ctx, topic, payload) }),
-		Retry:     300 * time.Millisecond,
+		Publisher: cloud.PublishFunc(func(ctx context.Context, topic string, payload []byte) error {
+			return hq.client.Publish(ctx, topic, payload)
+		}),
+		Retry: 300 * time.Millisecond,
 	})
 	ctx, cancel := context.WithCancel(context.Background())
 	var err error
