@@ -9,6 +9,7 @@ import (
 	"holdfast/gateway/httpapi"
 	"holdfast/internal/config"
 	"holdfast/internal/kv"
+	"holdfast/spool"
 )
 
 // Matcher compiles filters as routes and gives the place of the first that matches, -1 for none.
@@ -69,4 +70,10 @@ func Watch(g *Gateway, fn func(e devices.Event, get func(id string) (devices.Com
 		show(e)
 		fn(e, g.commands.Get)
 	}
+}
+
+// NewJournal makes a journal on a spool.
+func NewJournal(sp *spool.Spool, gateway string) devices.Journal {
+	lane, _ := sp.Lane(spool.SystemLane)
+	return &journal{spool: sp, lane: lane, gateway: gateway, clock: newClock()}
 }

@@ -57,7 +57,8 @@ func (m Incoming) Ack() {
 }
 
 // TakeCommands calls handler for each message on filter until ctx ends, and then returns nil. The session at the broker
-// is persistent: what is published while nobody is connected comes with the next connection. It never gives up:
+// is persistent: what is published while nobody is connected comes with the next connection; a broker that has
+// forgotten the session is told of in o.Log. It never gives up:
 // connections that fail and subscriptions that are refused are tried again after 500 ms to 30 s, with full jitter.
 // o.OnState is told of each change, o.Log of those that say something new. An error means that o is wrong.
 //
@@ -99,10 +100,16 @@ func TakeCommands(ctx context.Context, o Options, filter string, handler func(m 
 			handler(in)
 		}
 	}
-	var told string // only run's goroutine touches it
+	// Only run's goroutine touches these.
+	var told string
+	had := false // a session with the subscription
 	s.up = func(*conn) {
 		told = ""
-		s.log.Info("commands are taken", "filter", filter)
+		if had && s.anew {
+			s.log.Warn("broker has forgotten the session: what was published since the last connection and waited there is lost; give the broker persistence", "filter", filter)
+		}
+		had = true
+		s.log.Info("commands are taken", "filter", filter, "session_present", !s.anew)
 	}
 	s.failed = func(err error, up, _ bool) error {
 		if text := err.Error(); up || text != told {

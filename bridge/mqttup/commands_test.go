@@ -409,6 +409,35 @@ func TestCommandsWaitAtTheBroker(t *testing.T) {
 	}
 }
 
+// A broker that forgets loses what waited there. The subscription is made again, and it is told, once, that something may be lost.
+func TestBrokerThatForgetsIsToldOf(t *testing.T) {
+	t.Parallel()
+	for name, conf := range map[string]string{"keeps": "persistence true", "forgets": "persistence false"} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			m := testkit.StartMosquitto(t, conf)
+			o := commandOptions(m.URL())
+			log := &counting{Handler: testkit.Logger(t).Handler()}
+			o.Log = slog.New(log)
+			k := take(t, o, nil)
+			k.waitUp()
+			before := log.count("forgotten")
+			m.Stop()
+			m.Restart()
+			k.waitUp()
+			publishing(t, m.URL())("gw/ward-3-east/cmd/d/submit", "new")
+			k.waitFor(1)
+			want := 0
+			if name == "forgets" {
+				want = 1
+			}
+			if n := log.count("WARN broker has forgotten the session"); n != want || before != 0 {
+				t.Errorf("told %d times, want %d; before that %d times", n, want, before)
+			}
+		})
+	}
+}
+
 func TestUnacknowledgedCommandsComeAgain(t *testing.T) {
 	t.Parallel()
 	m := testkit.StartMosquitto(t)

@@ -35,6 +35,7 @@ type conn struct {
 	skip      int    // bytes behind frame that paho does not get
 	guard     guard
 
+	resumed bool        // the broker had kept the session; written before anybody else has the connection
 	acks    bridge.Acks // nil: publish is not used
 	flights flights     // what publish sent and nobody acknowledged
 

@@ -195,6 +195,9 @@ func client(ctx context.Context, o Options, g guard, acks bridge.Acks, configure
 	if err := t.Error(); err != nil {
 		return nil, nil, nil, connectError(err, c)
 	}
+	if ct, ok := t.(*paho.ConnectToken); ok {
+		c.resumed = ct.SessionPresent()
+	}
 	return pc, c, lost, nil
 }
 

@@ -52,6 +52,7 @@ type subscriber struct {
 	failed            func(err error, up, first bool) error
 	shortest, longest time.Duration // pauses
 
+	anew bool         // since up was called last the broker has begun a new session; only run's goroutine touches it
 	busy atomic.Int32 // messages that take has been given and not returned from
 }
 
@@ -151,12 +152,14 @@ func (s *subscriber) once(ctx context.Context) (up bool, err error) {
 		<-lost
 		<-c.flushed
 	}()
+	s.anew = s.anew || !c.resumed
 	if err := s.subscribe(ctx, pc, c); err != nil {
 		return false, err
 	}
 	if s.up != nil {
 		s.up(c)
 	}
+	s.anew = false
 	if s.down != nil {
 		defer s.down()
 	}

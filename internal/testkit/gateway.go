@@ -26,15 +26,18 @@ type Gateway struct {
 }
 
 // StartGateway runs `bin run` with one anonymous MQTT listener, an HTTP address, a data folder and whatever
-// YAML is given on top: top-level keys other than gateway, listeners, devices and http.
+// YAML is given on top: top-level keys other than gateway, listeners and http, and devices if that
+// lets anonymous devices in, too.
 func StartGateway(t T, bin, id, yaml string) *Gateway {
 	t.Helper()
 	g := &Gateway{Addr: FreeAddr(t), HTTP: FreeAddr(t), Dir: t.TempDir()}
 	g.File = filepath.Join(t.TempDir(), "gateway.yaml")
+	if !strings.Contains("\n"+yaml, "\ndevices:") {
+		yaml = "devices: { anonymous: true }\n" + yaml
+	}
 	text := fmt.Sprintf(`gateway: { id: %s, data_dir: %q }
 listeners:
   - { name: test, protocol: mqtt, address: %q }
-devices: { anonymous: true }
 http: { address: %q }
 %s
 `, id, g.Dir, g.Addr, g.HTTP, yaml)

@@ -10,7 +10,9 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math/rand/v2"
 	"net"
+	"sync"
 	"testing"
 	"time"
 )
@@ -66,17 +68,29 @@ func EventuallyNil(t T, within time.Duration, what string, check func() error) {
 }
 
 // FreeAddr returns a loopback address with a port that nobody listens on: for a program that must find the
-// same port again after each restart. It is free now and, as the kernel hands out ports in turn, soon after;
-// where a program can listen on port 0 and say which it got, do that.
+// same port again after each restart. No two calls in a process return the same. The port is none of those that the
+// kernel hands out by itself (32768 and up, net.ipv4.ip_local_port_range): of them one that is free now, or
+// while its program is down, is soon the near end of somebody's connection, and cannot be listened on.
+// Where a program can listen on port 0 and say which it got, do that.
 func FreeAddr(t T) string {
 	t.Helper()
-	ln, err := (&net.ListenConfig{}).Listen(context.Background(), "tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatalf("find a free port: %v", err)
+	for range 1000 {
+		addr := fmt.Sprintf("127.0.0.1:%d", firstPort+rand.IntN(lastPort-firstPort))
+		if _, taken := givenAddrs.LoadOrStore(addr, true); taken {
+			continue
+		}
+		if ln, err := (&net.ListenConfig{}).Listen(context.Background(), "tcp", addr); err == nil {
+			ln.Close()
+			return addr
+		}
 	}
-	defer ln.Close()
-	return ln.Addr().String()
+	t.Fatalf("find a free port: none of 1,000 between %d and %d is", firstPort, lastPort)
+	return ""
 }
+
+const firstPort, lastPort = 10_000, 32_000
+
+var givenAddrs sync.Map // by FreeAddr
 
 // Dial opens a TCP connection and fails t if it cannot within five seconds.
 func Dial(t T, addr string) net.Conn {
