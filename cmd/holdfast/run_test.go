@@ -5,6 +5,7 @@ import (
 	"errors"
 	"log/slog"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -74,6 +75,9 @@ func TestTheConfigurationIsReadAgain(t *testing.T) {
 
 // Without a place to tell it to, SIGHUP is what it is everywhere: the terminal is gone.
 func TestHangUpEndsWhatHasNoConfiguration(t *testing.T) {
+	if signal.Ignored(syscall.SIGHUP) {
+		t.Skip("whoever started this wants it to outlive the terminal, as nohup does")
+	}
 	log := slog.New(slog.DiscardHandler)
 	ctx, stop := onSignals(t.Context(), log)
 	defer stop()
