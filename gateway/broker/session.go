@@ -266,8 +266,8 @@ func (s *session) expire() {
 		s.mu.Unlock() // a connection was faster
 		return
 	}
-	s.b.m.expired.Inc()
 	s.endOffline()
+	s.b.m.expired.Inc() // it has: who sees the count finds nothing of it any more
 }
 
 // endLocked ends the session: the next connection of this client finds none.
