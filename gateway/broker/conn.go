@@ -74,8 +74,9 @@ type conn struct {
 	peer   atomic.Pointer[peer]  // nil: it showed no certificate
 
 	// handing is held by serve from the look at a QoS 2 packet id to the hand-in that follows
-	// from it. Whoever takes the session over passes through it once, so that nothing of the
-	// old connection is handed in among what comes on the new one. Before session.mu.
+	// from it, and from the look at a PUBACK until the Watcher has heard of it. Whoever takes the
+	// session over passes through it once, so that nothing of the old connection is handed in among
+	// what comes on the new one. Before session.mu.
 	handing sync.Mutex
 
 	mu          sync.Mutex         // guards what follows

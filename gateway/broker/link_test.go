@@ -27,6 +27,7 @@ type happening struct {
 // watcher writes down what it is told. The functions, where set, are called after that.
 type watcher struct {
 	connected, subscribed func(l *broker.Link)
+	acked                 func() // called before it is written down
 
 	mu   sync.Mutex
 	list []happening
@@ -53,6 +54,9 @@ func (w *watcher) Subscribed(l *broker.Link) {
 }
 
 func (w *watcher) Acked(l *broker.Link, token uint64, reason mqtt.Reason) {
+	if w.acked != nil {
+		w.acked()
+	}
 	w.add(happening{what: "acked", link: l, token: token, reason: reason})
 }
 
@@ -798,4 +802,45 @@ func answerAll(nc io.ReadWriter) {
 		}
 		buf = buf[:len(buf)+n]
 	}
+}
+
+// A PUBACK that was read before a takeover is told before the new connection is: told after it, the command would have been
+// sent again to a device that had acknowledged it.
+func TestAckIsToldBeforeTheTakeover(t *testing.T) {
+	eachVersion(t, func(t *testing.T, v mqtt.Version) {
+		reading, goOn := make(chan struct{}), make(chan struct{})
+		r, w := watched(t, func(_ *rig, w *watcher) {
+			w.acked = func() { close(reading); <-goOn }
+		})
+		old := r.client(v, "dev", keep)
+		old.subscribe(1, mqtt.Subscription{Filter: "cmd/dev/req/#", QoS: 1})
+		l := w.nth(t, "subscribed", 1).link
+		id := mustSend(t, l, cmd("a", "x"), 7, 0)
+		old.message()
+		old.pub(mqtt.TypePuback, id)
+		<-reading
+		came := make(chan struct{})
+		go func() {
+			defer close(came)
+			r.client(v, "dev", keep)
+		}()
+		eventually(t, "takeover", func() bool { return !l.Alive() })
+		select {
+		case <-came:
+			t.Error("the new connection did not wait")
+		case <-time.After(100 * time.Millisecond):
+		}
+		close(goOn)
+		<-came
+		w.nth(t, "connected", 2)
+		var order []string
+		for _, h := range w.all() {
+			if h.what == "acked" || h.what == "connected" {
+				order = append(order, h.what)
+			}
+		}
+		if want := []string{"connected", "acked", "connected"}; !slices.Equal(order, want) {
+			t.Errorf("told in the order %v, want %v", order, want)
+		}
+	})
 }

@@ -226,6 +226,11 @@ func (s *session) flightLocked(id uint16) int {
 
 // answered handles PUBACK, PUBREC and PUBCOMP of the client.
 func (s *session) answered(c *conn, a *mqtt.Ack) error {
+	if a.Type == mqtt.TypePuback {
+		// The watcher hears of it before it hears of a connection that takes over: it would send the command again.
+		c.handing.Lock()
+		defer c.handing.Unlock()
+	}
 	token, command, err := s.settle(c, a)
 	if command {
 		c.b.watcher.Acked(c.link, token, a.Reason)
