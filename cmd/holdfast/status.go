@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -96,6 +97,11 @@ func (p *program) printStatus(st *httpapi.Status, now time.Time) {
 			})
 		}
 		p.table(rows...)
+		for _, u := range st.Upstreams {
+			if u.Connected && u.Commands != nil && !*u.Commands {
+				fmt.Fprintf(p.stdout, "COMMANDS DO NOT COME DOWN from %s: %s\n", u.Name, cmp.Or(strings.ReplaceAll(u.CommandsError, "\n", "; "), "not connected yet"))
+			}
+		}
 	}
 
 	fmt.Fprintln(p.stdout)

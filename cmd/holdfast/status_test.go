@@ -23,6 +23,11 @@ func TestStatusTellsOfDevicesCommandsAndCertificates(t *testing.T) {
 			{Listener: "fine", File: "c.crt", Subject: "CN=c", NotAfter: now.Add(31 * 24 * time.Hour)},
 		},
 		Ledger: httpapi.Ledger{Balanced: true},
+		Upstreams: []httpapi.Upstream{
+			{Name: "deaf", Connected: true, Commands: new(bool), CommandsError: "the broker refuses filter"},
+			{Name: "away", Commands: new(bool), CommandsError: "connection refused"},
+			{Name: "without", Connected: true},
+		},
 	}
 	f := newFakeGateway(t)
 	f.spoil = func(w http.ResponseWriter, r *http.Request) bool {
@@ -39,6 +44,7 @@ func TestStatusTellsOfDevicesCommandsAndCertificates(t *testing.T) {
 		"commands  3 queued, 1 sent, 2 delivered, 4 in progress; since the start 50 succeeded, 6 ended otherwise, 9 refused\n",
 		"CERTIFICATE OF LISTENER old ENDED on " + st.Certificates[0].NotAfter.Format(time.DateOnly) + ": CN=a (a.crt)\n",
 		"certificate of listener soon ends in 12d, on " + st.Certificates[1].NotAfter.Format(time.DateOnly) + ": CN=b (b.crt)\n",
+		"COMMANDS DO NOT COME DOWN from deaf: the broker refuses filter\n",
 		"balanced: every accepted message",
 	} {
 		if got.code != 0 || !strings.Contains(got.stdout, want) {
@@ -47,6 +53,9 @@ func TestStatusTellsOfDevicesCommandsAndCertificates(t *testing.T) {
 	}
 	if strings.Contains(got.stdout, "listener fine") {
 		t.Error("a certificate that is fine is told of")
+	}
+	if n := strings.Count(got.stdout, "DO NOT COME DOWN"); n != 1 {
+		t.Errorf("told %d times that commands do not come down: of an upstream that is away, or gives none, that is no news", n)
 	}
 	got = f.ask(t, "status", "--json")
 	var again httpapi.Status
