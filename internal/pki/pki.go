@@ -564,7 +564,8 @@ func (a *Authority) writeCRLs(cas []*issuer) error {
 	if err != nil {
 		return err
 	}
-	number := a.nextCRLNumber()
+	before := a.readCRLs()
+	number := a.nextCRLNumber(before)
 	now := a.now().UTC().Truncate(time.Second)
 	var out []byte
 	for _, ca := range cas {
@@ -579,6 +580,7 @@ func (a *Authority) writeCRLs(cas []*issuer) error {
 			}
 			list.RevokedCertificateEntries = append(list.RevokedCertificateEntries, x509.RevocationListEntry{SerialNumber: n, RevocationTime: e.RevokedAt})
 		}
+		list.RevokedCertificateEntries = append(list.RevokedCertificateEntries, strays(before, ca.cert, entries)...)
 		der, err := x509.CreateRevocationList(rand.Reader, list, ca.cert, ca.key)
 		if err != nil {
 			return fmt.Errorf("sign the list of revoked certificates: %w", err)
@@ -588,16 +590,50 @@ func (a *Authority) writeCRLs(cas []*issuer) error {
 	return writeFile(a.Path("crl.pem"), out, 0o644)
 }
 
-// nextCRLNumber grows even if the list was lost (RFC 5280 §5.2.3): it is never below the time.
-func (a *Authority) nextCRLNumber() *big.Int {
-	next := big.NewInt(a.now().Unix())
+// strays are what lists of ca revoke and the index does not know, because it was lost or an older one was put in its place: what
+// is revoked stays so. When their certificates end nobody knows any more, so they stay in the list.
+func strays(lists []*x509.RevocationList, ca *x509.Certificate, index []Entry) (kept []x509.RevocationListEntry) {
+	known := map[string]bool{}
+	for _, e := range index {
+		known[e.Serial] = true
+	}
+	for _, l := range lists {
+		if l.CheckSignatureFrom(ca) != nil {
+			continue
+		}
+		for _, r := range l.RevokedCertificateEntries {
+			if serial := serialText(r.SerialNumber); !known[serial] {
+				known[serial] = true
+				kept = append(kept, x509.RevocationListEntry{SerialNumber: r.SerialNumber, RevocationTime: r.RevocationTime})
+			}
+		}
+	}
+	return kept
+}
+
+// readCRLs reads the lists that are there, as far as they can be read.
+func (a *Authority) readCRLs() (lists []*x509.RevocationList) {
 	data, err := os.ReadFile(a.Path("crl.pem"))
 	if err != nil {
-		return next
+		return nil
 	}
-	if block, _ := pem.Decode(data); block != nil {
-		if l, err := x509.ParseRevocationList(block.Bytes); err == nil && l.Number != nil && l.Number.Cmp(next) >= 0 {
-			return new(big.Int).Add(l.Number, big.NewInt(1))
+	for {
+		var block *pem.Block
+		if block, data = pem.Decode(data); block == nil {
+			return lists
+		}
+		if l, err := x509.ParseRevocationList(block.Bytes); err == nil {
+			lists = append(lists, l)
+		}
+	}
+}
+
+// nextCRLNumber grows even if the list was lost (RFC 5280 §5.2.3): it is never below the time.
+func (a *Authority) nextCRLNumber(before []*x509.RevocationList) *big.Int {
+	next := big.NewInt(a.now().Unix())
+	for _, l := range before {
+		if l.Number != nil && l.Number.Cmp(next) >= 0 {
+			next = new(big.Int).Add(l.Number, big.NewInt(1))
 		}
 	}
 	return next

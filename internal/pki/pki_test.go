@@ -373,6 +373,49 @@ func TestARevokedCertificateIsInTheList(t *testing.T) {
 	}
 }
 
+// Who loses the index, or puts an older one in its place, must not let in again whom it had revoked.
+func TestWhatIsRevokedStaysSoWithoutTheIndex(t *testing.T) {
+	a, _ := newAuthority(t)
+	first, other := device(t, a, "first"), device(t, a, "other")
+	if _, err := a.Revoke("first"); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Remove(a.Path("index.jsonl")); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if err := a.RenewCRL(); err != nil {
+			t.Fatal(err)
+		}
+		if got := revoked(t, a); !slices.Equal(got, []string{first.Serial}) {
+			t.Fatalf("revoked %v, want %s", got, first.Serial)
+		}
+	}
+	third := device(t, a, "third")
+	if _, err := a.Revoke("third"); err != nil {
+		t.Fatal(err)
+	}
+	got := revoked(t, a)
+	if want := []string{first.Serial, third.Serial}; len(got) != 2 || !slices.Contains(got, want[0]) || !slices.Contains(got, want[1]) {
+		t.Errorf("revoked %v, want %v and not %s", got, want, other.Serial)
+	}
+	// A list of somebody else is not believed.
+	foreign, _ := newAuthority(t)
+	device(t, foreign, "stranger")
+	if _, err := foreign.Revoke("stranger"); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(a.Path("crl.pem"), read(t, foreign.Path("crl.pem")), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := a.RenewCRL(); err != nil {
+		t.Fatal(err)
+	}
+	if got := revoked(t, a); !slices.Equal(got, []string{third.Serial}) {
+		t.Errorf("with a foreign list: revoked %v, want what the index says, %s", got, third.Serial)
+	}
+}
+
 func TestTheNumberOfTheListGrowsEvenIfTheListIsLost(t *testing.T) {
 	a, _ := newAuthority(t)
 	before := lists(t, a)[0].Number
