@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 )
 
@@ -23,6 +24,7 @@ type Gateway struct {
 	HTTP string // host:port
 	Dir  string // data_dir
 	File string // configuration
+	id   string
 }
 
 // StartGateway runs `bin run` with one anonymous MQTT listener, an HTTP address, a data folder and whatever
@@ -30,22 +32,60 @@ type Gateway struct {
 // lets anonymous devices in, too.
 func StartGateway(t T, bin, id, yaml string) *Gateway {
 	t.Helper()
-	g := &Gateway{Addr: FreeAddr(t), HTTP: FreeAddr(t), Dir: t.TempDir()}
-	g.File = filepath.Join(t.TempDir(), "gateway.yaml")
-	if !strings.Contains("\n"+yaml, "\ndevices:") {
-		yaml = "devices: { anonymous: true }\n" + yaml
+	devices := "{ anonymous: true }"
+	if strings.Contains("\n"+yaml, "\ndevices:") {
+		devices = ""
 	}
-	text := fmt.Sprintf(`gateway: { id: %s, data_dir: %q }
-listeners:
-  - { name: test, protocol: mqtt, address: %q }
-http: { address: %q }
-%s
-`, id, g.Dir, g.Addr, g.HTTP, yaml)
-	if err := os.WriteFile(g.File, []byte(text), 0o600); err != nil {
+	return StartGatewayWith(t, bin, id, GatewayConfig{Devices: devices, YAML: yaml})
+}
+
+// GatewayConfig is what of a gateway's configuration a test chooses. One MQTT listener, called test, and an HTTP address are there anyway.
+type GatewayConfig struct {
+	Listeners []string // more of them, each a YAML mapping in braces
+	Limit     int      // max_connections of the listener test; 0: none
+	Devices   string   // what stands under devices, a YAML mapping in braces; "": nothing, so that nobody comes in without credentials
+	YAML      string   // other top-level keys
+}
+
+// StartGatewayWith runs `bin run` with the given configuration.
+func StartGatewayWith(t T, bin, id string, c GatewayConfig) *Gateway {
+	t.Helper()
+	g := &Gateway{Addr: FreeAddr(t), HTTP: FreeAddr(t), Dir: t.TempDir(), id: id}
+	g.File = filepath.Join(t.TempDir(), "gateway.yaml")
+	if err := g.Configure(c); err != nil {
 		t.Fatalf("write the gateway's configuration: %v", err)
 	}
 	g.Process = Start(t, Command{Name: "holdfast", Path: bin, Args: []string{"run", "--config", g.File}})
 	return g
+}
+
+// Configure writes another configuration, with the same addresses and folder, for the next start or SIGHUP.
+func (g *Gateway) Configure(c GatewayConfig) error {
+	var b strings.Builder
+	fmt.Fprintf(&b, "gateway: { id: %s, data_dir: %q }\nhttp: { address: %q }\nlisteners:\n", g.id, g.Dir, g.HTTP)
+	for _, l := range append([]string{fmt.Sprintf("{ name: test, protocol: mqtt, address: %q, max_connections: %d }", g.Addr, c.Limit)}, c.Listeners...) {
+		fmt.Fprintf(&b, "  - %s\n", l)
+	}
+	if c.Devices != "" {
+		fmt.Fprintf(&b, "devices: %s\n", c.Devices)
+	}
+	b.WriteString(c.YAML)
+	b.WriteByte('\n')
+	return os.WriteFile(g.File, []byte(b.String()), 0o600)
+}
+
+// Reload sends SIGHUP and waits until the log says what came of it; taken is false if the old configuration stays.
+func (g *Gateway) Reload() (taken bool) {
+	g.t.Helper()
+	const yes, no = "configuration read again", "the old one stays"
+	before, refused := strings.Count(g.Logs(), yes), strings.Count(g.Logs(), no)
+	g.Signal(syscall.SIGHUP)
+	Eventually(g.t, 10*time.Second, "the gateway has read its configuration again", func() bool {
+		log := g.Logs()
+		taken = strings.Count(log, yes) > before
+		return taken || strings.Count(log, no) > refused
+	})
+	return taken
 }
 
 // Status is what of a gateway's status the tests look at.
@@ -57,13 +97,25 @@ type Status struct {
 		Accounts []Account `json:"accounts"`
 	} `json:"ledger"`
 	Commands struct {
-		Queued     int    `json:"queued"`
-		Sent       int    `json:"sent"`
-		Delivered  int    `json:"delivered"`
-		InProgress int    `json:"in_progress"`
-		Submitted  uint64 `json:"submitted"`
-		Refused    uint64 `json:"refused"`
+		Queued      int    `json:"queued"`
+		Sent        int    `json:"sent"`
+		Delivered   int    `json:"delivered"`
+		InProgress  int    `json:"in_progress"`
+		Submitted   uint64 `json:"submitted"`
+		Refused     uint64 `json:"refused"`
+		Disbelieved uint64 `json:"disbelieved"`
 	} `json:"commands"`
+	Devices struct {
+		Registered int `json:"registered"`
+		Connected  int `json:"connected"`
+		Disabled   int `json:"disabled"`
+	} `json:"devices"`
+	Certificates []struct {
+		Listener string    `json:"listener"`
+		File     string    `json:"file"`
+		Subject  string    `json:"subject"`
+		NotAfter time.Time `json:"not_after"`
+	} `json:"certificates"`
 	Upstreams []struct {
 		Name      string `json:"name"`
 		Connected bool   `json:"connected"`
