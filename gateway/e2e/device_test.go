@@ -2,7 +2,9 @@ package e2e_test
 
 import (
 	"context"
+	"crypto/tls"
 	"fmt"
+	"net"
 	"sync"
 	"testing"
 	"time"
@@ -15,6 +17,10 @@ import (
 type device struct {
 	client *mqtt.Client
 	next   uint16
+
+	tls   *tls.Config           // nil: none
+	from  string                // the address of its own, "": any; loopback has many
+	heard func(p *mqtt.Publish) // what it is sent; nil: it does not care
 
 	mu      sync.Mutex
 	waiting map[uint16]chan *mqtt.Ack
@@ -33,8 +39,15 @@ func newDevice(t *testing.T, addr, id string, v mqtt.Version) *device {
 func (d *device) connect(ctx context.Context, addr string, c mqtt.Connect) error {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
+	o := mqtt.ClientOptions{Address: addr, TLS: d.tls, Connect: c, OnAck: d.onAck}
+	if d.from != "" {
+		o.Dialer = (&net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(d.from)}}).DialContext
+	}
+	if d.heard != nil {
+		o.OnMessage = func(_ *mqtt.Client, p *mqtt.Publish) { d.heard(p) }
+	}
 	var err error
-	d.client, err = mqtt.Dial(ctx, mqtt.ClientOptions{Address: addr, Connect: c, OnAck: d.onAck})
+	d.client, err = mqtt.Dial(ctx, o)
 	return err
 }
 
