@@ -634,7 +634,7 @@ upstreams:
 	}
 	text := strings.ReplaceAll(err.Error(), dir+"/", "")
 	want := []string{
-		`listeners[0].tls.cert: certificate and key do not work together`,
+		`listeners[0].tls.cert: certificate and key do not work together, files`,
 		`listeners[0].tls.client_ca: file "not-pem" holds no certificate (PEM)`,
 		`upstreams[0].password_file: the file cannot be read: no such file or directory`,
 		`upstreams[1].password_file: the file is empty`,

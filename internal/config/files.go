@@ -105,7 +105,7 @@ func (d *decoder) keyPair(path, certFile, keyFile string) {
 	}
 	pair, err := tls.X509KeyPair(cert, key)
 	if err != nil {
-		d.problem(path+".cert", "certificate and key do not work together: %s", strings.TrimPrefix(err.Error(), "tls: "))
+		d.problem(path+".cert", "certificate and key do not work together, files %q and %q: %s", certFile, keyFile, strings.TrimPrefix(err.Error(), "tls: "))
 		return
 	}
 	if pair.Leaf == nil {
