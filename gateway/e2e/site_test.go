@@ -22,13 +22,14 @@ type gated struct {
 	*testkit.Gateway
 	t   *testing.T
 	bin string
+	tls string // address of the TLS listener, if there is one
 }
 
 func startGated(t *testing.T, c testkit.GatewayConfig) *gated {
 	t.Helper()
 	path := bin(t)
 	c.YAML = logYAML + c.YAML
-	return &gated{testkit.StartGatewayWith(t, path, gatewayID, c), t, path}
+	return &gated{Gateway: testkit.StartGatewayWith(t, path, gatewayID, c), t: t, bin: path}
 }
 
 // holdfast runs the command line to its end.
@@ -124,7 +125,11 @@ func (s *gated) try(c mqtt.Connect, with ...func(*device)) (*device, error) {
 	for _, f := range with {
 		f(d)
 	}
-	if err := d.connect(s.t.Context(), s.Addr, c); err != nil {
+	addr := s.Addr
+	if d.tls != nil {
+		addr = s.tls
+	}
+	if err := d.connect(s.t.Context(), addr, c); err != nil {
 		return nil, err
 	}
 	s.t.Cleanup(d.close)
