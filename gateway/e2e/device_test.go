@@ -65,15 +65,21 @@ func (d *device) onAck(_ *mqtt.Client, a *mqtt.Ack) {
 
 // publish sends one message and waits until it is acknowledged (QoS 2: until PUBCOMP).
 func (d *device) publish(ctx context.Context, topic string, payload []byte, qos byte) error {
+	return d.send(ctx, &mqtt.Publish{QoS: qos, Topic: []byte(topic), Payload: payload})
+}
+
+// send is publish for a message with more to it. It fills in the packet id.
+func (d *device) send(ctx context.Context, p *mqtt.Publish) error {
 	d.next = d.next%1000 + 1
 	acks := make(chan *mqtt.Ack, 2)
 	d.mu.Lock()
 	d.waiting[d.next] = acks
 	d.mu.Unlock()
-	if err := d.client.Publish(&mqtt.Publish{QoS: qos, ID: d.next, Topic: []byte(topic), Payload: payload}); err != nil {
+	p.ID = d.next
+	if err := d.client.Publish(p); err != nil {
 		return err
 	}
-	for range qos {
+	for range p.QoS {
 		select {
 		case a := <-acks:
 			if a.Reason.Failed() {
