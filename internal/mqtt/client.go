@@ -236,12 +236,14 @@ func (c *Client) grow(busy bool) {
 // read handles what comes until the connection ends.
 func (c *Client) read() {
 	err := c.readAll()
-	_ = c.conn.Close()
 	c.mu.Lock()
 	if c.closing {
 		err = ErrClosed // however the server ended it: that was what we asked for
 	}
 	err = c.fail(err)
+	c.mu.Unlock()
+	_ = c.conn.Close() // after fail: what the server said counts, not that writing ends with it
+	c.mu.Lock()
 	for c.writing {
 		c.idle.Wait()
 	}
