@@ -134,6 +134,8 @@ func (c *conn) serve() {
 		c.drain()
 	case errors.Is(err, errNoWords):
 		c.awaitEnd()
+	case errors.Is(err, errOverRate):
+		c.drain() // else it comes back with what was taken, too, and gets no further
 	}
 	c.end(err)
 	if e := c.guarded(func() error { c.leave(); return nil }); e != nil {

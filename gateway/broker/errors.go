@@ -31,6 +31,7 @@ var (
 	errCommit    = errors.New("commit did not succeed")
 	errSlow      = errors.New("peer does not read what it is sent")
 	errTakenOver = errors.New("another connection took the session over")
+	errOverRate  = &refusal{mqtt.MessageRateTooHigh, "went on publishing more than it may"}
 )
 
 // refusal is an error with the reason that the peer is told.

@@ -130,7 +130,7 @@ func (c *conn) overLimit(m *meter, qos byte, id uint16, size int) (refuse bool, 
 		return false, nil
 	}
 	if m.refuse(now, size) {
-		return false, &refusal{mqtt.MessageRateTooHigh, "went on publishing more than it may"}
+		return false, errOverRate
 	}
 	return true, nil
 }

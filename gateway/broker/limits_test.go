@@ -114,6 +114,37 @@ func TestLimitsDisconnectWhoGoesOn(t *testing.T) {
 	}
 }
 
+// Who is disconnected in the middle of a burst has its acknowledgements first: a device that sends its backlog at once comes back with
+// what is left, not with all of it.
+func TestLimitsAcknowledgeBeforeTheEnd(t *testing.T) {
+	r := limited(t, broker.Limits{MessagesPerSecond: 5})
+	p := r.client(mqtt.V5, "dev")
+	var burst []byte
+	for i := range 250 { // less than the receive maximum
+		burst = mqtt.AppendPublish(burst, mqtt.V5, &mqtt.Publish{QoS: 1, ID: uint16(i + 1), Topic: []byte("t")})
+	}
+	_, _ = p.nc.Write(burst) // may fail at the end
+	taken := 0
+	for {
+		f, err := p.next(patience)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if mqtt.Type(f[0]>>4) == mqtt.TypeDisconnect {
+			if d, err := mqtt.ParseDisconnect(f, mqtt.V5, mqtt.FromServer); err != nil || d.Reason != mqtt.MessageRateTooHigh {
+				t.Errorf("%v, %v", d, err)
+			}
+			break
+		}
+		if len(f) == 4 || f[4] == byte(mqtt.Success) {
+			taken++
+		}
+	}
+	if n := len(r.in.messages()); taken != n || n < 10 {
+		t.Errorf("%d are acknowledged, %d were taken", taken, n)
+	}
+}
+
 // A QoS 2 message that is stored is acknowledged when it is repeated, over the limit or not.
 func TestLimitsSpareRepeats(t *testing.T) {
 	r := limited(t, broker.Limits{MessagesPerSecond: 1})
