@@ -37,13 +37,13 @@ func TestConnectsPerMinute(t *testing.T) {
 	}
 }
 
-// outcomes sends packets with QoS 1, up to 100 ahead of their answers, and returns what each is answered, until the connection ends or
+// outcomes sends packets with QoS 1, so many ahead of their answers, and returns what each is answered, until the connection ends or
 // all is answered.
-func outcomes(t *testing.T, s *gated, c mqtt.Connect, packets []mqtt.Publish) (reasons []mqtt.Reason, end error) {
+func outcomes(t *testing.T, s *gated, c mqtt.Connect, ahead int, packets []mqtt.Publish) (reasons []mqtt.Reason, end error) {
 	t.Helper()
 	var mu sync.Mutex
 	all := make(chan struct{})
-	window := make(chan struct{}, 100)
+	window := make(chan struct{}, ahead)
 	o := mqtt.ClientOptions{Address: s.Addr, Connect: c, OnAck: func(_ *mqtt.Client, a *mqtt.Ack) {
 		mu.Lock()
 		defer mu.Unlock()
@@ -125,7 +125,7 @@ func TestMessageLimits(t *testing.T) {
 
 	// MQTT 5, a little too much: some are refused, and those alone.
 	begin := time.Now()
-	reasons, end := outcomes(t, s, device(mqtt.V5, "few"), numbered(100, 20))
+	reasons, end := outcomes(t, s, device(mqtt.V5, "few"), 100, numbered(100, 20))
 	taken, refused := count(reasons, mqtt.Success), count(reasons, mqtt.QuotaExceeded)
 	most := 20 + int(20*time.Since(begin).Seconds()) + 1
 	if end != nil || taken+refused != 100 || taken < 20 || taken > most {
@@ -136,14 +136,21 @@ func TestMessageLimits(t *testing.T) {
 	}
 	// Far too much: it is sent away.
 	many := login(mqtt.V5, "many", s.register("many", map[string]any{"role": "few"}).Secret)
-	reasons, end = outcomes(t, s, many, numbered(2000, 20))
+	reasons, end = outcomes(t, s, many, 100, numbered(2000, 20))
 	var told *mqtt.Refused
 	if !errors.As(end, &told) || told.Reason != mqtt.MessageRateTooHigh || count(reasons, mqtt.QuotaExceeded) < 100 {
 		t.Errorf("who sends 2,000 messages at 20 a second is told %v after %d times 0x97", end, count(reasons, mqtt.QuotaExceeded))
 	}
 	arrived()
+	// A backlog of more than may be sent at once, all that the gateway lets be on its way: what was taken of it is acknowledged, so that the
+	// device comes back with less.
+	backlog := login(mqtt.V5, "backlog", s.register("backlog", map[string]any{"role": "few"}).Secret)
+	reasons, end = outcomes(t, s, backlog, 256, numbered(2000, 20))
+	if n := arrived(); n != count(reasons, mqtt.Success) || n < 20 || !errors.As(end, &told) || told.Reason != mqtt.MessageRateTooHigh {
+		t.Errorf("of a backlog %d are taken and %d acknowledged, %v", n, count(reasons, mqtt.Success), end)
+	}
 	begin = time.Now()
-	reasons, end = outcomes(t, s, device(mqtt.V5, "small"), numbered(30, 1000))
+	reasons, end = outcomes(t, s, device(mqtt.V5, "small"), 100, numbered(30, 1000))
 	taken, refused = count(reasons, mqtt.Success), count(reasons, mqtt.QuotaExceeded)
 	most = 11 + int(10*time.Since(begin).Seconds()) + 1
 	if end != nil || taken+refused != 30 || taken < 10 || taken > most {
@@ -156,7 +163,7 @@ func TestMessageLimits(t *testing.T) {
 	// MQTT 3.1.1: 60 messages at 20 a second, of which a second's worth may come at once, take two seconds; 30 kB at 10 KiB two, too.
 	for role, packets := range map[string][]mqtt.Publish{"few": numbered(60, 20), "small": numbered(30, 1000)} {
 		begin := time.Now()
-		reasons, end := outcomes(t, s, device(mqtt.V311, role), packets)
+		reasons, end := outcomes(t, s, device(mqtt.V311, role), 100, packets)
 		took := time.Since(begin)
 		if end != nil || count(reasons, mqtt.Success) != len(packets) {
 			t.Errorf("%s, MQTT 3.1.1: %d of %d are acknowledged, %v", role, len(reasons), len(packets), end)
