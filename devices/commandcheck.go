@@ -53,9 +53,9 @@ func requestHash(r *Request) (sum commandHash) {
 func checkRequest(r *Request) (code, reason string) {
 	switch {
 	case r.ID != "" && !validCommandID(r.ID):
-		return CodeInvalid, fmt.Sprintf("the id %q is not 1 to %d letters, digits, '-', '_', '.' or ':', of which the first is a letter or a digit", clip(r.ID), MaxCommandID)
+		return CodeInvalid, fmt.Sprintf("the id %.60q is not 1 to %d letters, digits, '-', '_', '.' or ':', of which the first is a letter or a digit", r.ID, MaxCommandID)
 	case !validCommandDevice(r.Device):
-		return CodeInvalid, fmt.Sprintf("%q is not a device id", clip(r.Device))
+		return CodeInvalid, fmt.Sprintf("%.60q is not a device id: that has 1 to %d bytes, of which none is '/', '+' or '#'", r.Device, MaxDeviceID)
 	}
 	if bad := checkCommandName(r.Name); bad != "" {
 		return CodeInvalid, bad
@@ -76,7 +76,7 @@ func checkRequest(r *Request) (code, reason string) {
 	case len(r.SupersedeKey) > MaxSupersedeKey || !utf8.ValidString(r.SupersedeKey):
 		return CodeInvalid, fmt.Sprintf("supersede_key is not UTF-8 of up to %d bytes", MaxSupersedeKey)
 	case r.Feedback != "" && !slices.Contains(feedbackLevels[:], r.Feedback):
-		return CodeInvalid, fmt.Sprintf("feedback is %q, allowed are none, negative, positive and full", clip(string(r.Feedback)))
+		return CodeInvalid, fmt.Sprintf("feedback is %.60q, allowed are none, negative, positive and full", r.Feedback)
 	}
 	return "", ""
 }
@@ -111,7 +111,7 @@ func checkCommandName(name string) string {
 	case len(name) > MaxCommandName:
 		return fmt.Sprintf("the command's name has %d bytes, at most %d are allowed", len(name), MaxCommandName)
 	case name[0] == '$' || strings.ContainsAny(name, "/+#") || !utf8.ValidString(name) || strings.ContainsFunc(name, unicode.IsControl):
-		return fmt.Sprintf("the command's name %q is not one level of a topic: no '/', '+', '#' or control characters, and no '$' in front", clip(name))
+		return fmt.Sprintf("the command's name %.60q is not one level of a topic: no '/', '+', '#' or control characters, and no '$' in front", name)
 	}
 	return ""
 }

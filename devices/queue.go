@@ -520,7 +520,7 @@ func (q *Queue) Cancel(device, id, reason, upstream string, done func(c Command,
 		}
 	}
 	if p == nil || device != "" && p.dev.name != device {
-		return refuse(CodeUnknown, "there is no command %s: see holdfast command list", clip(id))
+		return refuse(CodeUnknown, "there is no command %.60s: see holdfast command list", clip(id))
 	}
 	device = p.dev.name
 	tx := q.begin(device)
