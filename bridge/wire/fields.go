@@ -228,7 +228,7 @@ func cborFields(b []byte) ([]field, error) {
 		if _, ok := errors.AsType[*cbor.UnmarshalTypeError](err); ok {
 			return nil, errors.New("all keys must be text")
 		}
-		return nil, err
+		return nil, fmt.Errorf("not CBOR: %s", strings.TrimPrefix(err.Error(), "cbor: "))
 	}
 	if len(m) > maxKeys {
 		return nil, fmt.Errorf("more than %d keys", maxKeys)
