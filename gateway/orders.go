@@ -60,25 +60,22 @@ func (o *orders) ready() (up bool, err string) {
 // take takes one publish. It returns at once; the publish is acknowledged when what follows from it is stored.
 func (o *orders) take(m mqttup.Incoming) {
 	gateway, device, action, ok := wire.ParseCommandTopic(m.Topic)
-	if !ok || gateway != o.gateway {
-		o.log.Warn("not a command's topic", "topic", m.Topic)
-		m.Ack()
-		return
-	}
 	stored := func(err error) {
 		if err == nil {
 			m.Ack()
 		}
 	}
 	var err error
-	switch action {
-	case wire.ActionSubmit:
+	switch {
+	case !ok || gateway != o.gateway: // a level is empty, or escaped in a wrong way
+		err = o.refuse("", "", devices.CodeInvalid,
+			fmt.Sprintf("the topic %.100q is none of a command: publish to gw/%s/cmd/DEVICE/submit or …/cancel", m.Topic, o.gateway), stored)
+	case action == wire.ActionSubmit:
 		err = o.submit(device, m.Payload, m.Retained, stored)
-	case wire.ActionCancel:
+	case action == wire.ActionCancel:
 		err = o.cancel(device, m.Payload, stored)
 	default:
-		err = o.refuse(device, "", devices.CodeInvalid,
-			fmt.Sprintf("there is no action %q: publish to …/cmd/%s/submit or …/cmd/%s/cancel", action, device, device), stored)
+		err = o.refuse(device, "", devices.CodeInvalid, fmt.Sprintf("there is no action %.40q: publish to …/submit or …/cancel", action), stored)
 	}
 	if err != nil {
 		// The store takes nothing more: the process is about to end, and the upstream will send it again.
