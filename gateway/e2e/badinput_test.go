@@ -16,8 +16,8 @@ import (
 	"holdfast/internal/testkit"
 )
 
-// TestBadCommandsAreRefusedWithAReason sends what is no command: each is answered upstream with its code and a reason,
-// and none of them holds up the good one that follows.
+// TestBadCommandsAreRefusedWithAReason sends what is no command: each is answered upstream with its code and a reason
+// that tells the way out, and none of them holds up the good one that follows.
 func TestBadCommandsAreRefusedWithAReason(t *testing.T) {
 	t.Parallel()
 	path := bin(t)
@@ -27,50 +27,156 @@ func TestBadCommandsAreRefusedWithAReason(t *testing.T) {
 	startWorker(t, g.Addr, "worker", mqtt.V5, "succeeded")
 	known(t, g, "worker")
 	g.AwaitCommands(t)
+	for id, enabled := range map[string]bool{"disabled": false, "absent": true} {
+		if _, err := g.Call(http.MethodPost, "/api/v1/devices", map[string]any{"id": id, "enabled": enabled}, http.StatusCreated); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for n := range 256 { // all that may wait for a device
+		order(t, g, "absent", fmt.Sprintf("waits-%d", n), nil)
+	}
 	long := strings.Repeat("x", 129)
+	deep := strings.Repeat("[", 100_000)
+	text := func(s string) string { return string(rune(0x60+len(s))) + s } // of a CBOR map, up to 23 bytes
+	n := 0
 	for _, c := range []struct {
-		topic, payload, code string
+		topic, payload string
+		id             string // that is told; "": none
+		code, way      string // way: what the reason says of the way out
 	}{
-		{"worker/submit", `{"name":`, "invalid_command"},
-		{"worker/submit", "\xa1\x64name", "invalid_command"},
-		{"worker/submit", `{"id":"b1","name":"x","nmae":"y"}`, "invalid_command"},
-		{"worker/submit", `{"id":"b2"}`, "invalid_command"},
-		{"worker/submit", `{"id":"b3","name":"a/b"}`, "invalid_command"},
-		{"worker/submit", `{"id":"b4","name":"$SYS"}`, "invalid_command"},
-		{"worker/submit", `{"id":"b+5","name":"x"}`, "invalid_command"},
-		{"worker/submit", fmt.Sprintf(`{"id":%q,"name":"x"}`, long), "invalid_command"},
-		{"worker/submit", `{"id":"b6","name":"x","ttl":"-1s"}`, "expired"},
-		{"worker/submit", `{"id":"b7","name":"x","ttl":0}`, "expired"},
-		{"worker/submit", `{"id":"b8","name":"x","ttl":"721h"}`, "invalid_command"},
-		{"worker/submit", fmt.Sprintf(`{"id":"b9","name":"x","payload":%q}`, strings.Repeat("p", 64<<10+1)), "payload_too_large"},
-		{"nobody/submit", `{"id":"b10","name":"x"}`, "unknown_device"},
-		{"worker/cancel", `{"id":"never-was"}`, "unknown_command"},
-		{"worker/explode", `{}`, "invalid_command"},
+		// No JSON, no CBOR.
+		{"worker/submit", ``, "", "invalid_command", "empty"},
+		{"worker/submit", `reboot`, "", "invalid_command", "JSON"},
+		{"worker/submit", `{"name":`, "", "invalid_command", "JSON"},
+		{"worker/submit", `[]`, "", "invalid_command", "object"},
+		{"worker/submit", `{"id":"j1","name":"x"} {}`, "", "invalid_command", ""},
+		{"worker/submit", `{"id":"j2","name":"x","payload":` + deep, "", "invalid_command", ""},
+		{"worker/submit", "\xa1\x64name", "", "invalid_command", "CBOR"},
+		{"worker/submit", "\xa1\x64name\x61x\x00", "", "invalid_command", ""},
+		{"worker/submit", "\xbf\x64name", "", "invalid_command", "CBOR"},
+		{"worker/submit", "\xbb\xff\xff\xff\xff\xff\xff\xff\xff", "", "invalid_command", "CBOR"},
+		{"worker/submit", "\xa1" + text("name") + "\x7b\xff\xff\xff\xff\xff\xff\xff\xffx", "", "invalid_command", "CBOR"},
+		{"worker/submit", "\xa2" + text("id") + text("c1") + text("nmae") + text("x"), "c1", "invalid_command", "nmae"},
+		{"worker/submit", "\x00\x01\x02", "", "invalid_command", ""},
+		// Keys and values.
+		{"worker/submit", `{"id":"b1","name":"x","nmae":"y"}`, "b1", "invalid_command", "nmae"},
+		{"worker/submit", `{"id":"b2"}`, "b2", "invalid_command", "name"},
+		{"worker/submit", `{"id":"b3","id":"b4","name":"x"}`, "b3", "invalid_command", "id"},
+		{"worker/submit", `{"id":"b5","name":7}`, "b5", "invalid_command", "name"},
+		{"worker/submit", `{"id":"b6","name":"x","payload":"a","payload_base64":"YQ=="}`, "b6", "invalid_command", "one of them"},
+		{"worker/submit", `{"id":"b7","name":"x","feedback":"loud"}`, "b7", "invalid_command", "none, negative, positive"},
+		{"worker/submit", `{"id":"b8","name":"x","not_before":"tomorrow"}`, "b8", "invalid_command", "RFC 3339"},
+		{"worker/submit", `{"id":"b9","name":"x","ttl":"1h","not_before":"2199-01-01T00:00:00Z"}`, "b9", "invalid_command", "raise ttl"},
+		// Names and ids that would be more than one level of a topic, or another one.
+		{"worker/submit", `{"id":"n1","name":""}`, "n1", "invalid_command", "name"},
+		{"worker/submit", `{"id":"n2","name":"a/b"}`, "n2", "invalid_command", "one level"},
+		{"worker/submit", `{"id":"n3","name":"$SYS"}`, "n3", "invalid_command", "'$'"},
+		{"worker/submit", `{"id":"n4","name":"+"}`, "n4", "invalid_command", "'+'"},
+		{"worker/submit", `{"id":"n5","name":"a#"}`, "n5", "invalid_command", "'#'"},
+		{"worker/submit", fmt.Sprintf(`{"id":"n6","name":%q}`, long), "n6", "invalid_command", "at most 128"},
+		{"worker/submit", `{"id":"n7","name":"a\u0000b"}`, "n7", "invalid_command", ""},
+		{"worker/submit", `{"id":"b+5","name":"x"}`, "b+5", "invalid_command", "letters, digits"},
+		{"worker/submit", `{"id":"a/b","name":"x"}`, "a/b", "invalid_command", "letters, digits"},
+		{"worker/submit", `{"id":"#","name":"x"}`, "#", "invalid_command", "letters, digits"},
+		{"worker/submit", `{"id":"$SYS","name":"x"}`, "$SYS", "invalid_command", "letters, digits"},
+		{"worker/submit", `{"id":"é","name":"x"}`, "é", "invalid_command", "letters, digits"},
+		{"worker/submit", fmt.Sprintf(`{"id":%q,"name":"x"}`, long), long, "invalid_command", "1 to 128"},
+		{"worker/submit", fmt.Sprintf(`{"id":%q,"name":"x"}`, strings.Repeat("y", 60_000)), strings.Repeat("y", 256) + "…", "invalid_command", "1 to 128"},
+		// Times and sizes.
+		{"worker/submit", `{"id":"t1","name":"x","ttl":"-1s"}`, "t1", "expired", "ttl"},
+		{"worker/submit", `{"id":"t2","name":"x","ttl":0}`, "t2", "expired", "ttl"},
+		{"worker/submit", `{"id":"t3","name":"x","ttl":"721h"}`, "t3", "invalid_command", "720h"},
+		{"worker/submit", `{"id":"t4","name":"x","ttl":"soon"}`, "t4", "invalid_command", "1h30m"},
+		{"worker/submit", fmt.Sprintf(`{"id":"s1","name":"x","payload":%q}`, strings.Repeat("p", 64<<10+1)), "s1", "payload_too_large", "reference"},
+		{"worker/submit", fmt.Sprintf(`{"id":"s2","name":"x","payload":%q}`, strings.Repeat("p", 1<<20)), "", "payload_too_large", ""},
+		// Devices.
+		{"nobody/submit", `{"id":"d1","name":"x"}`, "d1", "unknown_device", "holdfast device"},
+		{"$SYS/submit", `{"id":"d2","name":"x"}`, "d2", "invalid_command", "'$'"},
+		{"a%2Fb/submit", `{"id":"d3","name":"x"}`, "d3", "invalid_command", "device id"},
+		{"%2B/submit", `{"id":"d4","name":"x"}`, "d4", "invalid_command", "device id"},
+		{"%23/submit", `{"id":"d5","name":"x"}`, "d5", "invalid_command", "device id"},
+		{strings.Repeat("z", 300) + "/submit", `{"id":"d6","name":"x"}`, "d6", "invalid_command", "device id"},
+		{"/submit", `{"id":"d7","name":"x"}`, "", "invalid_command", "submit"},
+		{"%zz/submit", `{"id":"d8","name":"x"}`, "", "invalid_command", "submit"},
+		{"disabled/submit", `{"id":"d9","name":"x"}`, "d9", "device_disabled", "holdfast device enable"},
+		{"absent/submit", `{"id":"d10","name":"x"}`, "d10", "queue_full", "cancel some"},
+		// What is no submit.
+		{"worker/cancel", `{"id":"never-was"}`, "never-was", "unknown_command", "holdfast command list"},
+		{"worker/cancel", `{"id":"waits-0"}`, "waits-0", "unknown_command", ""}, // it is another device's
+		{"worker/cancel", `{}`, "", "invalid_command", "id"},
+		{"worker/cancel", `{"id":""}`, "", "invalid_command", "id"},
+		{"worker/cancel", `{`, "", "invalid_command", ""},
+		{"worker/explode", `{}`, "", "invalid_command", "submit"},
+		{"worker/", `{}`, "", "invalid_command", "submit"},
 	} {
 		before := o.allRefusals()
 		o.publish("gw/"+gatewayID+"/cmd/"+c.topic, []byte(c.payload))
-		testkit.EventuallyNil(t, 10*time.Second, fmt.Sprintf("an answer to %.40q on %s", c.payload, c.topic), func() error {
+		what := fmt.Sprintf("%.60q on %.60s", c.payload, c.topic)
+		testkit.EventuallyNil(t, 10*time.Second, "an answer to "+what, func() error {
 			all := o.allRefusals()
 			if len(all) == len(before) {
 				return fmt.Errorf("%d refusals", len(all))
 			}
 			for _, r := range all {
-				if !slices.ContainsFunc(before, func(b wire.CommandEvent) bool { return reflect.DeepEqual(b, r) }) && (r.Code != c.code || r.Reason == "") {
-					t.Fatalf("%.60q on %s: code %q, reason %q; want %s", c.payload, c.topic, r.Code, r.Reason, c.code)
+				if slices.ContainsFunc(before, func(b wire.CommandEvent) bool { return reflect.DeepEqual(b, r) }) {
+					continue
+				}
+				if r.Code != c.code || r.ID != c.id || len(r.Reason) < 10 || len(r.Reason) > 600 || !strings.Contains(r.Reason, c.way) {
+					t.Errorf("%s: id %.300q, code %q, reason %q; want id %.300q, %s, and %q as the way out", what, r.ID, r.Code, r.Reason, c.id, c.code, c.way)
 				}
 			}
 			return nil
 		})
+		// Now and then a good one, which nothing of that holds up.
+		if n++; n%10 == 0 {
+			id := fmt.Sprintf("good-%d", n)
+			o.submit("worker", id, nil)
+			if !o.await(id, "SUCCEEDED", 10*time.Second, nil) {
+				t.Fatalf("the good one after %s: %v", what, o.states(id))
+			}
+		}
 	}
 	o.submit("worker", "good", nil)
 	if !o.await("good", "SUCCEEDED", 10*time.Second, nil) {
 		t.Errorf("the good one: %v", o.states("good"))
 	}
-	// The same id again: the same command is told again, another one is a conflict.
-	o.submit("worker", "good", map[string]any{"payload": "other"})
-	testkit.Eventually(t, 10*time.Second, "the conflict is told", func() bool {
-		return slices.ContainsFunc(o.allRefusals(), func(e wire.CommandEvent) bool { return e.ID == "good" && e.Code == "conflict" })
+	// A good one in CBOR, and one whose payload is as large as it may be.
+	o.publish("gw/"+gatewayID+"/cmd/worker/submit", []byte("\xa2"+text("id")+text("cbor")+text("name")+text("x")))
+	o.submit("worker", "large", map[string]any{"payload": strings.Repeat("p", 64<<10)})
+	for _, id := range []string{"cbor", "large"} {
+		if !o.await(id, "SUCCEEDED", 10*time.Second, nil) {
+			t.Errorf("%s: %v", id, o.states(id))
+		}
+	}
+	// The same id again: the same command is told again, another one is a conflict; and what has ended cannot be called off.
+	told := func(id, code, way string) {
+		t.Helper()
+		testkit.Eventually(t, 10*time.Second, code+" is told", func() bool {
+			return slices.ContainsFunc(o.allRefusals(), func(e wire.CommandEvent) bool { return e.ID == id && e.Code == code && strings.Contains(e.Reason, way) })
+		})
+	}
+	o.submit("worker", "good", nil)
+	testkit.Eventually(t, 10*time.Second, "the repeat is answered", func() bool {
+		return slices.ContainsFunc(o.all("good"), func(e wire.CommandEvent) bool { return e.Repeat && e.State == "SUCCEEDED" })
 	})
+	o.submit("worker", "good", map[string]any{"payload": "other"})
+	told("good", "conflict", "new id")
+	o.submit("absent", "good", nil)
+	o.cancel("worker", "good")
+	told("good", "already_ended", "SUCCEEDED")
+	// A place is free when one has been called off.
+	o.cancel("absent", "waits-7")
+	if !o.await("waits-7", "CANCELED", 10*time.Second, nil) {
+		t.Errorf("waits-7: %v", o.states("waits-7"))
+	}
+	o.submit("absent", "fits", nil)
+	if !o.await("fits", "QUEUED", 10*time.Second, nil) {
+		t.Errorf("a free place is not given: %v, refused %v", o.states("fits"), o.refusals("fits"))
+	}
+	st, err := g.Status()
+	if refused, err2 := g.Metric("holdfast_devices_commands_refused_total"); err != nil || err2 != nil || int(st.Commands.Refused) != n+3 || int(refused) != n+3 {
+		t.Errorf("status counts %d refusals, %v, the metric %v, %v; want %d", st.Commands.Refused, err, refused, err2, n+3)
+	}
 }
 
 // allRefusals are those told so far, of whatever command.
