@@ -193,41 +193,91 @@ func (o *office) allRefusals() (all []wire.CommandEvent) {
 	return all
 }
 
-// TestAnswersThatCannotBeTrue has devices say of commands what cannot be: it is counted and changes nothing.
+// TestAnswersThatCannotBeTrue has devices say of commands what cannot be: it is counted and changes nothing, whether the gateway
+// knows who they are or lets everybody in.
 func TestAnswersThatCannotBeTrue(t *testing.T) {
 	t.Parallel()
-	path := bin(t)
-	g := testkit.StartGateway(t, path, gatewayID, logYAML)
-	d := newDevice(t, g.Addr, "liar", mqtt.V5)
-	newDevice(t, g.Addr, "other", mqtt.V311)
-	known(t, g, "liar")
-	known(t, g, "other")
-	for device, id := range map[string]string{"liar": "c-liar", "other": "c-other"} {
-		if _, err := g.Call(http.MethodPost, "/api/v1/devices/"+device+"/commands", map[string]any{"id": id, "name": "work"}, http.StatusCreated); err != nil {
-			t.Fatal(err)
-		}
-	}
-	for _, topic := range []string{
-		"cmd/liar/res/c-liar/succeeded",   // it was never sent
-		"cmd/liar/res/c-other/succeeded",  // it is another's
-		"cmd/liar/res/nothing/failed",     // there is none
-		"cmd/liar/res/c-liar/progress",    // not before it was delivered
-		"cmd/liar/res/c-liar/transmogrif", // no such word
-	} {
-		if err := d.publish(t.Context(), topic, []byte("1"), 1); err != nil {
-			t.Errorf("%s: %v", topic, err)
-		}
-	}
-	if err := d.publish(t.Context(), "cmd/other/res/c-other/succeeded", nil, 1); err == nil {
-		t.Error("a device may publish on another's answer topic")
-	}
-	for _, id := range []string{"c-liar", "c-other"} {
-		if v, err := command(t, g, id); err != nil || v.State != "QUEUED" {
-			t.Errorf("%s: %+v, %v", id, v, err)
-		}
-	}
-	if n, err := g.Metric("holdfast_devices_commands_answers_disbelieved_total"); err != nil || n != 5 {
-		t.Errorf("%v disbelieved, %v; want 5", n, err)
+	for _, anonymous := range []bool{false, true} {
+		t.Run(fmt.Sprintf("anonymous=%v", anonymous), func(t *testing.T) {
+			t.Parallel()
+			// The role lets a device publish under another's answers: that does not make it that device.
+			s := startGated(t, testkit.GatewayConfig{Devices: fmt.Sprintf(`{ anonymous: %v, roles: [ { name: loose, publish: ["#"], subscribe: ["#"] } ] }`, anonymous)})
+			g := s.Gateway
+			connect := func(id string, v mqtt.Version, role string, with ...func(*device)) *device {
+				if anonymous {
+					d := s.in(login(v, id, ""), with...)
+					known(t, g, id)
+					return d
+				}
+				return s.in(login(v, id, s.register(id, map[string]any{"role": role}).Secret), with...)
+			}
+			got := newMailbox()
+			liar, other := connect("liar", mqtt.V5, "device", hears(got)), connect("other", mqtt.V311, "loose")
+			counted := map[string]float64{}
+			says := func(d *device, topic, reason string) {
+				t.Helper()
+				if err := d.publish(t.Context(), topic, []byte("1"), 1); err != nil {
+					t.Errorf("%s: %v", topic, err)
+				}
+				if reason != "" {
+					counted[reason]++
+				}
+				for _, r := range []string{"malformed", "unknown", "other_device", "never_sent", "ended", "contradiction"} {
+					if n, err := g.Metric("holdfast_devices_commands_answers_disbelieved_total", fmt.Sprintf("reason=%q", r)); err != nil || n != counted[r] {
+						t.Errorf("after %s: %v counted as %s, %v; want %v", topic, n, r, err, counted[r])
+					}
+				}
+			}
+			order(t, g, "liar", "c1", nil)
+			order(t, g, "other", "c-other", nil)
+			says(liar, "cmd/liar/res/c1/succeeded", "never_sent")
+			says(liar, "cmd/liar/res/c1/accepted", "never_sent")
+			says(liar, "cmd/liar/res/c-other/succeeded", "other_device")
+			says(liar, "cmd/liar/res/nothing/failed", "unknown")
+			says(liar, "cmd/liar/res/$SYS/failed", "unknown")
+			says(liar, "cmd/liar/res/"+strings.Repeat("x", 1000)+"/failed", "unknown")
+			says(liar, "cmd/liar/res/c1/transmogrified", "malformed")
+			if anonymous {
+				if err := other.publish(t.Context(), "cmd/liar/res/c1/succeeded", nil, 1); err == nil {
+					t.Error("a device that is let in without credentials may publish on another's answer topic")
+				}
+			} else {
+				says(other, "cmd/liar/res/c1/succeeded", "unknown") // in its role, and nobody's answer
+			}
+			for _, id := range []string{"c1", "c-other"} {
+				if v, err := command(t, g, id); err != nil || v.State != "QUEUED" {
+					t.Errorf("%s: %+v, %v", id, v, err)
+				}
+			}
+
+			// It gets the command and answers twice: the first outcome stands.
+			liar.subscribe(t, wire.RequestFilter("liar"))
+			got.until(t, wire.RequestTopic("liar", "c1", "work"))
+			becomes(t, g, "c1", "DELIVERED")
+			says(liar, "cmd/liar/res/c1/failed", "")
+			says(liar, "cmd/liar/res/c1/failed", "") // a repeat, which is no lie
+			says(liar, "cmd/liar/res/c1/succeeded", "contradiction")
+			says(liar, "cmd/liar/res/c1/rejected", "contradiction")
+			says(liar, "cmd/liar/res/c1/progress", "ended")
+			if !anonymous {
+				says(other, "cmd/liar/res/c1/succeeded", "unknown")
+			}
+			if v, err := command(t, g, "c1"); err != nil || v.State != "FAILED" || v.Late || v.steps() != "QUEUED SENT DELIVERED FAILED" {
+				t.Errorf("c1: %+v, %v", v, err)
+			}
+			sum := 0.0
+			for _, n := range counted {
+				sum += n
+			}
+			if st, err := g.Status(); err != nil || st.Commands.Disbelieved != uint64(sum) {
+				t.Errorf("status counts %d, %v; want %v", st.Commands.Disbelieved, err, sum)
+			}
+			// And the next good one comes through.
+			order(t, g, "liar", "c2", nil)
+			got.until(t, wire.RequestTopic("liar", "c2", "work"))
+			says(liar, "cmd/liar/res/c2/succeeded", "")
+			becomes(t, g, "c2", "SUCCEEDED")
+		})
 	}
 }
 

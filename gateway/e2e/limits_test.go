@@ -391,20 +391,16 @@ func TestFlappingDeviceHurtsNobody(t *testing.T) {
 	}
 	drained(t, s.Gateway, "cloud", 20*time.Second)
 	// What was told of it: the first dozen comings and goings. The next comes when the minute is over, and is true.
-	n := 0
-	for len(told.all) > 0 {
-		if e := <-told.all; e.Device == "flapper" {
-			n++
-		}
+	events := told.of("flapper")
+	n := len(events)
+	for range n {
+		<-events
 	}
 	if n < 1 || n > 14 {
 		t.Errorf("upstream was told %d times of the flapper", n)
 	}
 	if cycles() >= 20 { // the long form has the time
-		e := <-told.all
-		for e.Device != "flapper" {
-			e = <-told.all
-		}
+		e := <-events
 		if e.State != "online" {
 			t.Errorf("when the minute is over it is told to be %s", e.State)
 		}

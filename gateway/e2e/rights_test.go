@@ -44,11 +44,10 @@ func TestRights(t *testing.T) {
 		t.Errorf("who may see all is told %v", r)
 	}
 	writer := login(mqtt.V5, "writer", s.register("writer", map[string]any{"role": "writer"}).Secret)
-	w := s.in(writer)
 	for _, v := range versions {
 		// Where only the gateway speaks nobody does, whatever the role says.
 		c := login(v, "writer", string(writer.Password))
-		w = s.in(c)
+		w := s.in(c)
 		for _, topic := range []string{"$SYS/x", "$share/g/x", "gw", "gw/" + gatewayID + "/state", "gw/x", "cmd/writer/req", "cmd/writer/req/1/reboot", "cmd/watch/req/1/reboot"} {
 			w = s.says(w, c, topic, 1, false)
 		}

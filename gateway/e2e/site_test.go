@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net/http"
 	"os/exec"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -91,14 +92,6 @@ func (s *gated) register(id string, more map[string]any) (m made) {
 		s.t.Fatal(err)
 	}
 	return m
-}
-
-// patch changes a device over the API.
-func (s *gated) patch(id string, change map[string]any) {
-	s.t.Helper()
-	if _, err := s.Call(http.MethodPatch, "/api/v1/devices/"+id, change, http.StatusOK); err != nil {
-		s.t.Fatal(err)
-	}
 }
 
 // hosts counts loopback addresses that are given out: wrong tries of one address delay the answers to the next.
@@ -248,20 +241,22 @@ func stays(t *testing.T, d *device, why string) {
 
 // presence collects what upstream is told of devices that come and go.
 type presence struct {
-	t   *testing.T
-	all chan wire.DeviceEvent
+	t *testing.T
+
+	mu  sync.Mutex
+	all map[string]chan wire.DeviceEvent // by device
 }
 
 func watchPresence(t *testing.T, addr string) *presence {
 	t.Helper()
-	p := &presence{t, make(chan wire.DeviceEvent, 10_000)}
+	p := &presence{t: t, all: map[string]chan wire.DeviceEvent{}}
 	watch := &device{waiting: map[uint16]chan *mqtt.Ack{}, heard: func(m *mqtt.Publish) {
 		e, err := wire.DecodeDeviceEvent(m.Payload)
 		_, device, online, ok := wire.ParseDeviceEventTopic(string(m.Topic))
 		if err != nil || !ok || device != e.Device || online != (e.State == wire.StateOnline) || e.Gateway != gatewayID {
 			t.Errorf("event of a device on %s: %v: %s", m.Topic, err, m.Payload)
 		}
-		p.all <- e
+		p.of(e.Device) <- e
 	}}
 	if err := watch.connect(t.Context(), addr, mqtt.Connect{Version: mqtt.V311, ClientID: "presence", CleanStart: true, KeepAlive: 60}); err != nil {
 		t.Fatal(err)
@@ -271,17 +266,24 @@ func watchPresence(t *testing.T, addr string) *presence {
 	return p
 }
 
-// next is the next event of a device; those of others are dropped.
+// of is where the events of a device are.
+func (p *presence) of(device string) chan wire.DeviceEvent {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.all[device] == nil {
+		p.all[device] = make(chan wire.DeviceEvent, 1000)
+	}
+	return p.all[device]
+}
+
+// next is the next event of a device.
 func (p *presence) next(device string) wire.DeviceEvent {
 	p.t.Helper()
-	for deadline := time.After(20 * time.Second); ; {
-		select {
-		case e := <-p.all:
-			if e.Device == device {
-				return e
-			}
-		case <-deadline:
-			p.t.Fatalf("nothing is told of %s within 20 s", device)
-		}
+	select {
+	case e := <-p.of(device):
+		return e
+	case <-time.After(20 * time.Second):
+		p.t.Fatalf("nothing is told of %s within 20 s", device)
+		return wire.DeviceEvent{}
 	}
 }
