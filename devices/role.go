@@ -44,8 +44,8 @@ func (r *Role) Validate() error {
 		patterns []string
 	}{{"publish", r.Publish}, {"subscribe", r.Subscribe}} {
 		for _, p := range list.patterns {
-			if err := checkPattern(p); err != nil {
-				errs = append(errs, fmt.Errorf("role %q: %s pattern %q: %w", r.Name, list.name, p, err))
+			if err := CheckPattern(p); err != nil {
+				errs = append(errs, fmt.Errorf("role %q: %s pattern %q %w", r.Name, list.name, p, err))
 			}
 		}
 	}
@@ -55,17 +55,18 @@ func (r *Role) Validate() error {
 	return errors.Join(errs...)
 }
 
-// checkPattern holds a pattern to the rules of topic filters (MQTT 5.0 §4.7.1) and of {device}.
-func checkPattern(p string) error {
+// CheckPattern holds a role's pattern to the rules of topic filters (MQTT 5.0 §4.7.1) and of {device}. The error goes on where the
+// pattern was named: "is empty: …".
+func CheckPattern(p string) error {
 	switch {
 	case p == "":
-		return errors.New("it is empty")
+		return errors.New(`is empty: write a topic filter, such as "dt/#" or "cmd/{device}/req/#"`)
 	case len(p) > 65535:
-		return errors.New("it has more than 65535 bytes")
+		return errors.New("has more than 65535 bytes")
 	case !utf8.ValidString(p) || strings.ContainsRune(p, 0):
-		return errors.New("it is no UTF-8 without U+0000")
+		return errors.New("is no UTF-8 without U+0000")
 	case strings.HasPrefix(p, "$share/"):
-		return errors.New("write it without $share/{name}/: it holds for shared subscriptions, too")
+		return errors.New("is a shared subscription: write the filter without $share and the group, it holds for both")
 	}
 	levels := strings.Split(p, "/")
 	for i, level := range levels {
@@ -73,18 +74,20 @@ func checkPattern(p string) error {
 		case level == "+" || level == deviceLevel:
 		case level == "#":
 			if i != len(levels)-1 {
-				return errors.New("# may only be the last level")
+				return errNoFilter
 			}
 		case strings.ContainsAny(level, "+#"):
-			return fmt.Errorf("in level %q a wildcard is not alone", level)
+			return errNoFilter
 		case strings.Contains(level, deviceLevel):
-			return fmt.Errorf("in level %q {device} is not alone: it stands for a whole level", level)
+			return errors.New("has {device} beside other characters: it stands for one whole level, as in cmd/{device}/req/#")
 		case strings.HasPrefix(level, "{") && strings.HasSuffix(level, "}"):
-			return fmt.Errorf("%s is not known, only {device} is", level)
+			return fmt.Errorf("has the level %s: only {device} stands for something", level)
 		}
 	}
 	return nil
 }
+
+var errNoFilter = errors.New("is no topic filter: '+' stands for one whole level, '#' for all that follow and only at the end")
 
 // compiledRole is a role made ready. It does not change.
 type compiledRole struct {

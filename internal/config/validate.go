@@ -30,9 +30,6 @@ const (
 	maxPending     = 1_000_000
 )
 
-// devicePlaceholder is the level of a role's pattern that stands for the device's own id.
-const devicePlaceholder = "{device}"
-
 const (
 	minAckTimeout, maxAckTimeout = time.Second, 10 * time.Minute
 	minHistory, maxHistory       = time.Minute, 365 * 24 * time.Hour
@@ -343,27 +340,12 @@ func (d *decoder) patterns(path string, list []string, publish bool) {
 	}
 	for i, p := range list {
 		at := fmt.Sprintf("%s[%d]", path, i)
-		levels := strings.Split(p, "/")
-		inside := slices.ContainsFunc(levels, func(l string) bool { return l != devicePlaceholder && strings.Contains(l, devicePlaceholder) })
-		switch {
-		case p == "":
-			d.problem(at, `is empty: write a topic filter, such as "dt/#" or "cmd/{device}/req/#"`)
-		case strings.HasPrefix(p, "$share/"):
-			d.problem(at, "%sis a shared subscription: write the filter without $share and the group, it holds for both", show(at, p))
-		case !mqtt.ValidFilter(p):
-			d.problem(at, "%sis no topic filter: '+' stands for one whole level, '#' for all that follow and only at the end", show(at, p))
-		case inside:
-			d.problem(at, "%shas {device} beside other characters: it stands for one whole level, as in cmd/{device}/req/#", show(at, p))
-		case slices.ContainsFunc(levels, placeholderLike):
-			d.warn(at, "%shas a level in braces that is taken as it is written: only {device} is replaced", show(at, p))
-		case publish && reserved(levels):
+		if err := devices.CheckPattern(p); err != nil {
+			d.problem(at, "%s%v", show(at, p), err)
+		} else if publish && reserved(strings.Split(p, "/")) {
 			d.warn(at, "%shas no effect: no device may publish there, only Holdfast itself does", show(at, p))
 		}
 	}
-}
-
-func placeholderLike(level string) bool {
-	return level != devicePlaceholder && strings.HasPrefix(level, "{") && strings.HasSuffix(level, "}")
 }
 
 // reserved tells whether the pattern is about nothing but topics that Holdfast keeps for itself.
