@@ -70,7 +70,8 @@ type Queue struct {
 	ids     map[string]*queuedCommand // without an end, or with one that is not durable yet
 	timers  queueTimers
 	pokes   map[string][]queueDecision // what Run decides next, by device
-	states  [len(stateNames)]int       // commands of ids without an end, by working state
+	pending int                        // commands without an end, as decided
+	states  [len(stateNames)]int       // the same by state, as shown: what is durable
 	history int                        // rows of ended commands, as far as counted
 	total   QueueCounts                // since the start; states are not kept here
 	untold  int                        // answers not believed since one was logged for people
@@ -243,6 +244,7 @@ func (q *Queue) load() (latest int64, err error) {
 		d.cmds = append(d.cmds, p)
 		q.ids[p.id] = p
 		q.states[s.state]++
+		q.pending++
 		latest = max(latest, s.updatedT, p.createdT)
 		return nil
 	})
@@ -398,7 +400,7 @@ func (tx *queueTx) submit(r *Request, done func(c Command, repeat bool, err erro
 		return refuse(CodeQueueFull, "%d commands wait for device %s, more are not kept: cancel some, or wait until it has taken them", n, tx.d.name)
 	}
 	q.mu.Lock()
-	if n := q.pendingLocked() - replaced; n >= q.cfg.MaxPending {
+	if n := q.pending - replaced; n >= q.cfg.MaxPending {
 		q.mu.Unlock()
 		return refuse(CodeQueueFull, "%d commands wait for their devices, more are not kept: cancel some, or wait until they are taken", n)
 	}
@@ -442,11 +444,6 @@ func (tx *queueTx) repeat(p *queuedCommand, upstream string, done func(c Command
 		}
 		done(c, true, nil)
 	}
-}
-
-// pendingLocked is the number of commands without an end.
-func (q *Queue) pendingLocked() int {
-	return q.states[Queued] + q.states[Sent] + q.states[Delivered] + q.states[InProgress]
 }
 
 // SubmitWait is Submit and waits. If ctx ends first, the command may be taken all the same.

@@ -115,11 +115,17 @@ func TestNothingShowsBeforeItIsStored(t *testing.T) {
 	if page, _, _ := r.List(devices.CommandFilter{}); len(page) != 0 {
 		t.Errorf("List shows %v", page)
 	}
+	if c := r.Counts(); c != (devices.QueueCounts{}) {
+		t.Errorf("Counts shows %+v", c)
+	}
 	if answered || repeated || len(l.deliveries()) != 0 || r.told("a") != "" {
 		t.Error("something was told before it was stored")
 	}
 	r.j.release(t, 1)
 	r.flush()
+	if c := r.Counts(); c != (devices.QueueCounts{Sent: 1, Submitted: 1}) {
+		t.Errorf("Counts shows %+v", c)
+	}
 	if !answered || repeated || len(l.deliveries()) != 1 || r.told("a") != "QUEUED SENT" {
 		t.Errorf("answered %v, repeat answered %v, sent %d, told %s", answered, repeated, len(l.deliveries()), r.told("a"))
 	}

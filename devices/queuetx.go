@@ -431,8 +431,7 @@ func (tx *queueTx) commit() error {
 		q.ids[c.p.id] = c.p
 		c.p.inFlight++
 		c.p.token = c.token
-		q.countLocked(c.p, c.before, -1)
-		q.countLocked(c.p, c.after, 1)
+		q.pending += c.after.open(c.p) - c.before.open(c.p)
 	}
 	q.mu.Unlock()
 	tx.arm(0)
@@ -444,10 +443,12 @@ func (tx *queueTx) commit() error {
 	return nil
 }
 
-func (q *Queue) countLocked(p *queuedCommand, s *commandState, n int) {
-	if s != nil && !s.ended(p.oneWay) {
-		q.states[s.state] += n
+// open is 1 for a state that is no end, else 0; nil is no state yet.
+func (s *commandState) open(p *queuedCommand) int {
+	if s == nil || s.ended(p.oneWay) {
+		return 0
 	}
+	return 1
 }
 
 // arm sets the timers of the commands that changed, or of all; none before notBefore.
@@ -498,8 +499,7 @@ func (tx *queueTx) undo() {
 		c := &tx.changes[i]
 		c.p.inFlight--
 		c.p.token = c.oldToken
-		q.countLocked(c.p, c.after, -1)
-		q.countLocked(c.p, c.before, 1)
+		q.pending += c.before.open(c.p) - c.after.open(c.p)
 		if c.before == nil || c.before.ended(c.p.oneWay) && c.p.inFlight == 0 {
 			delete(q.ids, c.p.id)
 		}
@@ -531,6 +531,10 @@ func (tx *queueTx) done(err error) {
 		if err != nil {
 			continue // the process is about to end
 		}
+		if n := p.shown.open(p); n > 0 {
+			q.states[p.shown.state] -= n
+		}
+		q.states[c.after.state] += c.after.open(p)
 		p.shown = c.after
 		if len(p.payload) > queueKeepPayload {
 			p.payload = nil

@@ -77,3 +77,6 @@ func NewJournal(sp *spool.Spool, gateway string) devices.Journal {
 	lane, _ := sp.Lane(spool.SystemLane)
 	return &journal{spool: sp, lane: lane, gateway: gateway, clock: newClock()}
 }
+
+// Commands is the gateway's queue.
+func Commands(g *Gateway) *devices.Queue { return g.commands }
