@@ -1,6 +1,7 @@
 package gateway
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 
@@ -67,7 +68,7 @@ func newIntake(sp appender, table []config.Route, c *clock) (*Intake, error) {
 // nothing was taken. It waits while the store is behind, but not with QoS 0, which is the first to go
 // under overload.
 func (i *Intake) Publish(m *broker.Message, ops []kv.Op, done kv.Done, token uint64) error {
-	if i.answers != nil && len(m.Record.Topic) > 4 && m.Record.Topic[0] == 'c' && m.Record.Topic[1] == 'm' { // few
+	if i.answers != nil && bytes.HasPrefix(m.Record.Topic, []byte("cmd/")) { // few
 		if taken, err := i.answer(m, ops, done, token); taken {
 			return err
 		}

@@ -196,7 +196,7 @@ func unquote(raw []byte) (string, error) {
 
 // halfSurrogate looks for a \uD800 to \uDBFF that no \uDC00 to \uDFFF follows, or the other way round. raw is valid JSON.
 func halfSurrogate(raw []byte) bool {
-	unit := func(i int) uint64 { // of the escape \uXXXX at i; 0: there is none
+	unit := func(i int) uint64 { // of the escape \u and four digits at i; 0: there is none
 		if i+6 > len(raw) || raw[i] != '\\' || raw[i+1] != 'u' {
 			return 0
 		}

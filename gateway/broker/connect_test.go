@@ -55,7 +55,6 @@ func TestRefusedConnect(t *testing.T) {
 		{broker.ErrBadClientID, mqtt.ClientIDNotValid, 2},
 		{broker.ErrUnavailable, mqtt.ServerUnavailable, 3},
 		{broker.ErrTooOften, mqtt.ConnectionRateExceeded, 3},
-		{broker.ErrBanned, mqtt.Banned, 5},
 		{errors.New("anything"), mqtt.NotAuthorized, 5},
 	} {
 		t.Run(x.err.Error(), func(t *testing.T) {

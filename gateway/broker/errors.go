@@ -18,7 +18,6 @@ var (
 	ErrNotAuthorized  = errors.New("not authorized")            // 0x87; 5
 	ErrBadClientID    = errors.New("client id not valid")       // 0x85; 2
 	ErrUnavailable    = errors.New("service unavailable")       // 0x88; 3
-	ErrBanned         = errors.New("banned")                    // 0x8A; 5
 	ErrTooOften       = errors.New("connects too often")        // 0x9F; 3
 )
 
@@ -98,8 +97,6 @@ func connectReason(err error) mqtt.Reason {
 		return mqtt.ServerUnavailable
 	case errors.Is(err, ErrTooOften):
 		return mqtt.ConnectionRateExceeded
-	case errors.Is(err, ErrBanned):
-		return mqtt.Banned
 	}
 	return mqtt.NotAuthorized
 }
