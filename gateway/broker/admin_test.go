@@ -48,9 +48,7 @@ func TestEndTellsTheClient(t *testing.T) {
 		}
 		p.closed(0)
 		other.silent()
-		if n := r.metric("connections_ended_total", "ordered"); n != 1 {
-			t.Errorf("%v counted", n)
-		}
+		r.counted(1, "connections_ended_total", "ordered")
 		if _, a := r.connect(v, "dev", keep); !a.SessionPresent {
 			t.Error("the session is gone, and nobody wanted that")
 		}
@@ -397,9 +395,7 @@ func TestRecheckWithdrawsSubscriptions(t *testing.T) {
 				if n := r.b.Stats().Subscriptions; n != 1 {
 					t.Errorf("%d subscriptions are left", n)
 				}
-				if n := r.metric("subscriptions_withdrawn_total"); n != 3 {
-					t.Errorf("%v counted", n)
-				}
+				r.counted(3, "subscriptions_withdrawn_total")
 				if l.Covers("cmd/dev/req/1/go") {
 					t.Error("still covered")
 				}
@@ -447,7 +443,7 @@ func TestSharedSubscriptionsHeedRights(t *testing.T) {
 		p.silent()
 		denied.Store("q", nil)
 		x.publishDone(1, 9, "t", "nobody's")
-		eventually(t, "drop", func() bool { return r.metric("deliveries_dropped_total", "denied") == 1 })
+		r.counted(1, "deliveries_dropped_total", "denied")
 	})
 }
 
@@ -461,9 +457,7 @@ func TestConnectionsOfAListenerAreLimited(t *testing.T) {
 	p := r.client(mqtt.V311, "a")
 	r.dial(mqtt.V311)
 	r.dial(mqtt.V311).closed(0)
-	if n := r.metric("connections_turned_away_total", "listener"); n != 1 {
-		t.Errorf("%v turned away", n)
-	}
+	r.counted(1, "connections_turned_away_total", "listener")
 	nc, err := testDialer.DialContext(t.Context(), "tcp", r.b.Addrs()[1].String())
 	if err != nil {
 		t.Fatal(err)

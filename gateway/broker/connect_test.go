@@ -229,7 +229,7 @@ func TestSessionExpires(t *testing.T) {
 		s.subscribe(1, mqtt.Subscription{Filter: "t"})
 		s.nc.Close()
 		p := r.client(v, "pub")
-		eventually(t, "expiry", func() bool { return r.metric("sessions_expired_total") == 1 })
+		r.counted(1, "sessions_expired_total")
 		if st := r.b.Stats(); st.Sessions != 1 || st.Subscriptions != 0 {
 			t.Fatalf("left behind: %+v", st)
 		}
@@ -344,7 +344,7 @@ func TestKeepAlive(t *testing.T) {
 		if d := time.Since(begin); d < 1300*time.Millisecond || d > 2*time.Second {
 			t.Errorf("closed after %v, want 1.5 s", d)
 		}
-		eventually(t, "count", func() bool { return r.metric("connections_ended_total", "timeout") == 1 })
+		r.counted(1, "connections_ended_total", "timeout")
 	})
 }
 

@@ -296,9 +296,7 @@ func TestRetainedMessagesAreBounded(t *testing.T) {
 		if got := s.take(1); got[0] != "y" {
 			t.Errorf("got %v", got)
 		}
-		if n := r.metric("retained_refused_total"); n != 2 {
-			t.Errorf("%v refused", n)
-		}
+		r.counted(2, "retained_refused_total")
 		if n := len(r.in.messages()); n != 6 {
 			t.Errorf("%d stored", n)
 		}
@@ -415,7 +413,7 @@ func TestOfflineSessionGetsItsMessagesInOrder(t *testing.T) {
 			p.publishDone(byte(1+i%2), uint16(i+1), "t", fmt.Sprint(i))
 		}
 		p.publishDone(0, 0, "t", "QoS 0 does not wait")
-		eventually(t, "drop", func() bool { return r.metric("deliveries_dropped_total", "offline") == 1 })
+		r.counted(1, "deliveries_dropped_total", "offline")
 		s = r.client(v, "sub", keep)
 		var got []string
 		for open := 0; len(got) < 300 || open > 0; {
@@ -656,9 +654,7 @@ func TestMaximumPacketSizeOfTheClient(t *testing.T) {
 	if got := s.take(1); got[0] != "small" {
 		t.Errorf("got %s", got)
 	}
-	if n := r.metric("deliveries_dropped_total", "too_large"); n != 1 {
-		t.Errorf("%v dropped", n)
-	}
+	r.counted(1, "deliveries_dropped_total", "too_large")
 }
 
 func TestFullQueueDropsTheNewest(t *testing.T) {
@@ -672,7 +668,7 @@ func TestFullQueueDropsTheNewest(t *testing.T) {
 		for i := range 25 {
 			p.publishDone(1, uint16(i+1), "t", fmt.Sprint(i))
 		}
-		eventually(t, "drops", func() bool { return r.metric("deliveries_dropped_total", "queue_full") == 15 })
+		r.counted(15, "deliveries_dropped_total", "queue_full")
 		s = r.client(v, "sub", keep)
 		if got := join(s.take(10)); got != join(numbers(10)) {
 			t.Errorf("got %s", got)
@@ -694,7 +690,7 @@ func TestQueueIsBoundedInBytes(t *testing.T) {
 	for i := range 20 {
 		p.publishDone(1, uint16(i+1), "t", strings.Repeat("x", 10_000))
 	}
-	eventually(t, "drops", func() bool { return r.metric("deliveries_dropped_total", "queue_full") == 11 })
+	r.counted(11, "deliveries_dropped_total", "queue_full")
 }
 
 func TestAllQueuesTogetherAreBounded(t *testing.T) {
@@ -709,7 +705,7 @@ func TestAllQueuesTogetherAreBounded(t *testing.T) {
 	for i := range 3 {
 		p.publishDone(1, uint16(i+1), "t", strings.Repeat("x", 10_000))
 	}
-	eventually(t, "drops", func() bool { return r.metric("deliveries_dropped_total", "queue_full") == 5 })
+	r.counted(5, "deliveries_dropped_total", "queue_full")
 	for i := range 3 { // what was taken out makes room again
 		s := r.client(mqtt.V311, fmt.Sprint(i), keep)
 		for {
@@ -772,7 +768,7 @@ func TestSlowSubscriberHoldsUpNobody(t *testing.T) {
 		if n := r.metric("deliveries_dropped_total", "queue_full"); n == 0 {
 			t.Error("nothing was dropped: the test proves nothing")
 		}
-		eventually(t, "end of the slow one", func() bool { return r.metric("connections_ended_total", "slow") == 1 })
+		r.counted(1, "connections_ended_total", "slow")
 	})
 }
 
@@ -806,7 +802,7 @@ func TestACLOfSubscriptions(t *testing.T) {
 			t.Errorf("got %v", got)
 		}
 		s.subscribe(2, filter("#", 0))
-		eventually(t, "the retained message to be denied, too", func() bool { return r.metric("deliveries_dropped_total", "denied") == 2 })
+		r.counted(2, "deliveries_dropped_total", "denied")
 		s.silent()
 	})
 }
@@ -922,9 +918,7 @@ func TestRefusedDelivery(t *testing.T) {
 	}
 	s.silent()
 	r.client(mqtt.V5, "sub", keep).silent()
-	if n := r.metric("deliveries_dropped_total", "refused"); n != 2 {
-		t.Errorf("%v refused", n)
-	}
+	r.counted(2, "deliveries_dropped_total", "refused")
 }
 
 func TestNobodyListens(t *testing.T) {

@@ -302,9 +302,7 @@ func TestPanicEndsOneConnection(t *testing.T) {
 		p.send(mqtt.AppendSubscribe(nil, v, &mqtt.Subscribe{ID: 1, Filters: []mqtt.Subscription{filter("panic", 0)}}))
 		p.closed(0)
 		eventually(t, "clean-up", func() bool { return r.b.Stats().Connections == 1 })
-		if n := r.metric("panics_total"); n != 2 {
-			t.Errorf("%v panics counted", n)
-		}
+		r.counted(2, "panics_total")
 		other.publishDone(1, 1, "t", "x")
 		r.client(v, "dev", keep).publishDone(1, 1, "t", "y") // its session still works
 	})
@@ -334,9 +332,7 @@ func TestAcceptErrorsAreNotTheEnd(t *testing.T) {
 		}
 	})
 	r.client(mqtt.V311, "dev").publishDone(1, 1, "t", "x")
-	if n := r.metric("accept_errors_total"); n != 5 {
-		t.Errorf("%v errors counted", n)
-	}
+	r.counted(5, "accept_errors_total")
 }
 
 func TestConnectionLimits(t *testing.T) {
@@ -347,9 +343,7 @@ func TestConnectionLimits(t *testing.T) {
 			open = append(open, r.client(mqtt.V311, fmt.Sprint(i)))
 		}
 		r.dial(mqtt.V311).closed(0)
-		if n := r.metric("connections_turned_away_total", "total"); n != 1 {
-			t.Errorf("%v turned away", n)
-		}
+		r.counted(1, "connections_turned_away_total", "total")
 		open[0].nc.Close()
 		eventually(t, "room", func() bool { return r.b.Stats().Connections == 2 })
 		r.client(mqtt.V311, "again").silent()
@@ -359,9 +353,7 @@ func TestConnectionLimits(t *testing.T) {
 		r.dial(mqtt.V311) // those that are silent count too
 		p := r.client(mqtt.V311, "a")
 		r.dial(mqtt.V311).closed(0)
-		if n := r.metric("connections_turned_away_total", "address"); n != 1 {
-			t.Errorf("%v turned away", n)
-		}
+		r.counted(1, "connections_turned_away_total", "address")
 		p.nc.Close()
 		eventually(t, "room", func() bool { return r.b.Stats().Connections == 1 })
 		r.client(mqtt.V311, "b").silent()

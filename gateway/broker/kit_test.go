@@ -294,6 +294,12 @@ func (r *rig) metric(name string, label ...string) float64 {
 	return sum
 }
 
+// counted waits until a metric is n: what a client sees of an end may come before its count.
+func (r *rig) counted(n float64, name string, label ...string) {
+	r.t.Helper()
+	eventually(r.t, fmt.Sprintf("%s %v is %v", name, label, n), func() bool { return r.metric(name, label...) == n })
+}
+
 // peer is the other end of a connection: it sends frames and reads frames, and knows nothing.
 type peer struct {
 	t  testing.TB

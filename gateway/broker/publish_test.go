@@ -205,7 +205,7 @@ func TestQoS2RepeatIsAnsweredAndNotStoredAgain(t *testing.T) {
 			eventually(t, "hand-in", func() bool { return h.len() == 1 })
 			q := r.client(v, "dev", keep) // takes the session over
 			q.publish(2, 5, "t", "x", dup)
-			eventually(t, "repeats", func() bool { return r.metric("publish_repeated_total") == 2 })
+			r.counted(2, "publish_repeated_total")
 			q.silent()
 			h.release(nil, true)
 			q.success(mqtt.TypePubrec, 5)
@@ -223,7 +223,7 @@ func TestQoS2RepeatIsAnsweredAndNotStoredAgain(t *testing.T) {
 			eventually(t, "hand-in", func() bool { return h.len() == 1 })
 			q := r.client(v, "dev", keep)
 			q.publish(2, 5, "t", "x", dup)
-			eventually(t, "repeat", func() bool { return r.metric("publish_repeated_total") == 1 })
+			r.counted(1, "publish_repeated_total")
 			h.release(errors.New("disk is on fire"), true)
 			q.closed(0)
 			q = r.client(v, "dev", keep)
@@ -476,7 +476,7 @@ func TestFloodIsHeldBack(t *testing.T) {
 		}
 		<-stuck // closed: 3.1.1 because it does not read, 5 because it was told a receive maximum
 		why := map[mqtt.Version]string{mqtt.V311: "slow", mqtt.V5: "protocol"}[v]
-		eventually(t, "its end", func() bool { return r.metric("connections_ended_total", why) == 1 })
+		r.counted(1, "connections_ended_total", why)
 	})
 }
 

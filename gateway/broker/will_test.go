@@ -272,5 +272,5 @@ func TestDelayedWill(t *testing.T) {
 func TestWillThatIsRefusedIsCounted(t *testing.T) {
 	r := newRig(t, func(r *rig) { r.in.refuse = func(*broker.Message) error { return errors.New("no") } })
 	r.client(mqtt.V311, "dev", withWill()).nc.Close()
-	eventually(t, "count", func() bool { return r.metric("publish_refused_total", "error") == 1 })
+	r.counted(1, "publish_refused_total", "error")
 }
