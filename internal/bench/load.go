@@ -21,6 +21,8 @@ type load struct {
 	rate     int   // messages a second over all connections; 0: as fast as they are acknowledged
 	limit    int64 // messages in all; 0: until the time is over
 	payloads [][]byte
+	begin    func() // with a rate: all are connected; may be nil
+	end      func() // with a rate: all is acknowledged, and nobody has gone yet; may be nil
 }
 
 // loadResult is what the publishers saw.
@@ -162,7 +164,14 @@ func runLoad(ctx context.Context, l load, d time.Duration) (loadResult, error) {
 		return loadResult{}, err
 	}
 	if l.rate > 0 {
-		return r.paced(ctx, d)
+		if l.begin != nil {
+			l.begin()
+		}
+		res, err := r.paced(ctx, d)
+		if l.end != nil {
+			l.end()
+		}
+		return res, err
 	}
 	begin := time.Now()
 	for _, p := range r.pubs {

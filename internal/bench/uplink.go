@@ -137,12 +137,15 @@ func measureWire(ctx context.Context, c config, s *section) error {
 				proxy := testkit.StartProxy(e, up.Addr)
 				x := start(e, proxy.Addr())
 				testkit.Eventually(e, 30*time.Second, "the link is up", func() bool { return proxy.Traffic().Down > 0 })
-				before := proxy.Traffic()
-				r, err := runLoad(ctx, load{addr: x.addr, conns: 100, window: 1000, qos: 1, rate: rate, payloads: telemetry(4096)}, d)
+				// Counted between the last CONNECT and the first DISCONNECT: what tells of the devices' presence is not the messages' price.
+				var before, after testkit.Traffic
+				r, err := runLoad(ctx, load{
+					addr: x.addr, conns: 100, window: 1000, qos: 1, rate: rate, payloads: telemetry(4096),
+					begin: func() { before = settled(proxy) }, end: func() { after = settled(proxy) },
+				}, d)
 				if err != nil {
 					e.Fatalf("%v", err)
 				}
-				after := settled(proxy)
 				all = append(all, float64(after.Up-before.Up+after.Down-before.Down)/float64(r.acks))
 			})
 			if err != nil {
