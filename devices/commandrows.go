@@ -10,7 +10,7 @@ import (
 
 // Keys of commands. seq is 8 bytes, big-endian: key order is the order in which they were submitted.
 //
-//	'c' 0                    the queue's clock, clockRow
+//	'c' 0                    where format 1 kept the clock: see internal/clock
 //	'c' 1 seq                what a command carries, commandBody; written once
 //	'c' 2 seq                a command that has no end yet, commandRow; written at each step
 //	'c' 3 seq                the same of one that has ended
@@ -20,7 +20,6 @@ import (
 // Values but those of 4 and 5 are rows, see rowV1.
 // Written to disk: never renumber, never reuse.
 const (
-	commandKindClock  = 0
 	commandKindBody   = 1
 	commandKindOpen   = 2
 	commandKindEnded  = 3
@@ -28,7 +27,8 @@ const (
 	commandKindDevice = 5
 )
 
-var commandClockKey = []byte{kv.PrefixCommand, commandKindClock}
+// clockLimit is a time, ms, beyond which no row has one.
+const clockLimit = 1000 * 366 * 86400000
 
 const commandSeqKeyLen = 10
 
@@ -59,7 +59,7 @@ type commandBody struct {
 	Payload []byte `cbor:"1,keyasint,omitempty"`
 }
 
-// commandRow is a command without its payload. Times are ms: wall in Unix time, t on the queue's clock.
+// commandRow is a command without its payload. Times are ms: wall in Unix time, t on the service clock.
 type commandRow struct {
 	Device       string `cbor:"1,keyasint"`
 	ID           string `cbor:"2,keyasint"`
@@ -150,27 +150,6 @@ func parseCommandRow(b []byte) (*commandRow, error) {
 	}
 	if bad != "" {
 		return nil, fmt.Errorf("%w: its %s cannot be", errDamaged, bad)
-	}
-	return r, nil
-}
-
-// parseClockRow decodes and checks the row of the clock.
-func parseClockRow(b []byte) (*clockRow, error) {
-	r := new(clockRow)
-	if err := decodeRow(b, r); err != nil {
-		return nil, err
-	}
-	ok := r.T > 0 && len(r.Gaps) <= clockMaxGaps+1
-	at := int64(0)
-	for _, g := range r.Gaps {
-		ok = ok && g.At >= at && g.Len >= 0 && g.Len <= clockLimit
-		at = g.At
-	}
-	for _, ms := range [...]int64{r.T, r.Wall, r.Since, r.Anchor.T, r.Anchor.Wall, at} {
-		ok = ok && ms >= -clockLimit && ms <= clockLimit
-	}
-	if !ok {
-		return nil, fmt.Errorf("%w: its times cannot be", errDamaged)
 	}
 	return r, nil
 }

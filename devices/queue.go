@@ -15,6 +15,7 @@ import (
 	"github.com/google/uuid"
 	"github.com/prometheus/client_golang/prometheus"
 
+	"holdfast/internal/clock"
 	"holdfast/internal/kv"
 )
 
@@ -30,19 +31,8 @@ type QueueConfig struct {
 	MaxHistory int           // and how many; 100,000
 	Log        *slog.Logger
 	Metrics    prometheus.Registerer // nil: none
-	Clock      ClockSource
-}
-
-// ClockSource is where time comes from; nil functions are the system's.
-type ClockSource struct {
-	Now func() time.Time // wall clock
-	// Elapsed is the time since some moment of this process, whatever happens to the wall clock.
-	Elapsed func() time.Duration
-	// Boot gives the id of this boot of the machine and the time since it, which counts while the machine sleeps.
-	// "": not known.
-	Boot func() (id string, since time.Duration)
-	// Synced says whether the wall clock is known to be right.
-	Synced func() bool
+	// Clock is the gateway's, by which commands live; nil: one of the store and the system.
+	Clock *clock.Clock
 }
 
 // Queue of commands. All methods may be called from many goroutines.
@@ -54,7 +44,7 @@ type Queue struct {
 	store *kv.Store
 	cfg   QueueConfig
 	log   *slog.Logger
-	clock *queueClock
+	clock *clock.Clock
 	m     *queueMetrics
 
 	seq      atomic.Uint64 // the last one given
@@ -81,6 +71,7 @@ type Queue struct {
 	stale    []string // devices with commands that a former process left in SENT
 	retryAt  int64    // t before which no timer is tried: the store took nothing
 	lookAt   int64    // t at which to look at the clocks next
+	credits  uint64   // what the clock said of them last
 	sweepAt  int64    // t at which history is looked through next
 	sweepSeq uint64   // where in it
 	sweeping bool
@@ -194,7 +185,7 @@ func OpenQueue(store *kv.Store, cfg QueueConfig) (*Queue, error) {
 	if err := q.openClock(latest); err != nil {
 		return nil, fmt.Errorf("open command queue: %w", err)
 	}
-	now := q.clock.now().t
+	now := q.clock.Read().T
 	q.openT = now
 	for _, d := range q.devices {
 		for _, p := range d.cmds {
@@ -275,23 +266,16 @@ func (q *Queue) lastSeq(kind byte) (seq uint64, err error) {
 	return seq, errors.Join(it.Error(), it.Close())
 }
 
-// openClock makes the clock go on, and stores that it did.
-func (q *Queue) openClock(latest int64) error {
-	value, found, err := q.store.Get(commandClockKey)
-	if err != nil {
-		return err
-	}
-	var row *clockRow
-	if found {
-		if row, err = parseClockRow(value); err != nil {
-			if errors.Is(err, ErrVersion) {
-				return err // commands would expire by a clock that is not theirs
-			}
-			q.log.Error("the queue's clock is lost: what commands have waited while the gateway was off does not count", "err", err)
+// openClock has the clock go on from latest at least.
+func (q *Queue) openClock(latest int64) (err error) {
+	if q.clock = q.cfg.Clock; q.clock == nil {
+		if q.clock, err = clock.Open(q.store, clock.Config{Log: q.log}); err != nil {
+			return err
 		}
 	}
-	q.clock = openQueueClock(q.cfg.Clock.withDefaults(), row, latest, q.cfg.History)
-	return q.store.ApplyWait([]kv.Op{{Key: commandClockKey, Value: encodeRow(q.clock.row())}})
+	q.clock.Saw(latest)
+	q.credits = q.clock.Look()
+	return nil
 }
 
 // Submit takes a command. It keeps nothing of r. done is called once: with the command, when that is on stable storage,
@@ -378,15 +362,16 @@ func (tx *queueTx) submit(r *Request, done func(c Command, repeat bool, err erro
 	}
 	delay := int64(0)
 	if !r.NotBefore.IsZero() {
-		if delay = max(r.NotBefore.UnixMilli()-tx.now.wall, 0); delay >= opts.ttl {
+		today := q.clock.Time()
+		if delay = max(r.NotBefore.UnixMilli()-today.UnixMilli(), 0); delay >= opts.ttl {
 			return refuse(CodeInvalid, "not_before is %v away, but its time to live is over in %v: raise ttl, and compare with the gateway's clock, which shows %s",
-				time.Duration(delay)*time.Millisecond, time.Duration(opts.ttl)*time.Millisecond, time.UnixMilli(tx.now.wall).UTC().Format(time.RFC3339))
+				time.Duration(delay)*time.Millisecond, time.Duration(opts.ttl)*time.Millisecond, today.UTC().Format(time.RFC3339))
 		}
 	}
 
 	p := &queuedCommand{
 		id: id, dev: tx.d, opts: unique.Make(opts), hash: hash,
-		created: tx.now.wall, createdT: tx.now.t, delay: delay, oneWay: r.OneWay, urgent: r.Urgent, timer: -1,
+		created: tx.now.Wall, createdT: tx.now.T, delay: delay, oneWay: r.OneWay, urgent: r.Urgent, timer: -1,
 	}
 	replaced := 0
 	if opts.supersedeKey != "" {
@@ -480,7 +465,7 @@ func (q *Queue) Refuse(r *Refusal, upstream string, done func(error)) error {
 func (q *Queue) refuse(r *Refusal, upstream string, done func(error)) error {
 	told := *r
 	if told.At.IsZero() {
-		told.At = q.clock.src.Now()
+		told.At = time.UnixMilli(q.clock.Read().Wall)
 	}
 	told.ID, told.Device, told.Reason = clip(told.ID), clip(told.Device), clip(told.Reason)
 	q.mu.Lock()
@@ -614,7 +599,7 @@ func (q *Queue) Acked(device string, l Link, token uint64, refused string) {
 			tx.settle()
 			return
 		}
-		q.m.acked.Observe(float64(tx.now.t-p.work.sentT) / 1000)
+		q.m.acked.Observe(float64(tx.now.T-p.work.sentT) / 1000)
 		if refused != "" {
 			tx.move(p, Rejected, clip(refused))
 		} else {

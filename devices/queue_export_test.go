@@ -3,6 +3,8 @@ package devices
 import (
 	"context"
 	"time"
+
+	"holdfast/internal/clock"
 )
 
 // Seams for the queue's tests.
@@ -35,29 +37,15 @@ var ParseProgress = parseProgress
 const CommandTimerLook = queueLookGap * time.Millisecond
 
 // CommandRowAgain decodes a row of a command, makes of it what memory holds, and a row of that again.
-func CommandRowAgain(b []byte) (again []byte, err error) {
+func CommandRowAgain(clk *clock.Clock, b []byte) (again []byte, err error) {
 	r, err := parseCommandRow(b)
 	if err != nil {
 		return nil, err
 	}
 	p, s := r.load(1, &queueDevice{name: r.Device})
-	q := &Queue{clock: openQueueClock(ClockSource{
-		Now: time.Now, Elapsed: func() time.Duration { return 0 }, Boot: func() (string, time.Duration) { return "", 0 }, Synced: func() bool { return true },
-	}, nil, 0, 0)}
+	q := &Queue{clock: clk}
 	q.command(p, s)
 	return encodeRow(p.row(s)), nil
-}
-
-// ClockRowAgain is the same for the row of the clock; t is what the clock shows when it goes on from it.
-func ClockRowAgain(b []byte, src ClockSource) (again []byte, t int64, err error) {
-	r, err := parseClockRow(b)
-	if err != nil {
-		return nil, 0, err
-	}
-	again = encodeRow(r)
-	c := openQueueClock(src, r, 0, 0)
-	c.row()
-	return again, c.now().t, nil
 }
 
 // BodyRow decodes what a command carries.

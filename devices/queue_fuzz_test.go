@@ -9,6 +9,7 @@ import (
 	"github.com/fxamacker/cbor/v2"
 
 	"holdfast/devices"
+	"holdfast/internal/clock"
 	"holdfast/internal/kv"
 )
 
@@ -41,41 +42,20 @@ func FuzzCommandRow(f *testing.F) {
 			f.Add(v)
 		}
 	}
+	store := openTestStore(f, newCrashableFS())
+	f.Cleanup(func() { store.Close() })
+	clk, err := clock.Open(store, clock.Config{})
+	if err != nil {
+		f.Fatal(err)
+	}
 	f.Fuzz(func(t *testing.T, b []byte) {
-		again, err := devices.CommandRowAgain(b)
+		again, err := devices.CommandRowAgain(clk, b)
 		if err != nil {
 			return
 		}
-		twice, err := devices.CommandRowAgain(again)
+		twice, err := devices.CommandRowAgain(clk, again)
 		if err != nil || !bytes.Equal(again, twice) {
 			t.Fatalf("%x became %x, then %x, %v", b, again, twice, err)
-		}
-	})
-}
-
-func FuzzCommandClockRow(f *testing.F) {
-	for _, v := range commandRows(f, 0) {
-		f.Add(v, "boot-1", int64(7_200_000), int64(1_900_000_000_000), true)
-		f.Add(v, "other", int64(0), int64(0), false)
-	}
-	f.Fuzz(func(t *testing.T, b []byte, boot string, sinceMS, wallMS int64, synced bool) {
-		const limit = 1 << 45
-		if sinceMS < 0 || sinceMS > limit || wallMS < -limit || wallMS > limit {
-			return
-		}
-		src := devices.ClockSource{
-			Now:     func() time.Time { return time.UnixMilli(wallMS) },
-			Elapsed: func() time.Duration { return 0 },
-			Boot:    func() (string, time.Duration) { return boot, time.Duration(sinceMS) * time.Millisecond },
-			Synced:  func() bool { return synced },
-		}
-		again, at, err := devices.ClockRowAgain(b, src)
-		if err != nil {
-			return
-		}
-		twice, at2, err := devices.ClockRowAgain(again, src)
-		if err != nil || !bytes.Equal(again, twice) || at != at2 || at <= 0 {
-			t.Fatalf("%x became %x, then %x; the clock went on at %d and %d; %v", b, again, twice, at, at2, err)
 		}
 	})
 }

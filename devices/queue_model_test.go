@@ -348,7 +348,7 @@ func TestQueueModel(t *testing.T) {
 				q := request(c)
 				if rapid.IntRange(0, 5).Draw(rt, "later") == 0 {
 					c.notBefore = m.now + 3*time.Second
-					q.NotBefore = clock.source().Now().Add(3 * time.Second)
+					q.NotBefore = r.clk.Time().Add(3 * time.Second)
 				}
 				requests[c.id] = q
 				r.j.mu.Lock()

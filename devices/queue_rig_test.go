@@ -14,6 +14,7 @@ import (
 	"github.com/cockroachdb/pebble/v2/vfs"
 
 	"holdfast/devices"
+	"holdfast/internal/clock"
 	"holdfast/internal/kv"
 	"holdfast/internal/testkit"
 )
@@ -99,7 +100,7 @@ func (j *queueJournal) release(t testing.TB, n int) {
 	}
 }
 
-// fakeClock is a ClockSource under the test's control.
+// fakeClock is a clock.Source under the test's control.
 type fakeClock struct {
 	mu      sync.Mutex
 	elapsed time.Duration
@@ -143,8 +144,8 @@ func (c *fakeClock) set(fn func(c *fakeClock)) {
 	fn(c)
 }
 
-func (c *fakeClock) source() devices.ClockSource {
-	return devices.ClockSource{
+func (c *fakeClock) source() clock.Source {
+	return clock.Source{
 		Now:     func() time.Time { c.mu.Lock(); defer c.mu.Unlock(); return c.wall },
 		Elapsed: func() time.Duration { c.mu.Lock(); defer c.mu.Unlock(); return c.elapsed },
 		Boot:    func() (string, time.Duration) { c.mu.Lock(); defer c.mu.Unlock(); return c.boot, c.since },
@@ -234,6 +235,7 @@ type queueRig struct {
 	store *kv.Store
 	j     *queueJournal
 	clock *fakeClock
+	clk   *clock.Clock
 	cfg   devices.QueueConfig
 	quiet bool // no log
 }
@@ -266,10 +268,14 @@ func (r *queueRig) open() {
 	r.store = store
 	r.j = &queueJournal{store: store}
 	cfg := r.cfg
-	cfg.Journal, cfg.Clock = r.j, r.clock.source()
+	cfg.Journal = r.j
 	if cfg.Log == nil {
 		cfg.Log = log
 	}
+	if r.clk, err = clock.Open(store, clock.Config{Source: r.clock.source(), Log: cfg.Log}); err != nil {
+		r.t.Fatal(err)
+	}
+	cfg.Clock = r.clk
 	if r.Queue, err = devices.OpenQueue(store, cfg); err != nil {
 		r.t.Fatal(err)
 	}

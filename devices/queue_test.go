@@ -1051,7 +1051,7 @@ func TestHistoryIsRemoved(t *testing.T) {
 	if err := r.store.Scan([]byte{kv.PrefixCommand}, func([]byte, []byte) error { rows++; return nil }); err != nil {
 		t.Fatal(err)
 	}
-	if want := 51*4 + 1; rows != want {
+	if want := 51 * 4; rows != want {
 		t.Errorf("%d rows, want %d", rows, want)
 	}
 	run("c", 100)

@@ -13,7 +13,7 @@ import (
 
 // Get returns a command with payload, result and history. A *Refusal with CodeUnknown: there is none.
 func (q *Queue) Get(id string) (Command, error) {
-	unknown := &Refusal{ID: clip(id), Code: CodeUnknown, Reason: fmt.Sprintf("there is no command %.60s: see holdfast command list", clip(id)), At: q.clock.src.Now()}
+	unknown := &Refusal{ID: clip(id), Code: CodeUnknown, Reason: fmt.Sprintf("there is no command %.60s: see holdfast command list", clip(id)), At: time.UnixMilli(q.clock.Read().Wall)}
 	if !validCommandID(id) {
 		return Command{}, unknown
 	}

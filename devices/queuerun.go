@@ -34,9 +34,9 @@ func (q *Queue) Run(ctx context.Context) error {
 // tick does what is due, a piece of it if that is much, and returns how long nothing more will be.
 func (q *Queue) tick(ctx context.Context) time.Duration {
 	q.restart(ctx)
-	now := q.clock.now().t
+	now := q.clock.Read().T
 	credited := q.lookAtClock(now)
-	now = q.clock.now().t
+	now = q.clock.Read().T
 	if now < q.retryAt {
 		return time.Duration(q.retryAt-now) * time.Millisecond
 	}
@@ -54,7 +54,7 @@ func (q *Queue) tick(ctx context.Context) time.Duration {
 	}
 	q.mu.Unlock()
 	next = max(next, q.retryAt)
-	return time.Duration(max(next-q.clock.now().t, 0)) * time.Millisecond
+	return time.Duration(max(next-q.clock.Read().T, 0)) * time.Millisecond
 }
 
 // restart puts back what a former process left in SENT.
@@ -65,20 +65,15 @@ func (q *Queue) restart(ctx context.Context) {
 	}
 }
 
-// lookAtClock looks at the clocks now and then, and stores what has changed.
+// lookAtClock looks at the clock now and then. credited: a gap in it has grown, so that what was not due may be.
 func (q *Queue) lookAtClock(now int64) (credited bool) {
 	if now < q.lookAt {
 		return false
 	}
 	q.lookAt = now + queueLookGap
-	changed, credited := q.clock.look()
-	if changed {
-		ops := []kv.Op{{Key: commandClockKey, Value: encodeRow(q.clock.row())}}
-		if err := q.cfg.Journal.Commit(ops, nil, func(error) {}); err != nil {
-			q.log.Debug("clock not stored: the store takes nothing", "err", err)
-		}
-	}
-	return credited
+	before := q.credits
+	q.credits = q.clock.Look()
+	return q.credits != before
 }
 
 // decidePokes decides what came up where nothing could be committed.
@@ -133,7 +128,7 @@ func (q *Queue) decideDue(ctx context.Context, now int64, all bool) {
 
 // putOff notes that the store takes nothing.
 func (q *Queue) putOff(err error) {
-	if now := q.clock.now().t; q.retryAt <= now {
+	if now := q.clock.Read().T; q.retryAt <= now {
 		q.log.Warn("commands wait: the store takes nothing", "err", err)
 		q.retryAt = now + queueRetry
 	}
@@ -207,7 +202,7 @@ func (q *Queue) sweepStep(ctx context.Context, now int64, tooMany int) (more boo
 		}
 		if tooMany > 0 {
 			tooMany--
-		} else if q.clock.between(r.UpdatedT, now) < keep {
+		} else if q.clock.Between(r.UpdatedT, now) < keep {
 			continue
 		}
 		old[r.Device] = append(old[r.Device], ended{seq, r.ID})

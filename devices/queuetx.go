@@ -10,6 +10,7 @@ import (
 	"slices"
 	"time"
 
+	"holdfast/internal/clock"
 	"holdfast/internal/kv"
 )
 
@@ -21,7 +22,7 @@ type queueDecision func(tx *queueTx)
 type queueTx struct {
 	q   *Queue
 	d   *queueDevice
-	now moment
+	now clock.Moment
 
 	changes []queueChange
 	ops     []kv.Op
@@ -66,7 +67,7 @@ func (q *Queue) begin(device string) *queueTx {
 	d.users++
 	q.mu.Unlock()
 	d.order.Lock()
-	return &queueTx{q: q, d: d, now: q.clock.now()}
+	return &queueTx{q: q, d: d, now: q.clock.Read()}
 }
 
 // end lets go of the device.
@@ -126,7 +127,7 @@ func (tx *queueTx) change(p *queuedCommand) *commandState {
 		*s = *p.work
 	}
 	if p.progress != nil {
-		s.progress, p.progress, p.progressT = p.progress, nil, tx.now.t
+		s.progress, p.progress, p.progressT = p.progress, nil, tx.now.T
 	}
 	s.packetID = uint16(p.packetID.Load())
 	p.work, tx.changes[i].after, tx.changes[i].token = s, s, 0
@@ -143,12 +144,12 @@ func (tx *queueTx) move(p *queuedCommand, to State, reason string) {
 func (tx *queueTx) enter(p *queuedCommand, s *commandState, to State, reason string) {
 	from := s.state
 	s.state, s.reason = to, reason
-	s.updated, s.updatedT = tx.now.wall, tx.now.t
+	s.updated, s.updatedT = tx.now.Wall, tx.now.T
 	keep := s.steps
 	if len(keep) >= queueMaxSteps { // the first half tells how it began, the rest how it went on
 		keep = slices.Delete(slices.Clone(keep), queueMaxSteps/2, queueMaxSteps/2+1)
 	}
-	s.steps = append(slices.Clip(keep), commandStep{State: to, At: tx.now.wall, Reason: reason})
+	s.steps = append(slices.Clip(keep), commandStep{State: to, At: tx.now.Wall, Reason: reason})
 	tx.tell(p, s, from)
 }
 
@@ -175,7 +176,7 @@ func (tx *queueTx) create(p *queuedCommand, payload []byte) {
 // deliver notes that the device has p.
 func (tx *queueTx) deliver(p *queuedCommand, reason string) {
 	s := tx.change(p)
-	s.deliveredT = tx.now.t
+	s.deliveredT = tx.now.T
 	tx.enter(p, s, Delivered, reason)
 }
 
@@ -227,12 +228,12 @@ func (tx *queueTx) sendFailed(token uint64, err error) {
 
 // settle brings the device's commands in line with the time and with its connection, and sends what may go.
 func (tx *queueTx) settle() {
-	q, d, now := tx.q, tx.d, tx.now.t
+	q, d, now := tx.q, tx.d, tx.now.T
 	ack := milliseconds(q.cfg.AckTimeout)
 	overdue := func(p *queuedCommand) bool {
 		return p.work.state == Sent && now >= p.work.sentT+ack
 	}
-	expired := func(p *queuedCommand) bool { return now >= q.clock.due(p.createdT, p.opts.Value().ttl) }
+	expired := func(p *queuedCommand) bool { return now >= q.clock.Due(p.createdT, p.opts.Value().ttl) }
 	if d.link != nil {
 		for _, p := range d.cmds {
 			if overdue(p) && p.linkGen == d.linkGen && !expired(p) {
@@ -261,7 +262,7 @@ func (tx *queueTx) settle() {
 			}
 		default: // the device has it
 			execution := p.opts.Value().execution
-			if now >= q.clock.due(s.deliveredT, execution) {
+			if now >= q.clock.Due(s.deliveredT, execution) {
 				tx.move(p, TimedOut, fmt.Sprintf("no outcome within %v", time.Duration(execution)*time.Millisecond))
 			} else if p.progress != nil && now-p.progressT >= queueProgressGap {
 				tx.tell(p, tx.change(p), InProgress)
@@ -305,9 +306,9 @@ func (tx *queueTx) pick() *queuedCommand {
 		for _, p := range d.cmds {
 			switch s := p.work; {
 			case s.state != Queued || p.urgent != urgent:
-			case p.delay > 0 && tx.now.t < q.clock.due(p.createdT, p.delay):
+			case p.delay > 0 && tx.now.T < q.clock.Due(p.createdT, p.delay):
 			case !d.link.Covers(commandTopic(d.name, p.id, p.opts.Value().name)):
-			case s.attempts > 0 && tx.now.t < s.sentT+repeatPause(s.attempts):
+			case s.attempts > 0 && tx.now.T < s.sentT+repeatPause(s.attempts):
 				return nil
 			default:
 				return p
@@ -339,7 +340,7 @@ func (tx *queueTx) send(p *queuedCommand) {
 	}
 	s := tx.change(p)
 	s.attempts++
-	s.sentT = tx.now.t
+	s.sentT = tx.now.T
 	p.linkGen, p.restarted = d.linkGen, false
 	tx.enter(p, s, Sent, "")
 	token := q.tokens.Add(1)
@@ -379,9 +380,9 @@ func (q *Queue) nextDue(p *queuedCommand, now int64) int64 {
 	o := p.opts.Value()
 	switch s := p.work; s.state {
 	case Queued:
-		due := q.clock.due(p.createdT, o.ttl)
+		due := q.clock.Due(p.createdT, o.ttl)
 		if p.delay > 0 {
-			if t := q.clock.due(p.createdT, p.delay); t > now {
+			if t := q.clock.Due(p.createdT, p.delay); t > now {
 				due = min(due, t)
 			}
 		}
@@ -392,9 +393,9 @@ func (q *Queue) nextDue(p *queuedCommand, now int64) int64 {
 		}
 		return due
 	case Sent:
-		return min(q.clock.due(p.createdT, o.ttl), s.sentT+milliseconds(q.cfg.AckTimeout))
+		return min(q.clock.Due(p.createdT, o.ttl), s.sentT+milliseconds(q.cfg.AckTimeout))
 	default:
-		due := q.clock.due(s.deliveredT, o.execution)
+		due := q.clock.Due(s.deliveredT, o.execution)
 		if p.progress != nil {
 			due = min(due, p.progressT+queueProgressGap)
 		}
@@ -462,7 +463,7 @@ func (tx *queueTx) arm(notBefore int64) {
 	timers := few[:0]
 	if tx.rearm {
 		for _, p := range tx.d.cmds {
-			timers = append(timers, timer{p, max(q.nextDue(p, tx.now.t), notBefore)})
+			timers = append(timers, timer{p, max(q.nextDue(p, tx.now.T), notBefore)})
 		}
 	}
 	for i := range tx.changes {
@@ -470,7 +471,7 @@ func (tx *queueTx) arm(notBefore int64) {
 		case p.work == nil || p.work.ended(p.oneWay):
 			timers = append(timers, timer{p, -1})
 		case !tx.rearm:
-			timers = append(timers, timer{p, max(q.nextDue(p, tx.now.t), notBefore)})
+			timers = append(timers, timer{p, max(q.nextDue(p, tx.now.T), notBefore)})
 		}
 	}
 	if len(timers) == 0 {
@@ -516,7 +517,7 @@ func (tx *queueTx) undo() {
 	d.cmds = slices.DeleteFunc(d.cmds, func(p *queuedCommand) bool { return p.work == nil })
 	slices.SortFunc(d.cmds, func(a, b *queuedCommand) int { return cmp.Compare(a.seq, b.seq) })
 	tx.rearm = true
-	tx.arm(tx.now.t + queueRetry)
+	tx.arm(tx.now.T + queueRetry)
 }
 
 // done is called on the goroutine that completes commits, when all is durable or the store has failed.
@@ -582,8 +583,8 @@ func (q *Queue) endedLocked(c *queueChange) {
 
 // deliver writes a command to its device.
 func (q *Queue) deliver(s *queueSend) {
-	t := q.clock.now().t
-	s.delivery.Expiry = time.Duration(max(q.clock.due(s.p.createdT, s.p.opts.Value().ttl)-t, 0)) * time.Millisecond
+	t := q.clock.Read().T
+	s.delivery.Expiry = time.Duration(max(q.clock.Due(s.p.createdT, s.p.opts.Value().ttl)-t, 0)) * time.Millisecond
 	token := s.delivery.Token
 	id, err := s.link.Send(&s.delivery)
 	if err != nil {
@@ -609,7 +610,7 @@ func (q *Queue) command(p *queuedCommand, s *commandState) Command {
 	c := Command{
 		ID: p.id, Device: p.dev.name, Name: o.name, State: s.state, Late: s.late, Attempts: int(s.attempts), Reason: s.reason,
 		Progress: s.progress, Created: time.UnixMilli(p.created), Updated: time.UnixMilli(s.updated),
-		Expires: time.UnixMilli(s.updated + q.clock.due(p.createdT, o.ttl) - s.updatedT),
+		Expires: time.UnixMilli(s.updated + q.clock.Due(p.createdT, o.ttl) - s.updatedT),
 		TTL:     ms(o.ttl), ExecutionTimeout: ms(o.execution), MaxAttempts: int(o.maxAttempts), OneWay: o.oneWay, Urgent: o.urgent,
 		SupersedeKey: o.supersedeKey, Feedback: feedbackLevels[o.feedback], Source: o.source, Upstream: o.upstream, ContentType: o.contentType,
 	}
@@ -686,7 +687,7 @@ func (q *Queue) Answer(device, id string, kind AnswerKind, payload []byte, conte
 		case p.work.state == Delivered:
 			s := tx.change(p)
 			if progress != nil {
-				s.progress, p.progressT = progress, tx.now.t
+				s.progress, p.progressT = progress, tx.now.T
 			}
 			tx.enter(p, s, InProgress, "")
 		case progress != nil:
@@ -731,7 +732,7 @@ func (q *Queue) disbelieve(why, device, id, text string) error {
 	q.total.Disbelieved++
 	q.untold++
 	others := 0
-	if now := q.clock.now().t; now >= q.tellAt {
+	if now := q.clock.Read().T; now >= q.tellAt {
 		level, others = slog.LevelWarn, q.untold-1
 		q.untold, q.tellAt = 0, now+queueTellGap
 	}

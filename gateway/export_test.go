@@ -7,6 +7,7 @@ import (
 
 	"holdfast/devices"
 	"holdfast/gateway/httpapi"
+	"holdfast/internal/clock"
 	"holdfast/internal/config"
 	"holdfast/internal/kv"
 	"holdfast/spool"
@@ -25,17 +26,18 @@ func Matcher(filters ...string) (func(topic []byte) int, error) {
 	return r.match, nil
 }
 
-// Clock is a clock whose sources a test holds.
-func Clock(now func() time.Time, synced func() bool) func() (ms int64, unsynced bool) {
-	return (&clock{now: now, synced: synced}).read
+// systemClock is the system's, kept nowhere.
+func systemClock() *clock.Clock {
+	c, err := clock.Open(nil, clock.Config{})
+	if err != nil {
+		panic(err)
+	}
+	return c
 }
-
-// SystemClock is the clock as a gateway has it.
-func SystemClock() func() (ms int64, unsynced bool) { return newClock().read }
 
 // NewIntake makes an intake of a spool and routes.
 func NewIntake(sp appender, table []config.Route) (*Intake, error) {
-	return newIntake(sp, table, newClock())
+	return newIntake(sp, table, systemClock())
 }
 
 // Reserved says whether only Holdfast itself publishes to a topic.
@@ -75,7 +77,7 @@ func Watch(g *Gateway, fn func(e devices.Event, get func(id string) (devices.Com
 // NewJournal makes a journal on a spool.
 func NewJournal(sp *spool.Spool, gateway string) devices.Journal {
 	lane, _ := sp.Lane(spool.SystemLane)
-	return &journal{spool: sp, lane: lane, gateway: gateway, clock: newClock()}
+	return &journal{spool: sp, lane: lane, gateway: gateway, clock: systemClock()}
 }
 
 // Commands is the gateway's queue.

@@ -24,6 +24,7 @@ import (
 	"holdfast/devices"
 	"holdfast/gateway/broker"
 	"holdfast/gateway/httpapi"
+	"holdfast/internal/clock"
 	"holdfast/internal/config"
 	"holdfast/internal/kv"
 	"holdfast/internal/lifecycle"
@@ -75,7 +76,7 @@ type Gateway struct {
 	events   *httpapi.Events
 	http     *httpapi.Server // nil: none
 	registry *prometheus.Registry
-	clock    *clock
+	clock    *clock.Clock
 
 	storeOptions func(*kv.Options)
 
@@ -100,7 +101,6 @@ func New(ctx context.Context, o Options) (*Gateway, error) {
 		cfg: o.Config, version: o.Version, log: o.Log, started: time.Now(),
 		registry:     prometheus.NewRegistry(),
 		orders:       map[string]*orders{},
-		clock:        newClock(),
 		storeOptions: o.storeOptions,
 		fatal:        make(chan error, 1),
 	}
@@ -166,6 +166,9 @@ func (g *Gateway) openStore(context.Context) (err error) {
 	g.log.Info("store open", "data_dir", g.dir.path, "durability", g.cfg.Spool.Durability, "size_bytes", g.store.DiskBytes(),
 		"took_ms", time.Since(begin).Milliseconds())
 
+	if g.clock, err = clock.Open(g.store, clock.Config{Log: g.log.With("part", "clock")}); err != nil {
+		return err
+	}
 	begin = time.Now()
 	upstreams := map[string][]string{}
 	for _, u := range g.cfg.Upstreams {
@@ -176,6 +179,7 @@ func (g *Gateway) openStore(context.Context) (err error) {
 		GapTopic:  wire.GapTopic(g.cfg.Gateway.ID),
 		Lanes:     g.cfg.Spool.Lanes,
 		Upstreams: upstreams,
+		Clock:     g.clock,
 		Log:       g.log.With("part", "spool"),
 		Metrics:   g.registry,
 	})
@@ -212,7 +216,7 @@ func (g *Gateway) openDevices(context.Context) (err error) {
 	g.commands, err = devices.OpenQueue(g.store, devices.QueueConfig{
 		Journal: g.journal, Known: g.devices.Known, Window: c.Window, AckTimeout: c.AckTimeout, MaxPending: c.MaxPending, History: c.History,
 		Log: log, Metrics: g.registry,
-		Clock: devices.ClockSource{Synced: func() bool { _, unsynced := g.clock.read(); return !unsynced }},
+		Clock: g.clock,
 	})
 	if err != nil {
 		return err
@@ -335,6 +339,7 @@ func (g *Gateway) run(ctx context.Context) error {
 	if g.http != nil {
 		parts = append(parts, lifecycle.Part{Name: "http", Run: g.http.Run, Grace: httpShutdown + partSlack})
 	}
+	parts = append(parts, lifecycle.Part{Name: "clock", Run: g.clock.Run, Grace: partSlack})
 	var bridges []lifecycle.Part
 	for i, b := range g.bridges {
 		name := "bridge to " + g.cfg.Upstreams[i].Name
@@ -424,7 +429,7 @@ func (g *Gateway) Ready() error {
 
 // Status implements httpapi.Source.
 func (g *Gateway) Status() httpapi.Status {
-	_, unsynced := g.clock.read()
+	now := g.clock.State()
 	st := httpapi.Status{
 		Version:   g.version,
 		Gateway:   g.cfg.Gateway.ID,
@@ -433,7 +438,7 @@ func (g *Gateway) Status() httpapi.Status {
 		PID:       os.Getpid(),
 		StartedAt: g.started,
 		UptimeS:   int64(time.Since(g.started).Seconds()),
-		ClockSync: !unsynced,
+		ClockSync: now.Synced,
 		Store:     httpapi.Store{Bytes: g.store.DiskBytes(), FreeBytes: diskFree(g.dir.path)},
 		Broker:    httpapi.Broker{Listeners: []httpapi.Listener{}},
 		Lanes:     g.spool.Lanes(),

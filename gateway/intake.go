@@ -7,6 +7,7 @@ import (
 
 	"holdfast/devices"
 	"holdfast/gateway/broker"
+	"holdfast/internal/clock"
 	"holdfast/internal/config"
 	"holdfast/internal/kv"
 	"holdfast/spool"
@@ -24,12 +25,12 @@ type appender interface {
 type Intake struct {
 	spool  appender
 	routes *routes[spool.Lane]
-	clock  *clock
+	clock  *clock.Clock
 	// answers takes what devices say of their commands; nil: there are none.
 	answers func(m *broker.Message, ops []kv.Op, done kv.Done, token uint64) (taken bool, err error)
 }
 
-func newIntake(sp appender, table []config.Route, c *clock) (*Intake, error) {
+func newIntake(sp appender, table []config.Route, c *clock.Clock) (*Intake, error) {
 	lane := func(name string) (spool.Lane, error) {
 		if name == config.LaneNone {
 			return spool.LaneNone, nil
@@ -73,9 +74,9 @@ func (i *Intake) Publish(m *broker.Message, ops []kv.Op, done kv.Done, token uin
 			return err
 		}
 	}
-	now, unsynced := i.clock.read()
-	m.Record.Received = now
-	if unsynced {
+	now := i.clock.Read()
+	m.Record.Received, m.Record.Uptime = now.Wall, now.Uptime()
+	if now.Unsynced {
 		m.Record.Flags |= spool.FlagClockUnsynced
 	}
 	err := i.spool.Append(i.routes.match(m.Record.Topic), &m.Record, ops, done, token, m.QoS == 0)

@@ -5,6 +5,7 @@ import (
 
 	"holdfast/bridge/wire"
 	"holdfast/devices"
+	"holdfast/internal/clock"
 	"holdfast/internal/kv"
 	"holdfast/spool"
 )
@@ -15,18 +16,18 @@ type journal struct {
 	spool   *spool.Spool
 	lane    spool.Lane
 	gateway string
-	clock   *clock
+	clock   *clock.Clock
 	// watch is shown each event when it is on disk, on the goroutine that completes commits; nil: nobody looks.
 	watch func(e devices.Event)
 }
 
 // Commit implements devices.Journal.
 func (j *journal) Commit(ops []kv.Op, events []devices.Event, done func(error)) error {
-	now, unsynced := j.clock.read()
+	now := j.clock.Read()
 	var records []spool.Record
 	for i := range events {
 		if e := &events[i]; e.Upstream {
-			records = append(records, j.record(e, now, unsynced))
+			records = append(records, j.record(e, now))
 		}
 	}
 	return j.spool.AppendAll(j.lane, records, ops, &journalDone{j, events, done}, 0)
@@ -52,12 +53,12 @@ func (d *journalDone) Done(_, _ uint64, err error) {
 }
 
 // record makes an event's record: a message of the gateway itself.
-func (j *journal) record(e *devices.Event, now int64, unsynced bool) spool.Record {
+func (j *journal) record(e *devices.Event, now clock.Moment) spool.Record {
 	clockState := wire.ClockSynced
-	if unsynced {
+	if now.Unsynced {
 		clockState = wire.ClockUnsynced
 	}
-	at := wire.Time{Time: time.UnixMilli(now)}
+	at := wire.Time{Time: time.UnixMilli(now.Wall)}
 	var device, topic string
 	var payload []byte
 	switch {
@@ -107,10 +108,10 @@ func (j *journal) record(e *devices.Event, now int64, unsynced bool) spool.Recor
 		payload = ev.Encode()
 	}
 	r := spool.Record{
-		Received: now, Device: []byte(device), Topic: []byte(topic), Flags: spool.FlagQoS1, Payload: payload,
+		Received: now.Wall, Uptime: now.Uptime(), Device: []byte(device), Topic: []byte(topic), Flags: spool.FlagQoS1, Payload: payload,
 		Props: &spool.Props{ContentType: "application/json", Upstream: e.To},
 	}
-	if unsynced {
+	if now.Unsynced {
 		r.Flags |= spool.FlagClockUnsynced
 	}
 	return r

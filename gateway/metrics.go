@@ -37,7 +37,7 @@ func newMetrics(reg prometheus.Registerer, g *Gateway) {
 			Name: "holdfast_gateway_clock_synced",
 			Help: "1 if the kernel says that something keeps its clock right. 0: receive times may be wrong, and messages carry a flag that says so.",
 		}, func() float64 {
-			if _, unsynced := g.clock.read(); unsynced {
+			if g.clock.Read().Unsynced {
 				return 0
 			}
 			return 1

@@ -7,23 +7,33 @@ import (
 	"hash/crc32"
 
 	"github.com/minio/minlz"
+
+	"holdfast/internal/clock"
 )
 
-// Chunk, version 1: the records that one group commit brought to one lane. Integers are big-endian.
+// Chunk, version 2: the records that one group commit brought to one lane. Integers are big-endian.
 //
-//	0      4     5     6      7      8       16      20      24         32        40        48     end-4
-//	| "HFch" | ver | enc | lane | zero | first | count | raw len | bytes before | oldest | newest | body | crc32c of all before |
+//	0      4     5     6      7      8       16      20      24         32        40       48     52       60        68     end-4
+//	| "HFch" | ver | enc | lane | zero | first | count | raw len | bytes before | oldest | newest | boot | booted | service | body | crc32c of all before |
 //
 // first is the sequence of the first record, count how many follow each other; raw len is the length
 // of the records back to back, bytes before those of all earlier records of the lane; oldest and newest
 // are the lowest and highest receive time, Unix ms. enc says how body holds the records.
 //
+// boot is the number of the machine's boot during which they were received (package clock; 0: not known), booted when that was
+// by the wall clock that gave their receive times, Unix ms: received - booted is the machine's time since boot, exact though the wall
+// clock be wrong. service is the service clock at newest.
+//
+// Version 1 has no boot, booted and service: its body begins at 48.
+//
 // Written to disk: never renumber, never reuse.
 const (
-	chunkMagic   = "HFch"
-	chunkV1      = 1
-	chunkHeader  = 48
-	chunkTrailer = 4
+	chunkMagic    = "HFch"
+	chunkV1       = 1
+	chunkV2       = 2
+	chunkHeaderV1 = 48
+	chunkHeader   = 68
+	chunkTrailer  = 4
 
 	encPlain = 0
 	encMinLZ = 1 // one MinLZ block
@@ -54,6 +64,25 @@ type chunkMeta struct {
 	Count          int
 	RawLen         int
 	Oldest, Newest int64
+	Boot           uint32 // 0: not known
+	Booted         int64
+	Service        int64 // 0: not known
+}
+
+// stamp sets the service clock at the newest record of a chunk that is committed now.
+func (m *chunkMeta) stamp(now clock.Moment) {
+	m.Service = now.T
+	if m.Boot != 0 {
+		m.Service -= min(max(now.Uptime()-(m.Newest-m.Booted), 0), now.T-1)
+	}
+}
+
+// headerLen is the length of the header of a chunk whose first bytes b are.
+func headerLen(b []byte) int {
+	if b[4] == chunkV1 {
+		return chunkHeaderV1
+	}
+	return chunkHeader
 }
 
 // End is the position after the chunk's last record.
@@ -65,13 +94,16 @@ func (m *chunkMeta) End() Position {
 func appendChunk(dst []byte, m *chunkMeta, raw []byte, compress bool) []byte {
 	start := len(dst)
 	dst = append(dst, chunkMagic...)
-	dst = append(dst, chunkV1, encPlain, m.Lane, 0)
+	dst = append(dst, chunkV2, encPlain, m.Lane, 0)
 	dst = binary.BigEndian.AppendUint64(dst, m.First.Seq)
 	dst = binary.BigEndian.AppendUint32(dst, uint32(m.Count))
 	dst = binary.BigEndian.AppendUint32(dst, uint32(len(raw)))
 	dst = binary.BigEndian.AppendUint64(dst, m.First.Bytes)
 	dst = binary.BigEndian.AppendUint64(dst, uint64(m.Oldest))
 	dst = binary.BigEndian.AppendUint64(dst, uint64(m.Newest))
+	dst = binary.BigEndian.AppendUint32(dst, m.Boot)
+	dst = binary.BigEndian.AppendUint64(dst, uint64(m.Booted))
+	dst = binary.BigEndian.AppendUint64(dst, uint64(m.Service))
 	if !compress || len(raw) < minCompress {
 		dst = append(dst, raw...)
 	} else {
@@ -89,11 +121,13 @@ func appendChunk(dst []byte, m *chunkMeta, raw []byte, compress bool) []byte {
 
 // parseChunkMeta reads a chunk's header and checks its form, not its checksum.
 func parseChunkMeta(b []byte) (chunkMeta, error) {
-	if len(b) < chunkHeader+chunkTrailer || string(b[:4]) != chunkMagic {
+	switch {
+	case len(b) < chunkHeaderV1+chunkTrailer || string(b[:4]) != chunkMagic || b[4] == 0:
 		return chunkMeta{}, fmt.Errorf("chunk: %w: no header in %d bytes", ErrCorrupt, len(b))
-	}
-	if b[4] != chunkV1 {
+	case b[4] > chunkV2:
 		return chunkMeta{}, fmt.Errorf("chunk: %w %d", ErrVersion, b[4])
+	case len(b) < headerLen(b)+chunkTrailer:
+		return chunkMeta{}, fmt.Errorf("chunk: %w: no header in %d bytes", ErrCorrupt, len(b))
 	}
 	m := chunkMeta{
 		Lane:   b[6],
@@ -102,6 +136,11 @@ func parseChunkMeta(b []byte) (chunkMeta, error) {
 		RawLen: int(binary.BigEndian.Uint32(b[20:])),
 		Oldest: int64(binary.BigEndian.Uint64(b[32:])),
 		Newest: int64(binary.BigEndian.Uint64(b[40:])),
+	}
+	if b[4] != chunkV1 {
+		m.Boot = binary.BigEndian.Uint32(b[48:])
+		m.Booted = int64(binary.BigEndian.Uint64(b[52:]))
+		m.Service = int64(binary.BigEndian.Uint64(b[60:]))
 	}
 	if m.Count == 0 || m.RawLen < m.Count || m.RawLen > maxChunk+MaxRecord || m.First.Seq == 0 ||
 		m.First.Seq+uint64(m.Count) < m.First.Seq {
@@ -121,7 +160,7 @@ func decodeChunk(dst, b []byte) (chunkMeta, []byte, error) {
 	if got, want := crc32.Checksum(b[:sum], castagnoli), binary.BigEndian.Uint32(b[sum:]); got != want {
 		return m, nil, fmt.Errorf("chunk: %w: checksum %08x, stored %08x", ErrCorrupt, got, want)
 	}
-	body := b[chunkHeader:sum]
+	body := b[headerLen(b):sum]
 	switch b[5] {
 	case encPlain:
 		dst = append(dst[:0], body...)

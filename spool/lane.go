@@ -177,12 +177,18 @@ func (l *lane) append(r *Record) (seq uint64, n int) {
 	before := len(b.raw)
 	b.raw = AppendRecord(b.raw, r)
 	n = len(b.raw) - before
+	boot, booted := uint32(0), int64(0)
+	if r.Uptime > 0 {
+		boot, booted = l.s.boot, r.Received-r.Uptime
+	}
 	var m *chunkMeta
-	if k := len(b.chunks); k > 0 && b.chunks[k-1].RawLen+n <= l.maxChunk {
+	if k := len(b.chunks); k > 0 && b.chunks[k-1].RawLen+n <= l.maxChunk && b.chunks[k-1].Booted == booted && b.chunks[k-1].Boot == boot {
 		m = &b.chunks[k-1]
 		m.Oldest, m.Newest = min(m.Oldest, r.Received), max(m.Newest, r.Received)
 	} else {
-		b.chunks = append(b.chunks, chunkMeta{Lane: l.number, First: l.next, Oldest: r.Received, Newest: r.Received})
+		b.chunks = append(b.chunks, chunkMeta{
+			Lane: l.number, First: l.next, Oldest: r.Received, Newest: r.Received, Boot: boot, Booted: booted,
+		})
 		m = &b.chunks[k]
 	}
 	m.Count++

@@ -72,6 +72,7 @@ type Reader struct {
 	pos  Position // of the next record
 	raw  []byte   // the current chunk's records from pos on
 	end  Position // of the current chunk
+	tms  Times    // of the current chunk
 	blk  *block   // owns raw; nil: buf does
 	buf  []byte
 	it   *pebble.Iterator
@@ -87,6 +88,7 @@ type Run struct {
 	Pos   Position // of the first record
 	Count int
 	Raw   []byte // the records, back to back; see ParseRecord
+	Times Times
 }
 
 // End is the position after the run's last record.
@@ -135,7 +137,7 @@ func (r *Reader) Next(maxBytes int) (Run, error) {
 			r.forget()
 			if c := r.l.fromTail(r.pos.Seq); c != nil {
 				c.blk.retain()
-				r.blk, r.raw, r.end = c.blk, c.raw, c.End()
+				r.blk, r.raw, r.end, r.tms = c.blk, c.raw, c.End(), r.s.times(&c.chunkMeta)
 				r.s.mu.Unlock()
 				r.closeIter()
 				r.skipTo(c.First)
@@ -185,7 +187,7 @@ func (r *Reader) cut(maxBytes int) (Run, bool) {
 	if len(r.raw) == 0 {
 		return Run{}, false
 	}
-	run := Run{Pos: r.pos}
+	run := Run{Pos: r.pos, Times: r.tms}
 	if len(r.raw) <= maxBytes {
 		run.Raw, run.Count = r.raw, int(r.end.Seq-r.pos.Seq)
 	} else {
@@ -247,7 +249,7 @@ func (r *Reader) load(durable Position) error {
 		case m.First.Seq > r.pos.Seq:
 			r.pass(m.First, errMissing)
 		}
-		r.buf, r.raw, r.end = raw, raw, m.End()
+		r.buf, r.raw, r.end, r.tms = raw, raw, m.End(), r.s.times(&m)
 		r.read += len(v)
 		r.skipTo(m.First)
 		return nil
@@ -368,7 +370,7 @@ func (r *Reader) Park(end Position, record []byte, reason string) error {
 		return err
 	}
 	defer g.End()
-	row := parkedRow{AtMS: uint64(r.s.cfg.Now().UnixMilli()), Reason: reason, Record: record}
+	row := parkedRow{AtMS: uint64(max(r.s.clock.Time().UnixMilli(), 0)), Reason: reason, Record: record}
 	g.Set(keyParked(r.l.number, end.Seq-1, r.cur.upstream), row.append(nil))
 	r.s.mu.Lock()
 	defer r.s.mu.Unlock()

@@ -22,6 +22,10 @@ type Record struct {
 	Flags    Flags
 	Payload  []byte
 	Props    *Props // nil: none
+
+	// Uptime is the machine's time since boot at Received, ms; 0: not known. It stands in the header of the
+	// record's chunk, not in the record: Append takes it, ParseRecord leaves it 0.
+	Uptime int64
 }
 
 // Flags of a record. Written to disk: never renumber, never reuse.

@@ -86,8 +86,8 @@ func (s *Spool) anythingDirty() bool {
 // limit drops what is too old, then what is too much.
 func (s *Spool) limit(l *lane) error {
 	if l.cfg.MaxAge > 0 {
-		cutoff := s.cfg.Now().Add(-l.cfg.MaxAge).UnixMilli()
-		err := s.dropUntil(l, Expired, gapMaxAge, func(m *chunkMeta) bool { return m.Newest >= cutoff })
+		now, age := s.clock.Read().T, l.cfg.MaxAge.Milliseconds()
+		err := s.dropUntil(l, Expired, gapMaxAge, func(m *chunkMeta) bool { return s.clock.Between(s.service(m), now) <= age })
 		if err != nil {
 			return err
 		}

@@ -13,6 +13,7 @@ import (
 	"github.com/google/uuid"
 	"github.com/prometheus/client_golang/prometheus"
 
+	"holdfast/internal/clock"
 	"holdfast/internal/kv"
 )
 
@@ -56,7 +57,8 @@ type Config struct {
 	TailBytes int64
 	Log       *slog.Logger
 	Metrics   prometheus.Registerer // nil: none
-	Now       func() time.Time      // nil: time.Now
+	// Clock is the gateway's, by which messages age; nil: one of the store and the system.
+	Clock *clock.Clock
 }
 
 // Errors of Append, besides kv.ErrClosed and the store's failure.
@@ -96,6 +98,8 @@ type Spool struct {
 	store *kv.Store
 	cfg   Config
 	epoch string
+	clock *clock.Clock
+	boot  uint32  // the clock's number of this boot
 	lanes []*lane // by Lane; system is 0
 	names map[string]Lane
 
@@ -123,9 +127,13 @@ func Open(store *kv.Store, cfg Config) (*Spool, error) {
 		wake:     make(chan struct{}, 1),
 		stop:     make(chan struct{}),
 	}
-	if s.cfg.Now == nil {
-		s.cfg.Now = time.Now
+	if s.clock = cfg.Clock; s.clock == nil {
+		var err error
+		if s.clock, err = clock.Open(store, clock.Config{Log: cfg.Log}); err != nil {
+			return nil, err
+		}
 	}
+	s.boot = s.clock.Boot()
 	if s.cfg.TailBytes <= 0 {
 		s.cfg.TailBytes = 4 << 20
 	}
@@ -133,6 +141,9 @@ func Open(store *kv.Store, cfg Config) (*Spool, error) {
 		return nil, err
 	}
 	if err := s.openLanes(); err != nil {
+		return nil, err
+	}
+	if err := s.sawTimes(); err != nil {
 		return nil, err
 	}
 	s.tailMax = s.cfg.TailBytes / int64(len(s.lanes))
@@ -458,13 +469,18 @@ func (s *Spool) announcement(a gap) *Record {
 	if err != nil {
 		panic(err) // strings and numbers always marshal
 	}
-	return &Record{
-		Received: s.cfg.Now().UnixMilli(),
-		Topic:    []byte(s.cfg.GapTopic),
-		Flags:    FlagQoS1,
-		Payload:  payload,
-		Props:    &Props{ContentType: "application/json", Upstream: a.Upstream},
+	now := s.clock.Read()
+	r := &Record{
+		Received: now.Wall, Uptime: now.Uptime(),
+		Topic:   []byte(s.cfg.GapTopic),
+		Flags:   FlagQoS1,
+		Payload: payload,
+		Props:   &Props{ContentType: "application/json", Upstream: a.Upstream},
 	}
+	if now.Unsynced {
+		r.Flags |= FlagClockUnsynced
+	}
+	return r
 }
 
 // sealed is what one group commit takes of the spool.
@@ -475,6 +491,7 @@ type sealed struct {
 	heads []sealedHead
 	gaps  []gap  // announced by this commit
 	chunk []byte // room to encode a chunk
+	now   clock.Moment
 }
 
 type sealedLane struct {
@@ -502,6 +519,7 @@ func (s *Spool) Seal() any {
 		st = &sealed{}
 	}
 	s.announce(st)
+	st.now = s.clock.Read()
 	mutable, _ := s.store.Memtable()
 	for _, l := range s.lanes {
 		if l.open != nil {
@@ -565,6 +583,7 @@ func (s *Spool) Stage(v any, w kv.Writer) error {
 		raw := sl.blk.raw
 		for i := range sl.blk.chunks {
 			m := &sl.blk.chunks[i]
+			m.stamp(st.now)
 			st.chunk = appendChunk(st.chunk[:0], m, raw[:m.RawLen], compress)
 			raw = raw[m.RawLen:]
 			w.Set(appendDataKey(key[:0], m.Lane, m.First.Seq), st.chunk)

@@ -16,6 +16,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/testutil"
 	"go.uber.org/goleak"
 
+	"holdfast/internal/clock"
 	"holdfast/internal/kv"
 	"holdfast/spool"
 )
@@ -33,6 +34,7 @@ const childEnv = "HOLDFAST_TEST_CHILD"
 type rig struct {
 	t     testing.TB
 	store *kv.Store
+	clk   *clock.Clock // nil: the system's
 	*spool.Spool
 }
 
@@ -55,6 +57,12 @@ func open(t testing.TB, fs vfs.FS, cfg spool.Config) *rig {
 
 func openWith(t testing.TB, o kv.Options, cfg spool.Config) *rig {
 	t.Helper()
+	return openHeld(t, o, nil, cfg)
+}
+
+// openHeld opens a spool whose clock the test holds; nil: the system's.
+func openHeld(t testing.TB, o kv.Options, h *held, cfg spool.Config) *rig {
+	t.Helper()
 	o.Log = logger(t)
 	if o.Fatal == nil {
 		o.Fatal = func(err error) { t.Errorf("store failed: %v", err) }
@@ -63,13 +71,18 @@ func openWith(t testing.TB, o kv.Options, cfg spool.Config) *rig {
 	if err != nil {
 		t.Fatal(err)
 	}
+	if h != nil {
+		if cfg.Clock, err = clock.Open(store, clock.Config{Source: h.source(), Log: o.Log}); err != nil {
+			t.Fatal(err)
+		}
+	}
 	cfg.Log = o.Log
 	cfg.Gateway, cfg.GapTopic = "gw1", "gw/gw1/evt/gap"
 	sp, err := spool.Open(store, cfg)
 	if err != nil {
 		t.Fatal(err)
 	}
-	r := &rig{t: t, store: store, Spool: sp}
+	r := &rig{t: t, store: store, clk: cfg.Clock, Spool: sp}
 	t.Cleanup(r.close)
 	return r
 }
@@ -456,18 +469,17 @@ func TestFullLaneDropsOldestAndAnnouncesIt(t *testing.T) {
 func TestOldMessagesExpire(t *testing.T) {
 	cfg := lanes("telemetry")
 	cfg.Lanes[0].MaxAge = time.Minute
-	var now atomicTime
-	now.set(rec(0).Received)
-	cfg.Now = now.get
-	r := open(t, vfs.NewMem(), cfg)
+	h := newHeld()
+	r := openHeld(t, kv.Options{FS: vfs.NewMem()}, h, cfg)
 	rd, _ := r.reader("cloud", "telemetry")
 	for i := range 10 {
+		h.advance(time.Second)
 		r.put("telemetry", i*10, i*10+10)
 	}
-	now.set(rec(55).Received + time.Minute.Milliseconds())
+	h.advance(time.Minute - 3*time.Second - time.Millisecond)
 	want := uint64(0) // a chunk goes when its newest message is too old
 	for _, start := range chunkStarts(t, r) {
-		if start <= 56 {
+		if start <= 61 { // the sixth is as old as the lane keeps messages, and not older
 			want = start - 1
 		}
 	}

@@ -27,11 +27,12 @@ var arrows = map[string][]string{
 	"bridge/cloud/example":   {"bridge/cloud", "bridge/mqttup", "bridge/wire"},
 	"bridge/mqttup":          {"bridge", "bridge/wire"},
 	"bridge/bridgetest":      {"bridge", "bridge/wire"},
-	"spool":                  {"internal/kv"},
-	"devices":                {"internal/kv"},
+	"spool":                  {"internal/clock", "internal/kv"},
+	"devices":                {"internal/clock", "internal/kv"},
 	"firmware-sim":           {"bridge/cloud", "bridge/mqttup", "bridge/wire", "internal/mqtt"},
 	"internal/archtest":      {},
 	"internal/bench":         {"*", "internal/testkit"},
+	"internal/clock":         {"internal/kv"},
 	"internal/config":        {"bridge", "devices", "gateway/broker", "internal/mqtt", "spool"}, // the packages' Config types; mqtt to check filters
 	"internal/kv":            {},
 	"internal/lifecycle":     {},
@@ -47,7 +48,7 @@ var adapters = map[string][]string{
 	"github.com/mochi-mqtt/server/v2/hooks": {},                                   // its storage hooks acknowledge before they store
 	"github.com/cockroachdb/pebble/v2":      {"internal/kv", "spool", "devices"},
 	"github.com/eclipse/paho.mqtt.golang":   {"bridge/mqttup"},
-	"github.com/fxamacker/cbor/v2":          {"bridge/wire", "devices"},
+	"github.com/fxamacker/cbor/v2":          {"bridge/wire", "devices", "internal/clock"},
 }
 
 // absent may not be linked into any program of ours.

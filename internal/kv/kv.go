@@ -14,7 +14,7 @@ import (
 // Key prefixes: the first byte of every key says who owns the row.
 // Written to disk: never renumber, never reuse.
 const (
-	PrefixMeta     = 'm' // kv: format version; spool: epoch, lane names
+	PrefixMeta     = 'm' // kv: format version; spool: epoch, lane names; clock: itself, boots
 	PrefixLane     = 'l' // spool: a lane's tail
 	PrefixCursor   = 'u' // spool: an upstream's cursor and accounts in a lane
 	PrefixData     = 'd' // spool: chunks

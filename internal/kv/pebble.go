@@ -11,7 +11,7 @@ import (
 // FormatVersion is the version of everything below the key prefixes. A store written by a newer
 // holdfast is refused, never treated as damaged.
 // Written to disk: never renumber, never reuse.
-const FormatVersion = 1
+const FormatVersion = 2
 
 var formatKey = []byte{PrefixMeta, 'f', 'o', 'r', 'm', 'a', 't'}
 
