@@ -40,6 +40,7 @@ type lane struct {
 	deleted   uint64   // record bytes since the last excise that were deleted in a memtable
 	seen      uint64   // durable.Seq at the last tick, for quiet
 	quiet     int      // ticks since the last message
+	hurry     bool     // however little is finished with, it is wanted back
 }
 
 // cursor is an upstream's place in a lane.

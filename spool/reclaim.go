@@ -25,7 +25,7 @@ const exciseBytes = 16 << 20
 // quietTicks is after how many looks without new messages a lane is excised however little it is.
 const quietTicks = 3
 
-// reclaim excises the lane's finished chunks when they are worth it.
+// reclaim excises the lane's finished chunks when they are worth it. The caller holds house.
 func (s *Spool) reclaim(l *lane, ticked bool) error {
 	_, flushed := s.store.Memtable()
 	s.mu.Lock()
@@ -45,7 +45,10 @@ func (s *Spool) reclaim(l *lane, ticked bool) error {
 			l.seen, l.quiet = l.durable.Seq, 0
 		}
 	}
-	worth := finished >= exciseBytes || (finished > 0 && l.quiet >= quietTicks)
+	worth := finished >= exciseBytes || (finished > 0 && (l.quiet >= quietTicks || l.hurry))
+	if finished == 0 {
+		l.hurry = false
+	}
 	s.mu.Unlock()
 	if !worth {
 		return nil

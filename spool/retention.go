@@ -31,6 +31,8 @@ func (s *Spool) housekeeping() {
 
 // keepHouse applies the lanes' limits, commits cursors that moved, and gives space back.
 func (s *Spool) keepHouse(ticked bool) error {
+	s.house.Lock()
+	defer s.house.Unlock()
 	for _, l := range s.lanes {
 		if err := s.limit(l); err != nil {
 			return err
@@ -87,7 +89,7 @@ func (s *Spool) anythingDirty() bool {
 func (s *Spool) limit(l *lane) error {
 	if l.cfg.MaxAge > 0 {
 		now, age := s.clock.Read().T, l.cfg.MaxAge.Milliseconds()
-		err := s.dropUntil(l, Expired, gapMaxAge, func(m *chunkMeta) bool { return s.clock.Between(s.service(m), now) <= age })
+		_, err := s.dropUntil(l, Expired, gapMaxAge, func(m *chunkMeta) bool { return s.clock.Between(s.service(m), now) <= age }, nil)
 		if err != nil {
 			return err
 		}
@@ -99,24 +101,27 @@ func (s *Spool) limit(l *lane) error {
 		want := l.head.Bytes + held - uint64(l.cfg.MaxBytes) + uint64(min(l.cfg.MaxBytes/64, 16<<20))
 		s.mu.Unlock()
 		if held >= uint64(l.cfg.MaxBytes) {
-			return s.dropUntil(l, Evicted, gapMaxBytes, func(m *chunkMeta) bool { return m.First.Bytes >= want })
+			_, err := s.dropUntil(l, Evicted, gapMaxBytes, func(m *chunkMeta) bool { return m.First.Bytes >= want }, nil)
+			return err
 		}
 	}
 	return nil
 }
 
 // dropUntil lets go of the lane's oldest chunks up to the first one to keep. Bytes before a chunk
-// and times rise with the sequence, so the place is found by bisection, whatever the backlog.
-func (s *Spool) dropUntil(l *lane, o Outcome, reason string, keep func(*chunkMeta) bool) error {
+// and times rise with the sequence, so the place is found by bisection, whatever the backlog. With
+// within, which says of a record whether it stays, it goes on into the first chunk to keep, up to the
+// first record to keep. It returns what left the lane. The caller holds house.
+func (s *Spool) dropUntil(l *lane, o Outcome, reason string, keep func(*chunkMeta) bool, within func(uint64, *Record) bool) (gone Count, err error) {
 	s.mu.Lock()
 	head, end := l.head, l.durable
 	s.mu.Unlock()
 	if head.Seq >= end.Seq {
-		return nil
+		return gone, nil
 	}
 	it, err := s.store.Iter(dataBounds(l.number))
 	if err != nil {
-		return err
+		return gone, err
 	}
 	defer it.Close()
 	var first, last, m chunkMeta
@@ -124,9 +129,12 @@ func (s *Spool) dropUntil(l *lane, o Outcome, reason string, keep func(*chunkMet
 	ok, err := chunkAt(it, l, head.Seq, &first)
 	switch {
 	case err != nil:
-		return err
+		return gone, err
 	case ok && keep(&first):
-		return nil // the usual case: one look at the oldest chunk
+		if within == nil {
+			return gone, nil // the usual case: one look at the oldest chunk
+		}
+		hi = lo
 	case ok:
 		lo, last, to = first.End().Seq, first, first.End()
 	}
@@ -134,7 +142,7 @@ func (s *Spool) dropUntil(l *lane, o Outcome, reason string, keep func(*chunkMet
 		ok, err := chunkAt(it, l, lo+(hi-lo)/2, &m)
 		switch {
 		case err != nil:
-			return err
+			return gone, err
 		case !ok: // damaged or missing: what lies beyond decides
 			lo += (hi-lo)/2 + 1
 		case keep(&m):
@@ -143,29 +151,69 @@ func (s *Spool) dropUntil(l *lane, o Outcome, reason string, keep func(*chunkMet
 			lo, last, to = m.End().Seq, m, m.End()
 		}
 	}
-	if to.Seq <= head.Seq {
-		return nil
+	fromMS, toMS := first.Oldest, last.Newest
+	if within != nil && to.Seq < end.Seq {
+		if to, toMS, err = dropWithin(it, l, to, toMS, within); err != nil {
+			return gone, err
+		}
 	}
+	if to.Seq <= head.Seq {
+		return gone, nil
+	}
+	return s.drop(l, to, loss{outcome: o, reason: reason, fromMS: fromMS, toMS: toMS}), nil
+}
+
+// drop lets go of everything before to, for every upstream, and returns what left the lane.
+func (s *Spool) drop(l *lane, to Position, how loss) (gone Count) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	head := l.head
 	for _, c := range l.cursors {
 		if c.active {
-			c.resolve(to, loss{outcome: o, reason: reason, fromMS: first.Oldest, toMS: last.Newest})
+			c.resolve(to, how)
 		}
 	}
-	if !l.waiting() {
+	if !l.waiting() && to.Seq > head.Seq {
 		n := &l.evicted
-		if o == Expired {
+		if how.outcome == Expired {
 			n = &l.expired
 		}
-		if to.Seq > l.head.Seq {
-			n.add(l.head, to)
-			s.moveHead(l, to)
-		}
+		n.add(head, to)
+		s.moveHead(l, to)
 	}
 	s.advanceHead(l)
 	s.notify()
-	return nil
+	gone.add(head, l.head)
+	return gone
+}
+
+// dropWithin moves to forward in its chunk, up to the first record that stays says of. toMS is when the last record
+// before it was received.
+func dropWithin(it *pebble.Iterator, l *lane, to Position, toMS int64, stays func(uint64, *Record) bool) (Position, int64, error) {
+	if !it.SeekLT(keyData(l.number, to.Seq+1)) {
+		return to, toMS, it.Error()
+	}
+	v, err := it.ValueAndErr()
+	if err != nil {
+		return to, toMS, err
+	}
+	m, raw, err := decodeChunk(nil, v)
+	if err != nil || m.First.Seq > to.Seq || m.End().Seq <= to.Seq || to.Bytes-m.First.Bytes > uint64(len(raw)) {
+		return to, toMS, nil //nolint:nilerr // a damaged chunk is the reader's to report
+	}
+	raw = raw[to.Bytes-m.First.Bytes:]
+	var r Record
+	for len(raw) > 0 {
+		n, err := ParseRecord(raw, &r)
+		if err != nil || stays(to.Seq, &r) {
+			return to, toMS, nil //nolint:nilerr // as above
+		}
+		raw = raw[n:]
+		toMS = r.Received
+		to.Seq++
+		to.Bytes += uint64(n)
+	}
+	return to, toMS, nil
 }
 
 // chunkAt reads the header of the stored chunk that holds seq. ok is false if there is none that can be read.

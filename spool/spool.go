@@ -104,6 +104,7 @@ type Spool struct {
 	names map[string]Lane
 
 	blocks    blockPool
+	house     sync.Mutex // held by whoever drops messages or gives space back; taken before the others
 	mu        sync.Mutex // guards what is committed: see the package comment
 	consumers []*Consumer
 	free      []*sealed // to be used again
@@ -424,6 +425,7 @@ const (
 	gapDetached = "detached"  // they were dropped while the upstream was not configured
 	gapExpired  = "expired"   // their own MQTT 5 message expiry interval had passed
 	gapParked   = "parked"    // the upstream refused them for good
+	gapPurged   = "purged"    // somebody had them dropped
 )
 
 // gap is the announcement of messages that an upstream will not get (docs/formats.md).

@@ -28,7 +28,7 @@ var needs = map[string]string{
 	"get_metrics": "viewer", "get_openapi": "viewer", "get_status": "viewer", "list_devices": "viewer", "get_device": "viewer",
 	"list_device_commands": "viewer", "list_commands": "viewer", "get_command": "viewer", "list_lanes": "viewer", "list_messages": "viewer",
 	"list_upstreams": "viewer", "watch_events": "viewer",
-	"change_device": "operator", "send_command": "operator", "cancel_command": "operator",
+	"change_device": "operator", "send_command": "operator", "cancel_command": "operator", "purge_lane": "operator",
 	"add_device": "admin", "remove_device": "admin", "add_credential": "admin", "remove_credential": "admin",
 	"list_tokens": "admin", "add_token": "admin", "remove_token": "admin",
 }
@@ -802,5 +802,35 @@ func BenchmarkStatus(b *testing.B) {
 	as("viewer")(req)
 	for b.Loop() {
 		api.Handler().ServeHTTP(httptest.NewRecorder(), req)
+	}
+}
+
+func TestPurgeTakesWhatIsSaid(t *testing.T) {
+	r := newRig(t)
+	const target = "/api/v1/lanes/alarm/purge"
+	var got httpapi.Purged
+	for b, want := range map[string][]any{
+		`{"all":true}`: {time.Time{}, uint64(0)},
+		`{"up_to":7}`:  {time.Time{}, uint64(7)},
+		`{"older_than":"2026-05-04T03:02:01Z","up_to":7}`: {then, uint64(7)},
+	} {
+		r.into(&got, 200, "POST", target, body(b))
+		if d := cmp.Diff(want, r.lanes.purged); d != "" || got.Lane != "alarm" || got.Purged.Messages != 2 {
+			t.Errorf("%s: answer %+v, %s", b, got, d)
+		}
+	}
+	r.into(&got, 200, "POST", target, body(`{"older_than":"72h"}`))
+	if age := time.Since(r.lanes.purged[0].(time.Time)) - 72*time.Hour; age < 0 || age > time.Minute {
+		t.Errorf("72 hours ago is %v wrong", age)
+	}
+	r.lanes.purged = nil
+	for _, b := range []string{`{}`, `{"all":false}`, `{"all":true,"up_to":7}`, `{"older_than":"-1h"}`, `{"older_than":"yesterday"}`, `{"up_to":-1}`} {
+		if a := r.ask("POST", target, body(b)); a.code() != "bad_body" || r.lanes.purged != nil {
+			t.Errorf("%s = %d %s, purged %v", b, a.status, a.body, r.lanes.purged)
+		}
+	}
+	r.lanes.err = errDisk
+	if a := r.ask("POST", target, body(`{"all":true}`)); a.code() != "unavailable" {
+		t.Errorf("a disk that fails = %d %s", a.status, a.body)
 	}
 }

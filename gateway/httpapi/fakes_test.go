@@ -380,6 +380,15 @@ func (q *queue) List(f devices.CommandFilter) (page []devices.Command, next uint
 type lanes struct {
 	records []spool.Record
 	err     error
+	purged  []any // what was asked for last
+}
+
+func (l *lanes) Purge(lane string, olderThan time.Time, upTo uint64) (spool.Count, error) {
+	if lane != "alarm" {
+		return spool.Count{}, fmt.Errorf("lane %q: %w", lane, spool.ErrNoLane)
+	}
+	l.purged = []any{olderThan, upTo}
+	return spool.Count{Messages: 2, Bytes: 50}, l.err
 }
 
 func (l *lanes) Lanes() []spool.LaneStat { return []spool.LaneStat{{Name: "alarm"}} }

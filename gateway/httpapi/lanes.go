@@ -61,6 +61,37 @@ func (s *Server) listMessages(c *call) error {
 	return c.reply(http.StatusOK, page)
 }
 
+// purge drops messages. What is to go has to be said: nothing at all would be everything.
+func (s *Server) purge(c *call) error {
+	var b PurgeRequest
+	if err := c.decode(&b); err != nil {
+		return err
+	}
+	lane := c.path("lane")
+	c.object = lane
+	if b.All == (b.OlderThan != "" || b.UpTo != 0) {
+		return failf(codeBadBody, "say which messages are to go: older_than, up_to or both; or all, and nothing else")
+	}
+	var before time.Time
+	if b.OlderThan != "" {
+		at, timeErr := time.Parse(time.RFC3339, b.OlderThan)
+		age, ageErr := time.ParseDuration(b.OlderThan)
+		switch {
+		case timeErr == nil:
+			before = at
+		case ageErr == nil && age >= 0:
+			before = time.Now().Add(-age)
+		default:
+			return failf(codeBadBody, "older_than is %.64q: it is an age such as 72h, or a time such as 2026-05-04T03:02:01Z", b.OlderThan)
+		}
+	}
+	gone, err := s.p.Lanes.Purge(lane, before, b.UpTo)
+	if err != nil {
+		return err
+	}
+	return c.reply(http.StatusOK, Purged{Lane: lane, Purged: gone})
+}
+
 // message shows r, of which it keeps nothing.
 func (s *Server) message(lane string, seq uint64, r *spool.Record) Message {
 	m := Message{

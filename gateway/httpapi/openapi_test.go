@@ -175,6 +175,10 @@ var rows = map[string]row{
 		},
 		fails: map[string]func(*rig) *answered{"unknown_lane": calls("GET", "/api/v1/lanes/x/messages")},
 	},
+	"purge_lane": {
+		method: "POST", target: "/api/v1/lanes/alarm/purge", body: `{"older_than":"72h","up_to":18446744073709551615}`,
+		fails: map[string]func(*rig) *answered{"unknown_lane": calls("POST", "/api/v1/lanes/x/purge", body(`{"all":true}`))},
+	},
 	"list_upstreams": {method: "GET", target: "/api/v1/upstreams"},
 	"watch_events":   {method: "GET", target: "/api/v1/events"}, // a stream: its own tests call it, and the test below its failures
 	"list_tokens":    {method: "GET", target: "/api/v1/tokens"},
@@ -230,7 +234,7 @@ var common = map[string]func(r *rig, w *row, op operation) *answered{
 		return r.ask(w.method, w.target, body(strings.Repeat(" ", 256<<10+1)))
 	},
 	"unavailable": func(r *rig, w *row, _ operation) *answered {
-		r.registry.err, r.queue.err, r.tokens.err = errDisk, errDisk, errDisk
+		r.registry.err, r.queue.err, r.tokens.err, r.lanes.err = errDisk, errDisk, errDisk, errDisk
 		return w.call(r)
 	},
 	"internal": func(r *rig, w *row, _ operation) *answered {

@@ -53,12 +53,15 @@ type Commands interface {
 	List(f devices.CommandFilter) (page []devices.Command, next uint64, err error)
 }
 
-// Lanes shows what is spooled; *spool.Spool is one.
+// Lanes shows what is spooled, and drops it; *spool.Spool is one.
 type Lanes interface {
 	Lanes() []spool.LaneStat
 	// Peek calls fn for up to limit messages of lane from sequence from on, and ends with fn's error. r is valid during
 	// the call. spool.ErrNoLane.
 	Peek(lane string, from uint64, limit int, fn func(seq uint64, r *spool.Record) error) error
+	// Purge drops messages received before olderThan (zero: of any age) with a sequence up to upTo (0: all), from the oldest
+	// on until the first that is to stay. spool.ErrNoLane.
+	Purge(lane string, olderThan time.Time, upTo uint64) (spool.Count, error)
 }
 
 // Tokens keeps who may use the API. Many goroutines may call it.
@@ -95,7 +98,7 @@ type Role uint8
 // The roles. The zero value may nothing that is not open to everybody.
 const (
 	Viewer   Role = 1 // reads
-	Operator Role = 2 // sends and cancels commands, enables and disables devices
+	Operator Role = 2 // sends and cancels commands, enables and disables devices, purges lanes
 	Admin    Role = 3 // adds and removes devices, credentials and tokens
 )
 

@@ -210,6 +210,11 @@ var table = []route{
 		answers: []answer{{200, "A page of them, payloads no longer than 4 KiB.", is[MessagePage](), ""}}, fails: []string{codeNoLane}, h: (*Server).listMessages,
 	},
 	{
+		method: "POST", path: "/api/v1/lanes/{lane}/purge", who: Operator, id: "purge_lane",
+		summary: "Drop messages of a lane, the oldest first, until the first that is to stay. They count as evicted, and upstreams are told (gap, reason purged). The space is free at once.",
+		body:    is[PurgeRequest](), answers: []answer{{200, "What is gone.", is[Purged](), ""}}, fails: []string{codeNoLane}, h: (*Server).purge,
+	},
+	{
 		method: "GET", path: "/api/v1/upstreams", who: Viewer, id: "list_upstreams", summary: "The links to the cloud.",
 		answers: []answer{{200, "All of them.", is[UpstreamList](), ""}}, h: (*Server).listUpstreams,
 	},

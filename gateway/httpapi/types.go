@@ -143,6 +143,19 @@ type LaneList struct {
 	Lanes []spool.LaneStat `json:"lanes"`
 }
 
+// PurgeRequest is the body of POST /lanes/{lane}/purge.
+type PurgeRequest struct {
+	OlderThan string `json:"older_than,omitempty" doc:"Only messages received longer ago than this, such as 72h, or before this time (RFC 3339)."`
+	UpTo      uint64 `json:"up_to,omitempty" doc:"Only messages up to this sequence number."`
+	All       bool   `json:"all,omitempty" doc:"Every message of the lane; instead of the others."`
+}
+
+// Purged answers POST /lanes/{lane}/purge: what left the lane.
+type Purged struct {
+	Lane   string      `json:"lane"`
+	Purged spool.Count `json:"purged"`
+}
+
 // UpstreamList answers GET /upstreams.
 type UpstreamList struct {
 	Upstreams []Upstream `json:"upstreams"`
