@@ -175,6 +175,21 @@ var rows = map[string]row{
 		},
 		fails: map[string]func(*rig) *answered{"unknown_lane": calls("GET", "/api/v1/lanes/x/messages")},
 	},
+	"list_parked": {
+		method: "GET", target: "/api/v1/parked?upstream=cloud", ready: withParked,
+		fails: map[string]func(*rig) *answered{"unknown_lane": calls("GET", "/api/v1/parked?lane=x")},
+	},
+	"replay_parked": {
+		method: "POST", target: "/api/v1/parked/replay", body: `{"lane":"alarm","upstream":"cloud"}`, ready: withParked,
+		fails: map[string]func(*rig) *answered{
+			"unknown_lane":     calls("POST", "/api/v1/parked/replay", body(`{"lane":"x","upstream":"cloud"}`)),
+			"unknown_upstream": calls("POST", "/api/v1/parked/replay", body(`{"lane":"alarm","upstream":"x"}`)),
+			"lane_full": func(r *rig) *answered {
+				r.lanes.err = spool.ErrFull
+				return r.ask("POST", "/api/v1/parked/replay", body(`{"lane":"alarm","upstream":"cloud"}`))
+			},
+		},
+	},
 	"list_upstreams": {method: "GET", target: "/api/v1/upstreams"},
 	"watch_events":   {method: "GET", target: "/api/v1/events"}, // a stream: its own tests call it, and the test below its failures
 	"list_tokens":    {method: "GET", target: "/api/v1/tokens"},
@@ -230,7 +245,7 @@ var common = map[string]func(r *rig, w *row, op operation) *answered{
 		return r.ask(w.method, w.target, body(strings.Repeat(" ", 256<<10+1)))
 	},
 	"unavailable": func(r *rig, w *row, _ operation) *answered {
-		r.registry.err, r.queue.err, r.tokens.err = errDisk, errDisk, errDisk
+		r.registry.err, r.queue.err, r.tokens.err, r.lanes.err = errDisk, errDisk, errDisk, errDisk
 		return w.call(r)
 	},
 	"internal": func(r *rig, w *row, _ operation) *answered {

@@ -53,12 +53,18 @@ type Commands interface {
 	List(f devices.CommandFilter) (page []devices.Command, next uint64, err error)
 }
 
-// Lanes shows what is spooled; *spool.Spool is one.
+// Lanes shows what is spooled, and replays what was parked; *spool.Spool is one.
 type Lanes interface {
 	Lanes() []spool.LaneStat
 	// Peek calls fn for up to limit messages of lane from sequence from on, and ends with fn's error. r is valid during
 	// the call. spool.ErrNoLane.
 	Peek(lane string, from uint64, limit int, fn func(seq uint64, r *spool.Record) error) error
+	// ParkedFrom calls fn for the messages that upstreams refused for good, from sequence seq of lane on, lane by lane and by
+	// sequence, and ends with fn's error. spool.ErrNoLane.
+	ParkedFrom(lane string, seq uint64, fn func(spool.ParkedMessage) error) error
+	// Replay puts parked messages back into their lane for the upstream and returns how many. seqs nil: all. spool.ErrNoLane,
+	// ErrNotWaiting, ErrFull; ErrRecord and ErrTooLarge about those that stay parked.
+	Replay(lane, upstream string, seqs []uint64) (n int, err error)
 }
 
 // Tokens keeps who may use the API. Many goroutines may call it.
@@ -95,7 +101,7 @@ type Role uint8
 // The roles. The zero value may nothing that is not open to everybody.
 const (
 	Viewer   Role = 1 // reads
-	Operator Role = 2 // sends and cancels commands, enables and disables devices
+	Operator Role = 2 // sends and cancels commands, enables and disables devices, replays parked messages
 	Admin    Role = 3 // adds and removes devices, credentials and tokens
 )
 
