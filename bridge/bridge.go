@@ -464,7 +464,7 @@ func (b *Bridge) pass(i int, p piece) error {
 		b.counts.expired.Add(uint64(p.flight.records))
 	case spool.Parked:
 		b.counts.parked.Add(uint64(p.flight.records))
-	case spool.Delivered, spool.Evicted:
+	case spool.Delivered, spool.Evicted, spool.Elsewhere:
 	}
 	return b.settle(i)
 }

@@ -335,6 +335,33 @@ func TestSystemLaneGoesToItsOwnTopics(t *testing.T) {
 	}
 }
 
+// TestReplayForAnotherUpstreamIsPassedOver: it is not sent, and not counted as if it had been.
+func TestReplayForAnotherUpstreamIsPassedOver(t *testing.T) {
+	for _, format := range []string{bridge.FormatBatch, bridge.FormatPassthrough, bridge.FormatCloudEvents} {
+		t.Run(format, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				r := newRig(t, bridge.Config{Format: format})
+				theirs, ours := message("pump", "dt/pump", "1"), message("pump", "dt/pump", "2")
+				theirs.Props, ours.Props = &spool.Props{Upstream: "other"}, &spool.Props{Upstream: "cloud"}
+				r.src.add("telemetry", message("pump", "dt/pump", "0"), theirs, ours, message("pump", "dt/pump", "3"))
+				r.start()
+				r.settled(time.Second)
+				got := 0
+				for _, m := range r.up.Arrived() {
+					got += m.Count
+				}
+				if got != 3 {
+					t.Errorf("%d messages arrived, want 3", got)
+				}
+				o := r.src.outcomes("telemetry")
+				if o[spool.Delivered] != 3 || o[spool.Elsewhere] != 1 {
+					t.Errorf("outcomes %v", o)
+				}
+			})
+		})
+	}
+}
+
 func TestExpiredMessagesAreNotSent(t *testing.T) {
 	for _, format := range []string{bridge.FormatBatch, bridge.FormatPassthrough} {
 		t.Run(format, func(t *testing.T) {

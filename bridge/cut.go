@@ -105,7 +105,7 @@ type verdict int
 const (
 	toSend  verdict = iota
 	tooOld          // its message expiry interval is over
-	notOurs         // the system lane's word to another upstream
+	notOurs         // a word to another upstream, or a replay for it
 )
 
 func (b *Bridge) judge(l *lane, r *spool.Record, nowMS int64) verdict {
@@ -115,7 +115,7 @@ func (b *Bridge) judge(l *lane, r *spool.Record, nowMS int64) verdict {
 	if r.Props.Expiry > 0 && nowMS >= r.Received+int64(r.Props.Expiry)*1000 {
 		return tooOld
 	}
-	if l.name == spool.SystemLane && r.Props.Upstream != "" && r.Props.Upstream != b.cfg.Name {
+	if r.Props.Upstream != "" && r.Props.Upstream != b.cfg.Name {
 		return notOurs
 	}
 	return toSend
@@ -157,8 +157,10 @@ func (b *Bridge) cut(l *lane, maxRaw int) piece {
 			return piece{flight: f, outcome: spool.Parked}
 		case v == tooOld:
 			return piece{flight: l.take(k, 1), outcome: spool.Expired}
-		default:
+		case l.name == spool.SystemLane: // its sequences travel to nobody
 			return piece{flight: l.take(k, 1), outcome: spool.Delivered}
+		default:
+			return piece{flight: l.take(k, 1), outcome: spool.Elsewhere}
 		}
 	}
 	first, raw := l.pos.Seq, l.raw[:size:size]

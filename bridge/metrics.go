@@ -129,7 +129,7 @@ func (c *laneCounters) passed(o spool.Outcome, n int) {
 		c.expired.Add(float64(n))
 	case spool.Parked:
 		c.parked.Add(float64(n))
-	case spool.Delivered, spool.Evicted:
+	case spool.Delivered, spool.Evicted, spool.Elsewhere:
 		c.skipped.Add(float64(n))
 	}
 }

@@ -124,6 +124,7 @@ func (r *cursorRow) outcome(o Outcome) *Count {
 		return &r.Evicted
 	case Parked:
 		return &r.Parked
+	case Elsewhere: // is one of the above by now
 	}
 	panic(fmt.Sprintf("spool: outcome %d", o))
 }

@@ -170,7 +170,10 @@ func (l *lane) makeRoom(n int) error {
 }
 
 // append adds r to what gathers and returns its sequence and size. The caller holds the commit lock.
-func (l *lane) append(r *Record) (seq uint64, n int) {
+func (l *lane) append(r *Record) (seq uint64, n int) { return l.appendAged(r, r.Received) }
+
+// appendAged is append with another time, Unix ms, from which the lane's limits count r's age.
+func (l *lane) appendAged(r *Record, sinceMS int64) (seq uint64, n int) {
 	if l.open == nil {
 		l.open = l.s.blocks.get()
 	}
@@ -185,10 +188,10 @@ func (l *lane) append(r *Record) (seq uint64, n int) {
 	var m *chunkMeta
 	if k := len(b.chunks); k > 0 && b.chunks[k-1].RawLen+n <= l.maxChunk && b.chunks[k-1].Booted == booted && b.chunks[k-1].Boot == boot {
 		m = &b.chunks[k-1]
-		m.Oldest, m.Newest = min(m.Oldest, r.Received), max(m.Newest, r.Received)
+		m.Oldest, m.Newest = min(m.Oldest, sinceMS), max(m.Newest, sinceMS)
 	} else {
 		b.chunks = append(b.chunks, chunkMeta{
-			Lane: l.number, First: l.next, Oldest: r.Received, Newest: r.Received, Boot: boot, Booted: booted,
+			Lane: l.number, First: l.next, Oldest: sinceMS, Newest: sinceMS, Boot: boot, Booted: booted,
 		})
 		m = &b.chunks[k]
 	}
@@ -309,7 +312,7 @@ func (c *cursor) resolve(end Position, how loss) {
 		c.row.outcome(part.outcome).add(part.from, part.to)
 		c.row.Pos = part.to
 		c.dirty = true
-		if part.outcome != Delivered {
+		if part.reason != "" {
 			c.lose(part)
 		}
 	}

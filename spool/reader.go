@@ -357,6 +357,8 @@ func (r *Reader) resolve(end Position, o Outcome) {
 		how.reason = gapDamaged // to whom it reads, it is not readable
 	case Parked:
 		how.reason = gapParked
+	case Elsewhere:
+		how.outcome, how.reason = Delivered, gapOther
 	}
 	r.cur.resolve(end, how)
 	r.s.advanceHead(r.l)

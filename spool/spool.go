@@ -91,6 +91,9 @@ const (
 	Expired
 	Evicted
 	Parked
+	// Elsewhere: it is a replay for another upstream (see Replay). It counts as delivered and is announced, so that
+	// nobody misses its sequence.
+	Elsewhere
 )
 
 // Spool is the store-and-forward log of one gateway. All methods may be called from many goroutines.
@@ -116,6 +119,7 @@ type Spool struct {
 	done      sync.WaitGroup
 	closeOnce sync.Once
 	tailMax   int64
+	replaying sync.Mutex // one Replay at a time: two would take the same message
 }
 
 // Open opens the spool in store, which it joins as the participant of the group commit. It takes
@@ -419,13 +423,14 @@ func (p *Props) size() int {
 
 // Reasons for a gap, as announced.
 const (
-	gapMaxBytes = "max_bytes" // the lane was full
-	gapMaxAge   = "max_age"   // the messages were too old
-	gapDamaged  = "damaged"   // the disk no longer gives them back
-	gapDetached = "detached"  // they were dropped while the upstream was not configured
-	gapExpired  = "expired"   // their own MQTT 5 message expiry interval had passed
-	gapParked   = "parked"    // the upstream refused them for good
-	gapPurged   = "purged"    // somebody had them dropped
+	gapMaxBytes = "max_bytes"      // the lane was full
+	gapMaxAge   = "max_age"        // the messages were too old
+	gapDamaged  = "damaged"        // the disk no longer gives them back
+	gapDetached = "detached"       // they were dropped while the upstream was not configured
+	gapExpired  = "expired"        // their own MQTT 5 message expiry interval had passed
+	gapParked   = "parked"         // the upstream refused them for good
+	gapPurged   = "purged"         // somebody had them dropped
+	gapOther    = "other_upstream" // they are replays of what another upstream had refused
 )
 
 // gap is the announcement of messages that an upstream will not get (docs/formats.md).
@@ -571,6 +576,9 @@ func (st *sealed) row(withKey []byte, value func([]byte) []byte) {
 func (s *Spool) Stage(v any, w kv.Writer) error {
 	st := v.(*sealed)
 	for _, a := range st.gaps {
+		if a.Reason == gapOther {
+			continue // nothing is lost
+		}
 		s.cfg.Log.Warn("messages will not reach an upstream", "lane", a.Lane, "upstream", a.Upstream, "reason", a.Reason,
 			"first", a.First, "last", a.Last, "size_bytes", a.Bytes)
 	}

@@ -1,11 +1,6 @@
 package spool
 
-import (
-	"encoding/binary"
-	"fmt"
-
-	"holdfast/internal/kv"
-)
+import "fmt"
 
 // Report is what Verify found.
 type Report struct {
@@ -164,38 +159,4 @@ func (s *Spool) Peek(name string, from uint64, limit int, fn func(seq uint64, r 
 		}
 	}
 	return it.Error()
-}
-
-// ParkedMessage is a message that an upstream refused for good.
-type ParkedMessage struct {
-	Lane, Upstream string
-	Seq            uint64
-	AtMS           int64 // when it was parked, Unix ms
-	Reason         string
-	Record         []byte // see ParseRecord
-}
-
-// Parked calls fn for each parked message, in the order of lanes and sequences.
-func (s *Spool) Parked(fn func(ParkedMessage) error) error {
-	for _, l := range s.lanes {
-		prefix := []byte{kv.PrefixParked, l.number}
-		err := s.store.Scan(prefix, func(k, v []byte) error {
-			k = k[len(prefix):]
-			var row parkedRow
-			if len(k) < 8 {
-				return fmt.Errorf("parked row %x: %w", k, ErrCorrupt)
-			}
-			if err := row.parse(v); err != nil {
-				return err
-			}
-			return fn(ParkedMessage{
-				Lane: l.cfg.Name, Upstream: string(k[8:]), Seq: binary.BigEndian.Uint64(k),
-				AtMS: int64(row.AtMS), Reason: row.Reason, Record: row.Record,
-			})
-		})
-		if err != nil {
-			return err
-		}
-	}
-	return nil
 }

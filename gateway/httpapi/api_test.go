@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
 	"strings"
 	"testing"
 	"time"
@@ -27,8 +28,8 @@ var needs = map[string]string{
 	"get_health": "", "get_ready": "",
 	"get_metrics": "viewer", "get_openapi": "viewer", "get_status": "viewer", "list_devices": "viewer", "get_device": "viewer",
 	"list_device_commands": "viewer", "list_commands": "viewer", "get_command": "viewer", "list_lanes": "viewer", "list_messages": "viewer",
-	"list_upstreams": "viewer", "watch_events": "viewer",
-	"change_device": "operator", "send_command": "operator", "cancel_command": "operator", "purge_lane": "operator",
+	"list_upstreams": "viewer", "watch_events": "viewer", "list_parked": "viewer",
+	"change_device": "operator", "send_command": "operator", "cancel_command": "operator", "purge_lane": "operator", "replay_parked": "operator",
 	"add_device": "admin", "remove_device": "admin", "add_credential": "admin", "remove_credential": "admin",
 	"list_tokens": "admin", "add_token": "admin", "remove_token": "admin",
 }
@@ -832,5 +833,79 @@ func TestPurgeTakesWhatIsSaid(t *testing.T) {
 	r.lanes.err = errDisk
 	if a := r.ask("POST", target, body(`{"all":true}`)); a.code() != "unavailable" {
 		t.Errorf("a disk that fails = %d %s", a.status, a.body)
+	}
+}
+
+func withParked(r *rig) {
+	record := func(payload string) []byte {
+		return spool.AppendRecord(nil, &spool.Record{Received: then.UnixMilli(), Device: []byte("pump"), Topic: []byte("alarm/x"), Payload: []byte(payload)})
+	}
+	park := func(upstream string, seq uint64, rec []byte) {
+		r.lanes.parked = append(r.lanes.parked, spool.ParkedMessage{
+			Lane: "alarm", Upstream: upstream, Seq: seq, AtMS: then.UnixMilli(), Reason: "topic is not allowed", Record: rec,
+		})
+	}
+	park("cloud", 3, record("a"))
+	park("lab", 3, record("a"))
+	park("cloud", 5, record("b"))
+	park("cloud", 6, []byte("garbage"))
+}
+
+// TestParkedMessagesAreShownAndReplayed goes through them page by page.
+func TestParkedMessagesAreShownAndReplayed(t *testing.T) {
+	r := newRig(t)
+	withParked(r)
+	var got []string
+	for next := ""; ; {
+		var page httpapi.ParkedPage
+		r.into(&page, 200, "GET", "/api/v1/parked?limit=1"+next)
+		if len(page.Messages) != 1 {
+			t.Fatalf("page %+v", page)
+		}
+		m := page.Messages[0]
+		what := "unreadable"
+		if m.Payload != nil {
+			what = *m.Payload
+		}
+		if m.Unreadable != (what == "unreadable") || m.Reason != "topic is not allowed" || !m.ParkedAt.Equal(then) {
+			t.Errorf("shown as %+v", m)
+		}
+		got = append(got, fmt.Sprint(m.Upstream, m.Seq, what))
+		if page.Next == "" {
+			break
+		}
+		next = "&after=" + url.QueryEscape(page.Next)
+	}
+	want := []string{"cloud3a", "lab3a", "cloud5b", "cloud6unreadable"}
+	if d := cmp.Diff(want, got); d != "" {
+		t.Error(d)
+	}
+	for target, want := range map[string]int{"?upstream=lab": 1, "?lane=alarm&upstream=cloud": 3, "?lane=system": 0} {
+		var page httpapi.ParkedPage
+		r.into(&page, 200, "GET", "/api/v1/parked"+target)
+		if len(page.Messages) != want || page.Next != "" {
+			t.Errorf("%s shows %d, next %q", target, len(page.Messages), page.Next)
+		}
+	}
+	for _, after := range []string{"x", "alarm/x/cloud", "/3/cloud", "alarm/3"} {
+		if a := r.ask("GET", "/api/v1/parked?after="+url.QueryEscape(after)); a.code() != "bad_query" {
+			t.Errorf("after %q: %s", after, a.body)
+		}
+	}
+
+	for _, b := range []string{`{}`, `{"lane":"alarm"}`, `{"lane":"alarm","upstream":"cloud","seqs":[]}`, `{"lane":"alarm","upstream":"cloud","seqs":[-1]}`} {
+		if a := r.ask("POST", "/api/v1/parked/replay", body(b)); a.code() != "bad_body" {
+			t.Errorf("%s: %s", b, a.body)
+		}
+	}
+	var done httpapi.Replayed
+	r.into(&done, 200, "POST", "/api/v1/parked/replay", body(`{"lane":"alarm","upstream":"cloud","seqs":[5,9]}`))
+	if done.Replayed != 1 || len(r.lanes.parked) != 3 {
+		t.Errorf("%+v, %d left", done, len(r.lanes.parked))
+	}
+	r.lanes.err = fmt.Errorf("message 6 stays parked: %w", spool.ErrRecord)
+	r.into(&done, 200, "POST", "/api/v1/parked/replay", body(`{"lane":"alarm","upstream":"cloud"}`))
+	if done.Replayed != 2 || done.Problem == "" {
+		t.Errorf("%+v", done)
 	}
 }

@@ -46,6 +46,8 @@ const (
 	codeNotFound        = "not_found"
 	codeNoCredential    = "unknown_credential"
 	codeNoLane          = "unknown_lane"
+	codeNoUpstream      = "unknown_upstream"
+	codeLaneFull        = "lane_full"
 	codeNoToken         = "unknown_token"
 	codeMethod          = "method_not_allowed"
 	codeDeviceExists    = "device_exists"
@@ -75,11 +77,13 @@ var statuses = map[string]int{
 	devices.CodeUnknown:       http.StatusNotFound,
 	codeNoCredential:          http.StatusNotFound,
 	codeNoLane:                http.StatusNotFound,
+	codeNoUpstream:            http.StatusNotFound,
 	codeNoToken:               http.StatusNotFound,
 	codeMethod:                http.StatusMethodNotAllowed,
 	devices.CodeDisabled:      http.StatusConflict,
 	devices.CodeConflict:      http.StatusConflict,
 	devices.CodeEnded:         http.StatusConflict,
+	codeLaneFull:              http.StatusConflict,
 	codeDeviceExists:          http.StatusConflict,
 	codeTooManyDevices:        http.StatusConflict,
 	codeTokenExists:           http.StatusConflict,
@@ -120,6 +124,8 @@ func asFailure(err error) (f *failure, ok bool) {
 		f = &failure{code: devices.CodeDisabled, message: err.Error()}
 	case errors.Is(err, spool.ErrNoLane):
 		f = &failure{code: codeNoLane, message: err.Error()}
+	case errors.Is(err, spool.ErrNotWaiting):
+		f = &failure{code: codeNoUpstream, message: err.Error()}
 	case errors.Is(err, ErrTokenExists):
 		f = &failure{code: codeTokenExists, message: err.Error()}
 	case errors.Is(err, ErrTooManyTokens):

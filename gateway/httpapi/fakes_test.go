@@ -379,6 +379,7 @@ func (q *queue) List(f devices.CommandFilter) (page []devices.Command, next uint
 // lanes is a spool with one lane, whose first message is number 3.
 type lanes struct {
 	records []spool.Record
+	parked  []spool.ParkedMessage
 	err     error
 	purged  []any // what was asked for last
 }
@@ -389,6 +390,38 @@ func (l *lanes) Purge(lane string, olderThan time.Time, upTo uint64) (spool.Coun
 	}
 	l.purged = []any{olderThan, upTo}
 	return spool.Count{Messages: 2, Bytes: 50}, l.err
+}
+
+func (l *lanes) ParkedFrom(lane string, seq uint64, fn func(spool.ParkedMessage) error) error {
+	if lane != spool.SystemLane && lane != "alarm" {
+		return fmt.Errorf("lane %q: %w", lane, spool.ErrNoLane)
+	}
+	for _, m := range l.parked {
+		if lane == "alarm" && m.Seq < seq {
+			continue
+		}
+		if err := fn(m); err != nil {
+			return err
+		}
+	}
+	return l.err
+}
+
+func (l *lanes) Replay(lane, upstream string, seqs []uint64) (n int, err error) {
+	switch {
+	case lane != "alarm":
+		return 0, fmt.Errorf("lane %q: %w", lane, spool.ErrNoLane)
+	case upstream != "cloud":
+		return 0, fmt.Errorf("%w: %q", spool.ErrNotWaiting, upstream)
+	}
+	l.parked = slices.DeleteFunc(l.parked, func(m spool.ParkedMessage) bool {
+		gone := m.Upstream == upstream && (seqs == nil || slices.Contains(seqs, m.Seq))
+		if gone {
+			n++
+		}
+		return gone
+	})
+	return n, l.err
 }
 
 func (l *lanes) Lanes() []spool.LaneStat { return []spool.LaneStat{{Name: "alarm"}} }

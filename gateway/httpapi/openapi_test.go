@@ -179,6 +179,21 @@ var rows = map[string]row{
 		method: "POST", target: "/api/v1/lanes/alarm/purge", body: `{"older_than":"72h","up_to":18446744073709551615}`,
 		fails: map[string]func(*rig) *answered{"unknown_lane": calls("POST", "/api/v1/lanes/x/purge", body(`{"all":true}`))},
 	},
+	"list_parked": {
+		method: "GET", target: "/api/v1/parked?upstream=cloud", ready: withParked,
+		fails: map[string]func(*rig) *answered{"unknown_lane": calls("GET", "/api/v1/parked?lane=x")},
+	},
+	"replay_parked": {
+		method: "POST", target: "/api/v1/parked/replay", body: `{"lane":"alarm","upstream":"cloud"}`, ready: withParked,
+		fails: map[string]func(*rig) *answered{
+			"unknown_lane":     calls("POST", "/api/v1/parked/replay", body(`{"lane":"x","upstream":"cloud"}`)),
+			"unknown_upstream": calls("POST", "/api/v1/parked/replay", body(`{"lane":"alarm","upstream":"x"}`)),
+			"lane_full": func(r *rig) *answered {
+				r.lanes.err = spool.ErrFull
+				return r.ask("POST", "/api/v1/parked/replay", body(`{"lane":"alarm","upstream":"cloud"}`))
+			},
+		},
+	},
 	"list_upstreams": {method: "GET", target: "/api/v1/upstreams"},
 	"watch_events":   {method: "GET", target: "/api/v1/events"}, // a stream: its own tests call it, and the test below its failures
 	"list_tokens":    {method: "GET", target: "/api/v1/tokens"},

@@ -53,7 +53,7 @@ type Commands interface {
 	List(f devices.CommandFilter) (page []devices.Command, next uint64, err error)
 }
 
-// Lanes shows what is spooled, and drops it; *spool.Spool is one.
+// Lanes shows what is spooled, drops it, and replays what was parked; *spool.Spool is one.
 type Lanes interface {
 	Lanes() []spool.LaneStat
 	// Peek calls fn for up to limit messages of lane from sequence from on, and ends with fn's error. r is valid during
@@ -62,6 +62,12 @@ type Lanes interface {
 	// Purge drops messages received before olderThan (zero: of any age) with a sequence up to upTo (0: all), from the oldest
 	// on until the first that is to stay. spool.ErrNoLane.
 	Purge(lane string, olderThan time.Time, upTo uint64) (spool.Count, error)
+	// ParkedFrom calls fn for the messages that upstreams refused for good, from sequence seq of lane on, lane by lane and by
+	// sequence, and ends with fn's error. spool.ErrNoLane.
+	ParkedFrom(lane string, seq uint64, fn func(spool.ParkedMessage) error) error
+	// Replay puts parked messages back into their lane for the upstream and returns how many. seqs nil: all. spool.ErrNoLane,
+	// ErrNotWaiting, ErrFull; ErrRecord and ErrTooLarge about those that stay parked.
+	Replay(lane, upstream string, seqs []uint64) (n int, err error)
 }
 
 // Tokens keeps who may use the API. Many goroutines may call it.
@@ -98,7 +104,7 @@ type Role uint8
 // The roles. The zero value may nothing that is not open to everybody.
 const (
 	Viewer   Role = 1 // reads
-	Operator Role = 2 // sends and cancels commands, enables and disables devices, purges lanes
+	Operator Role = 2 // sends and cancels commands, enables and disables devices, purges lanes, replays parked messages
 	Admin    Role = 3 // adds and removes devices, credentials and tokens
 )
 

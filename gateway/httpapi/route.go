@@ -215,6 +215,21 @@ var table = []route{
 		body:    is[PurgeRequest](), answers: []answer{{200, "What is gone.", is[Purged](), ""}}, fails: []string{codeNoLane}, h: (*Server).purge,
 	},
 	{
+		method: "GET", path: "/api/v1/parked", who: Viewer, id: "list_parked",
+		summary: "Look at messages that an upstream refused for good, by lane and sequence. It takes nothing out.",
+		query: []param{
+			text("lane", "Only those of this lane."), text("upstream", "Only those that this upstream refused."),
+			text("after", "Only those after this one; take it from next of the page before."), limitParam,
+		},
+		answers: []answer{{200, "A page of them, payloads no longer than 4 KiB.", is[ParkedPage](), ""}}, fails: []string{codeNoLane}, h: (*Server).listParked,
+	},
+	{
+		method: "POST", path: "/api/v1/parked/replay", who: Operator, id: "replay_parked",
+		summary: "Send parked messages again: each goes back into its lane as a new message for the upstream that refused it. It is on disk when this answers.",
+		body:    is[ReplayRequest](), answers: []answer{{200, "They wait for the upstream. Those that are not parked were passed over.", is[Replayed](), ""}},
+		fails: []string{codeNoLane, codeNoUpstream, codeLaneFull}, h: (*Server).replayParked,
+	},
+	{
 		method: "GET", path: "/api/v1/upstreams", who: Viewer, id: "list_upstreams", summary: "The links to the cloud.",
 		answers: []answer{{200, "All of them.", is[UpstreamList](), ""}}, h: (*Server).listUpstreams,
 	},

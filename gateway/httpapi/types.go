@@ -161,6 +161,36 @@ type UpstreamList struct {
 	Upstreams []Upstream `json:"upstreams"`
 }
 
+// ParkedMessage is one that an upstream refused for good.
+type ParkedMessage struct {
+	Lane     string    `json:"lane"`
+	Upstream string    `json:"upstream"` // that refused it
+	ParkedAt time.Time `json:"parked_at"`
+	Reason   string    `json:"reason"`
+	// Unreadable: nothing but size is known of the message itself, and it cannot be replayed.
+	Unreadable bool `json:"unreadable,omitempty"`
+	Message
+}
+
+// ParkedPage answers GET /parked. Next is what to give as ?after=.
+type ParkedPage struct {
+	Messages []ParkedMessage `json:"messages"`
+	Next     string          `json:"next,omitempty"`
+}
+
+// ReplayRequest is the body of POST /parked/replay.
+type ReplayRequest struct {
+	Lane     string   `json:"lane"`
+	Upstream string   `json:"upstream" doc:"That refused them."`
+	Seqs     []uint64 `json:"seqs,omitempty" doc:"Their sequences; default: all that are parked."`
+}
+
+// Replayed answers POST /parked/replay.
+type Replayed struct {
+	Replayed int    `json:"replayed"`
+	Problem  string `json:"problem,omitempty"` // why some stay parked
+}
+
 // TokenList answers GET /tokens, by name.
 type TokenList struct {
 	Tokens []Token `json:"tokens"`
