@@ -54,9 +54,12 @@ type Config struct {
 	Upstreams map[string][]string
 	// TailBytes bounds the fresh chunks kept in memory for readers, all lanes together. 0: 4 MiB.
 	TailBytes int64
-	Log       *slog.Logger
-	Metrics   prometheus.Registerer // nil: none
-	Now       func() time.Time      // nil: time.Now
+	// Restored, if it is not "", is the id of the backup that this store was restored from: what comes next gets a new epoch,
+	// unless that was done before.
+	Restored string
+	Log      *slog.Logger
+	Metrics  prometheus.Registerer // nil: none
+	Now      func() time.Time      // nil: time.Now
 }
 
 // Errors of Append, besides kv.ErrClosed and the store's failure.
@@ -96,7 +99,8 @@ type Spool struct {
 	store *kv.Store
 	cfg   Config
 	epoch string
-	lanes []*lane // by Lane; system is 0
+	past  []pastEpoch // see epoch.go; not changed after Open
+	lanes []*lane     // by Lane; system is 0
 	names map[string]Lane
 
 	blocks    blockPool
@@ -134,6 +138,14 @@ func Open(store *kv.Store, cfg Config) (*Spool, error) {
 	}
 	if err := s.openLanes(); err != nil {
 		return nil, err
+	}
+	if err := s.readPastEpochs(); err != nil {
+		return nil, err
+	}
+	if s.cfg.Restored != "" {
+		if err := s.beginEpoch(s.cfg.Restored); err != nil {
+			return nil, err
+		}
 	}
 	s.tailMax = s.cfg.TailBytes / int64(len(s.lanes))
 	if err := s.openCursors(); err != nil {
@@ -296,8 +308,8 @@ func (s *Spool) attach(upstream string, lanes []string) error {
 	return nil
 }
 
-// Epoch is the spool's own id: a UUIDv7 made when it was created. A replaced disk has another, so
-// that message ids are never used twice.
+// Epoch is the spool's own id: a UUIDv7 made when it was created, or restored from a backup. A replaced disk has another, so
+// that message ids are never used twice. EpochOf tells that of a message, which may be older.
 func (s *Spool) Epoch() string { return s.epoch }
 
 // Lane returns the handle of a configured lane.
@@ -435,9 +447,10 @@ type gap struct {
 func (s *Spool) announce(st *sealed) {
 	for _, l := range s.lanes {
 		for _, c := range l.cursors {
-			for _, lost := range c.lost {
+			for _, lost := range s.byEpoch(l, c.lost) {
+				epoch, _, _ := s.EpochOf(l.cfg.Name, lost.from.Seq)
 				a := gap{
-					Gateway: s.cfg.Gateway, Epoch: s.epoch, Lane: l.cfg.Name, Upstream: c.upstream,
+					Gateway: s.cfg.Gateway, Epoch: epoch, Lane: l.cfg.Name, Upstream: c.upstream,
 					First: lost.from.Seq, Last: lost.to.Seq - 1, Count: lost.to.Seq - lost.from.Seq, Bytes: lost.to.Bytes - lost.from.Bytes,
 					FromMS: lost.fromMS, ToMS: lost.toMS, Reason: lost.reason,
 				}
