@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"net/url"
 	"sync"
 	"sync/atomic"
@@ -18,12 +19,14 @@ import (
 
 // Bridge drains one spool to one upstream. Make it with New, then call Run once.
 type Bridge struct {
-	cfg            Config
-	gateway, epoch string
-	source         Source
-	upstream       Upstream
-	log            *slog.Logger
-	metrics        *metrics
+	cfg     Config
+	gateway string
+	// epochOf tells the epoch of a message, and the sequences around it that have the same; see spool.Spool.EpochOf.
+	epochOf  func(lane string, seq uint64) (epoch string, first, end uint64)
+	source   Source
+	upstream Upstream
+	log      *slog.Logger
+	metrics  *metrics
 
 	inbox  inbox
 	counts counts
@@ -73,6 +76,7 @@ func New(cfg Config, gateway string, sp *spool.Spool, up Upstream, log *slog.Log
 		c.Close()
 		return nil, err
 	}
+	b.epochOf = sp.EpochOf
 	return b, nil
 }
 
@@ -104,7 +108,8 @@ func NewFrom(cfg Config, gateway, epoch string, src Source, up Upstream, log *sl
 	cfg = cfg.withDefaults()
 	readers := src.Readers()
 	b := &Bridge{
-		cfg: cfg, gateway: gateway, epoch: epoch, source: src, upstream: up, log: log, metrics: m,
+		cfg: cfg, gateway: gateway, source: src, upstream: up, log: log, metrics: m,
+		epochOf:      func(string, uint64) (string, uint64, uint64) { return epoch, 0, math.MaxUint64 },
 		inbox:        inbox{ring: make(chan struct{}, 1)},
 		onLink:       func(bool, string) {},
 		window:       newWindow(len(readers)),

@@ -34,6 +34,17 @@ type lane struct {
 	linger   time.Duration // how long after lastSend it collects for a batch
 	ratio    float64       // bytes of records for a byte sent, in the batch format
 	topic    string        // of batches
+
+	epoch                string // of the sequences from epochFirst to before epochEnd
+	epochFirst, epochEnd uint64
+}
+
+// inEpoch makes epoch that of the stage's first record, and says how many records from there on have the same.
+func (b *Bridge) inEpoch(l *lane) uint64 {
+	if l.pos.Seq < l.epochFirst || l.pos.Seq >= l.epochEnd {
+		l.epoch, l.epochFirst, l.epochEnd = b.epochOf(l.name, l.pos.Seq)
+	}
+	return l.epochEnd - l.pos.Seq
 }
 
 func (l *lane) end() spool.Position {
@@ -132,6 +143,9 @@ func (b *Bridge) cut(l *lane, maxRaw int) piece {
 	if l.count > 0 && b.suspicion.convicts(l.rank, l.pos.Seq) {
 		return b.convict(l)
 	}
+	if left := b.inEpoch(l); uint64(maxRecords) > left {
+		maxRecords = int(left)
+	}
 	r := &b.record
 	size, n := 0, 0
 	for n < l.count && n < maxRecords {
@@ -174,14 +188,14 @@ func (b *Bridge) cut(l *lane, maxRaw int) piece {
 			p.flight.record = bytes.Clone(raw) // the stage will be written over
 		}
 		b.scratch = b.batch.Append(b.scratch[:0], wire.BatchHeader{
-			Gateway: b.gateway, Epoch: b.epoch, Lane: l.name, First: first, Count: n, Sent: nowMS, Replayed: replayed,
+			Gateway: b.gateway, Epoch: l.epoch, Lane: l.name, First: first, Count: n, Sent: nowMS, Replayed: replayed,
 		}, raw)
 		m.Topic, m.Payload = l.topic, bytes.Clone(b.scratch)
 		l.ratio += (float64(size)/float64(len(m.Payload)) - l.ratio) / 8
 	case FormatCloudEvents:
 		p.flight.record = raw
 		var err error
-		b.scratch, err = wire.AppendCloudEvent(b.scratch[:0], b.gateway, b.epoch, l.name, first, wireMessage(r), replayed)
+		b.scratch, err = wire.AppendCloudEvent(b.scratch[:0], b.gateway, l.epoch, l.name, first, wireMessage(r), replayed)
 		if err != nil {
 			p.flight.reason = err.Error()
 			return piece{flight: p.flight, outcome: spool.Parked}

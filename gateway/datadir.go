@@ -139,17 +139,25 @@ func syncDir(path string) error {
 // OpenSpool opens what a gateway that is not running has left in its data directory, for tools that
 // look and change nothing. closeAll gives everything back.
 func OpenSpool(path string, log *slog.Logger) (sp *spool.Spool, closeAll func() error, err error) {
-	dir, err := openDataDir(path, false)
+	dir, store, sp, err := openForTools(path, log, spool.Config{Log: log})
 	if err != nil {
 		return nil, nil, err
 	}
+	return sp, func() error { return errors.Join(sp.Close(), store.Close(), dir.Close()) }, nil
+}
+
+func openForTools(path string, log *slog.Logger, cfg spool.Config) (*dataDir, *kv.Store, *spool.Spool, error) {
+	dir, err := openDataDir(path, false)
+	if err != nil {
+		return nil, nil, nil, err
+	}
 	store, err := kv.Open(dir.store(), kv.Options{Log: log, Fatal: func(err error) { log.Error("store failed", "err", err) }})
 	if err != nil {
-		return nil, nil, errors.Join(err, dir.Close())
+		return nil, nil, nil, errors.Join(err, dir.Close())
 	}
-	sp, err = spool.Open(store, spool.Config{Log: log})
+	sp, err := spool.Open(store, cfg)
 	if err != nil {
-		return nil, nil, errors.Join(err, store.Close(), dir.Close())
+		return nil, nil, nil, errors.Join(err, store.Close(), dir.Close())
 	}
-	return sp, func() error { return errors.Join(sp.Close(), store.Close(), dir.Close()) }, nil
+	return dir, store, sp, nil
 }

@@ -80,6 +80,8 @@ type Gateway struct {
 
 	storeOptions func(*kv.Options)
 
+	backing sync.Mutex // held while there is a backup in data_dir
+
 	reloading sync.Mutex // one Reload at a time; guards what of cfg it changes
 
 	fatal chan error // cap 1: the store failed
@@ -159,6 +161,11 @@ func (g *Gateway) openStore(context.Context) (err error) {
 	if g.storeOptions != nil {
 		g.storeOptions(&opts)
 	}
+	g.dir.sweepBackup(g.log)
+	restored, err := g.dir.restored(g.log)
+	if err != nil {
+		return err
+	}
 	g.store, err = kv.Open(g.dir.store(), opts)
 	if err != nil {
 		return err
@@ -169,12 +176,17 @@ func (g *Gateway) openStore(context.Context) (err error) {
 	if g.clock, err = clock.Open(g.store, clock.Config{Log: g.log.With("part", "clock")}); err != nil {
 		return err
 	}
+	if restored != nil {
+		if err := forgetReceived(g.store); err != nil {
+			return err
+		}
+	}
 	begin = time.Now()
 	upstreams := map[string][]string{}
 	for _, u := range g.cfg.Upstreams {
 		upstreams[u.Name] = u.Lanes
 	}
-	g.spool, err = spool.Open(g.store, spool.Config{
+	sc := spool.Config{
 		Gateway:   g.cfg.Gateway.ID,
 		GapTopic:  wire.GapTopic(g.cfg.Gateway.ID),
 		Lanes:     g.cfg.Spool.Lanes,
@@ -182,9 +194,18 @@ func (g *Gateway) openStore(context.Context) (err error) {
 		Clock:     g.clock,
 		Log:       g.log.With("part", "spool"),
 		Metrics:   g.registry,
-	})
+	}
+	if restored != nil {
+		sc.Restored = restored.ID
+	}
+	g.spool, err = spool.Open(g.store, sc)
 	if err != nil {
 		return err
+	}
+	if restored != nil {
+		if err := g.announceRestore(restored); err != nil {
+			return err
+		}
 	}
 	var kept spool.Count
 	for _, l := range g.spool.Lanes() {
@@ -298,9 +319,9 @@ func (g *Gateway) openHTTP(ctx context.Context) (err error) {
 	if g.tokens, err = openTokens(g.store, g.dir.path); err != nil {
 		return err
 	}
-	cfg := httpapi.Config{Address: g.cfg.HTTP.Address, Gateway: g.cfg.Gateway.ID, Epoch: g.spool.Epoch()}
+	cfg := httpapi.Config{Address: g.cfg.HTTP.Address, Gateway: g.cfg.Gateway.ID}
 	g.http = httpapi.New(cfg, httpapi.Parts{
-		Source: g, Devices: g.devices, Commands: g.commands, Lanes: g.spool, Tokens: g.tokens, Events: g.events,
+		Source: g, Devices: g.devices, Commands: g.commands, Lanes: g.spool, Tokens: g.tokens, Events: g.events, Backups: g,
 		Gatherer: g.registry, Log: g.log.With("part", "http"), Metrics: g.registry,
 	})
 	if err := g.http.Listen(ctx); err != nil {

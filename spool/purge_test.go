@@ -3,6 +3,7 @@ package spool_test
 import (
 	"errors"
 	"math"
+	"math/rand/v2"
 	"strings"
 	"testing"
 	"time"
@@ -123,10 +124,9 @@ func TestPurgeGivesSpaceBackAtOnce(t *testing.T) {
 func (r *rig) fill(lane string, n int) {
 	r.t.Helper()
 	payload := make([]byte, 8<<10)
-	for i := range payload {
-		payload[i] = byte(i*i*7 + i>>3*13)
-	}
+	noise := rand.NewChaCha8([32]byte{})
 	for i := 0; n > 0; i++ {
+		_, _ = noise.Read(payload)
 		b := rec(i)
 		b.Payload = payload
 		if err := r.Append(r.lane(lane), b, nil, nil, 0, false); err != nil {

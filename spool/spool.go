@@ -55,10 +55,13 @@ type Config struct {
 	Upstreams map[string][]string
 	// TailBytes bounds the fresh chunks kept in memory for readers, all lanes together. 0: 4 MiB.
 	TailBytes int64
-	Log       *slog.Logger
-	Metrics   prometheus.Registerer // nil: none
 	// Clock is the gateway's, by which messages age; nil: one of the store and the system.
 	Clock *clock.Clock
+	// Restored, if it is not "", is the id of the backup that this store was restored from: what comes next gets a new epoch,
+	// unless that was done before.
+	Restored string
+	Log      *slog.Logger
+	Metrics  prometheus.Registerer // nil: none
 }
 
 // Errors of Append, besides kv.ErrClosed and the store's failure.
@@ -102,8 +105,9 @@ type Spool struct {
 	cfg   Config
 	epoch string
 	clock *clock.Clock
-	boot  uint32  // the clock's number of this boot
-	lanes []*lane // by Lane; system is 0
+	boot  uint32      // the clock's number of this boot
+	past  []pastEpoch // see epoch.go; not changed after Open
+	lanes []*lane     // by Lane; system is 0
 	names map[string]Lane
 
 	blocks    blockPool
@@ -150,6 +154,14 @@ func Open(store *kv.Store, cfg Config) (*Spool, error) {
 	}
 	if err := s.sawTimes(); err != nil {
 		return nil, err
+	}
+	if err := s.readPastEpochs(); err != nil {
+		return nil, err
+	}
+	if s.cfg.Restored != "" {
+		if err := s.beginEpoch(s.cfg.Restored); err != nil {
+			return nil, err
+		}
 	}
 	s.tailMax = s.cfg.TailBytes / int64(len(s.lanes))
 	if err := s.openCursors(); err != nil {
@@ -312,8 +324,8 @@ func (s *Spool) attach(upstream string, lanes []string) error {
 	return nil
 }
 
-// Epoch is the spool's own id: a UUIDv7 made when it was created. A replaced disk has another, so
-// that message ids are never used twice.
+// Epoch is the spool's own id: a UUIDv7 made when it was created, or restored from a backup. A replaced disk has another, so
+// that message ids are never used twice. EpochOf tells that of a message, which may be older.
 func (s *Spool) Epoch() string { return s.epoch }
 
 // Lane returns the handle of a configured lane.
@@ -453,9 +465,10 @@ type gap struct {
 func (s *Spool) announce(st *sealed) {
 	for _, l := range s.lanes {
 		for _, c := range l.cursors {
-			for _, lost := range c.lost {
+			for _, lost := range s.byEpoch(l, c.lost) {
+				epoch, _, _ := s.EpochOf(l.cfg.Name, lost.from.Seq)
 				a := gap{
-					Gateway: s.cfg.Gateway, Epoch: s.epoch, Lane: l.cfg.Name, Upstream: c.upstream,
+					Gateway: s.cfg.Gateway, Epoch: epoch, Lane: l.cfg.Name, Upstream: c.upstream,
 					First: lost.from.Seq, Last: lost.to.Seq - 1, Count: lost.to.Seq - lost.from.Seq, Bytes: lost.to.Bytes - lost.from.Bytes,
 					FromMS: lost.fromMS, ToMS: lost.toMS, Reason: lost.reason,
 				}

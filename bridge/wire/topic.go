@@ -18,6 +18,9 @@ func MessageTopic(gateway, device string) string {
 // GapTopic is where a gateway announces what it lost by a rule.
 func GapTopic(gateway string) string { return "gw/" + escapeLevel(gateway) + "/evt/gap" }
 
+// RestoredTopic is where a gateway tells that it goes on from a backup.
+func RestoredTopic(gateway string) string { return "gw/" + escapeLevel(gateway) + "/evt/restored" }
+
 // StateTopic is where a gateway's birth and death are retained.
 func StateTopic(gateway string) string { return "gw/" + escapeLevel(gateway) + "/state" }
 

@@ -35,8 +35,7 @@ const (
 // Config of a Server.
 type Config struct {
 	Address string // host:port
-	// Gateway and Epoch are the first parts of every message id.
-	Gateway, Epoch string
+	Gateway string // the first part of every message id
 }
 
 // Server serves the API. Make it with New, then Listen, then Run once.
@@ -53,6 +52,7 @@ type Server struct {
 	wrong    attempts
 	streams  chan struct{} // cap: how many may be open
 	waiters  chan struct{} // cap: how many may wait for a command
+	exports  chan struct{} // cap: how many may be under way
 	stopping chan struct{} // closed when Run is asked to stop
 	stop     sync.Once     // closes it
 }
@@ -69,6 +69,7 @@ func New(cfg Config, p Parts) *Server {
 		}),
 		streams:  make(chan struct{}, maxStreams),
 		waiters:  make(chan struct{}, maxWaiters),
+		exports:  make(chan struct{}, maxExports),
 		stopping: make(chan struct{}),
 	}
 	mux := http.NewServeMux()

@@ -112,6 +112,19 @@ func (c *call) number(name string) (uint64, error) {
 	return n, nil
 }
 
+// sequence is for numbers that people choose; 0 if it is not there.
+func (c *call) sequence(name string) (uint64, error) {
+	v := c.query.Get(name)
+	if v == "" {
+		return 0, nil
+	}
+	n, err := strconv.ParseUint(v, 10, 63)
+	if err != nil {
+		return 0, failf(codeBadQuery, "query: %s has to be a number from 0 on", name)
+	}
+	return n, nil
+}
+
 func (c *call) boolean(name string) (*bool, error) {
 	v := c.query.Get(name)
 	if v == "" {

@@ -71,6 +71,7 @@ curl() {
 	}
 	for _, e := range examples {
 		cmd := exec.CommandContext(t.Context(), "bash", "-c", prelude+e[1])
+		cmd.Dir = t.TempDir() // some write files
 		cmd.Env = append(os.Environ(), "HOLDFAST=http://"+address, "TOKEN=admin", "no_proxy=*", "NO_PROXY=*")
 		out, err := cmd.CombinedOutput()
 		if err != nil {

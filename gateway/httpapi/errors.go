@@ -60,6 +60,7 @@ const (
 	codeInternal        = "internal"
 	codeNotReady        = "not_ready"
 	codeTooManyStreams  = "too_many_streams"
+	codeBackupRuns      = "backup_runs"
 )
 
 // statuses has the HTTP status of each code. docs/api.md explains them; a test holds the two together.
@@ -88,6 +89,7 @@ var statuses = map[string]int{
 	codeTooManyDevices:        http.StatusConflict,
 	codeTokenExists:           http.StatusConflict,
 	codeTooManyTokens:         http.StatusConflict,
+	codeBackupRuns:            http.StatusConflict,
 	codeBodyTooLarge:          http.StatusRequestEntityTooLarge,
 	devices.CodeTooLarge:      http.StatusRequestEntityTooLarge,
 	codeMediaType:             http.StatusUnsupportedMediaType,
@@ -130,6 +132,8 @@ func asFailure(err error) (f *failure, ok bool) {
 		f = &failure{code: codeTokenExists, message: err.Error()}
 	case errors.Is(err, ErrTooManyTokens):
 		f = &failure{code: codeTooManyTokens, message: err.Error()}
+	case errors.Is(err, ErrBackupRuns):
+		f = &failure{code: codeBackupRuns, message: err.Error() + ": wait until it has ended"}
 	case errors.Is(err, ErrNoToken):
 		f = &failure{code: codeNoToken, message: err.Error()}
 	default:

@@ -4,9 +4,13 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
+	"math"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -380,7 +384,9 @@ func (q *queue) List(f devices.CommandFilter) (page []devices.Command, next uint
 type lanes struct {
 	records []spool.Record
 	parked  []spool.ParkedMessage
+	damaged []spool.Damage
 	err     error
+	entered func() // called by Walk; nil: nothing is
 	purged  []any // what was asked for last
 }
 
@@ -422,6 +428,65 @@ func (l *lanes) Replay(lane, upstream string, seqs []uint64) (n int, err error) 
 		return gone
 	})
 	return n, l.err
+}
+
+func (l *lanes) EpochOf(string, uint64) (epoch string, first, end uint64) {
+	return "e1", 0, math.MaxUint64
+}
+
+func (l *lanes) Walk(lane string, sel spool.Selection, fn func(uint64, *spool.Record) error, damaged func(spool.Damage)) error {
+	if l.entered != nil {
+		l.entered()
+	}
+	for _, d := range l.damaged {
+		damaged(d)
+	}
+	return l.Peek(lane, sel.From, math.MaxInt, func(seq uint64, r *spool.Record) error {
+		if sel.To > 0 && seq > sel.To || r.Received < sel.SinceMS {
+			return nil
+		}
+		return fn(seq, r)
+	})
+}
+
+// backups makes a backup of one small file.
+type backups struct {
+	err    error
+	broken bool // the file is not as large as it should be
+	closed []bool
+	dir    string
+}
+
+func (b *backups) Backup() (*httpapi.BackupCopy, error) {
+	if b.err != nil {
+		return nil, b.err
+	}
+	dir, err := os.MkdirTemp("", "backup-")
+	if err != nil {
+		return nil, err
+	}
+	b.dir = dir
+	info := httpapi.Backup{
+		Version: 1, ID: "b1", Gateway: "gw", Epoch: "e1", Time: then, Bytes: 5, Lanes: []httpapi.BackupLane{{Name: "alarm", Next: 4}},
+		Files: []httpapi.BackupFile{{Name: "store/000001.log", Size: 5}},
+	}
+	if b.broken {
+		info.Files[0].Size = 7
+	}
+	j, err := json.Marshal(info)
+	if err == nil {
+		err = os.Mkdir(filepath.Join(dir, "store"), 0o700)
+	}
+	if err == nil {
+		err = os.WriteFile(filepath.Join(dir, "backup.json"), j, 0o600)
+	}
+	if err == nil {
+		err = os.WriteFile(filepath.Join(dir, "store", "000001.log"), []byte("hello"), 0o600)
+	}
+	return &httpapi.BackupCopy{Info: info, Dir: dir, Close: func(keep bool) error {
+		b.closed = append(b.closed, keep)
+		return os.RemoveAll(dir)
+	}}, err
 }
 
 func (l *lanes) Lanes() []spool.LaneStat { return []spool.LaneStat{{Name: "alarm"}} }

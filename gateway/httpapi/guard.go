@@ -71,10 +71,14 @@ func (s *Server) panicked(c *call, p any) {
 
 func (s *Server) finish(c *call, took time.Duration) {
 	s.m.requests.WithLabelValues(c.row.path, strconv.Itoa(c.w.code)).Inc()
-	if !c.row.stream {
+	if !c.row.stream && !c.row.bulk {
 		s.m.seconds.WithLabelValues(c.row.path).Observe(took.Seconds())
 	}
-	if c.row.changes() && c.role != 0 {
+	switch {
+	case c.row.bulk && c.role != 0 && c.w.code < http.StatusBadRequest:
+		s.log.Info("handed out through the api", "who", c.who, "what", c.row.id, "object", c.object, "status", c.w.code, "whole", !c.aborted,
+			"took_ms", took.Milliseconds(), "address", c.r.RemoteAddr)
+	case c.row.changes() && c.role != 0:
 		s.log.Info("changed through the api", "who", c.who, "what", c.row.id, "object", c.object, "status", c.w.code, "address", c.r.RemoteAddr)
 	}
 	if s.log.Enabled(c.r.Context(), slog.LevelDebug) {

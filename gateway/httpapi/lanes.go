@@ -94,8 +94,9 @@ func (s *Server) purge(c *call) error {
 
 // message shows r, of which it keeps nothing.
 func (s *Server) message(lane string, seq uint64, r *spool.Record) Message {
+	epoch, _, _ := s.p.Lanes.EpochOf(lane, seq)
 	m := Message{
-		Seq: seq, ID: wire.ID(s.cfg.Gateway, s.cfg.Epoch, lane, seq), Device: string(r.Device), Topic: string(r.Topic),
+		Seq: seq, ID: wire.ID(s.cfg.Gateway, epoch, lane, seq), Device: string(r.Device), Topic: string(r.Topic),
 		Received: time.UnixMilli(r.Received).UTC(), Size: len(r.Payload),
 		Retain: r.Flags&spool.FlagRetain != 0, Will: r.Flags&spool.FlagWill != 0, Unsynced: r.Flags&spool.FlagClockUnsynced != 0,
 	}

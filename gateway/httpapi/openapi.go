@@ -84,7 +84,11 @@ func (g *describer) operation(row *route) object {
 			if a.mime != "" {
 				mime = a.mime
 				if a.body.Kind() != reflect.String {
-					schema = object{"type": "string", "description": "The data of each event is a " + a.body.Name() + ".", "x-data": schema}
+					each := "The data of each event is a "
+					if row.bulk {
+						each = "Each line is an "
+					}
+					schema = object{"type": "string", "description": each + a.body.Name() + ".", "x-data": schema}
 				}
 			}
 			r["content"] = object{mime: object{"schema": schema}}
@@ -156,6 +160,9 @@ var special = map[reflect.Type]object{
 	is[wire.Time]():        {"type": "string", "format": "date-time"},
 	is[wire.Duration]():    {"type": []string{"string", "number"}, "description": `A duration such as "1h30m", or seconds.`},
 	is[devices.State]():    {"type": "string", "enum": stateNames()},
+	is[json.RawMessage]():  {},
+	is[[]byte]():           {"type": "string", "contentEncoding": "base64"},
+	is[[][2]string]():      {"type": "array", "items": object{"type": "array", "items": object{"type": "string"}, "minItems": 2, "maxItems": 2}},
 	is[Role]():             {"type": "string", "enum": []Role{Viewer, Operator, Admin}},
 	is[devices.Feedback](): {"type": "string", "enum": []devices.Feedback{devices.FeedbackNone, devices.FeedbackNegative, devices.FeedbackPositive, devices.FeedbackFull}},
 }

@@ -194,6 +194,21 @@ var rows = map[string]row{
 			},
 		},
 	},
+	"export_lane": {
+		method: "GET", target: "/api/v1/lanes/alarm/export",
+		fails: map[string]func(*rig) *answered{
+			"unknown_lane":     calls("GET", "/api/v1/lanes/x/export"),
+			"too_many_streams": func(r *rig) *answered { return r.whileExporting(4) },
+		},
+	},
+	"make_backup": {
+		method: "POST", target: "/api/v1/backup", body: `{"bytes_per_second":1000000}`,
+		ok: map[string]func(*rig) *answered{"201": calls("POST", "/api/v1/backup", body(`{"keep":true}`))},
+		fails: map[string]func(*rig) *answered{"backup_runs": func(r *rig) *answered {
+			r.backups.err = httpapi.ErrBackupRuns
+			return r.ask("POST", "/api/v1/backup")
+		}},
+	},
 	"list_upstreams": {method: "GET", target: "/api/v1/upstreams"},
 	"watch_events":   {method: "GET", target: "/api/v1/events"}, // a stream: its own tests call it, and the test below its failures
 	"list_tokens":    {method: "GET", target: "/api/v1/tokens"},
@@ -249,7 +264,7 @@ var common = map[string]func(r *rig, w *row, op operation) *answered{
 		return r.ask(w.method, w.target, body(strings.Repeat(" ", 256<<10+1)))
 	},
 	"unavailable": func(r *rig, w *row, _ operation) *answered {
-		r.registry.err, r.queue.err, r.tokens.err, r.lanes.err = errDisk, errDisk, errDisk, errDisk
+		r.registry.err, r.queue.err, r.tokens.err, r.lanes.err, r.backups.err = errDisk, errDisk, errDisk, errDisk, errDisk
 		return w.call(r)
 	},
 	"internal": func(r *rig, w *row, _ operation) *answered {

@@ -21,6 +21,7 @@ type Parts struct {
 	Lanes    Lanes
 	Tokens   Tokens
 	Events   *Events
+	Backups  Backups
 	Gatherer prometheus.Gatherer // what /metrics shows
 	Log      *slog.Logger
 	Metrics  prometheus.Registerer // takes the API's own metrics; nil: none
@@ -56,6 +57,8 @@ type Commands interface {
 // Lanes shows what is spooled, drops it, and replays what was parked; *spool.Spool is one.
 type Lanes interface {
 	Lanes() []spool.LaneStat
+	// EpochOf tells the epoch in a message's id.
+	EpochOf(lane string, seq uint64) (epoch string, first, end uint64)
 	// Peek calls fn for up to limit messages of lane from sequence from on, and ends with fn's error. r is valid during
 	// the call. spool.ErrNoLane.
 	Peek(lane string, from uint64, limit int, fn func(seq uint64, r *spool.Record) error) error
@@ -68,7 +71,26 @@ type Lanes interface {
 	// Replay puts parked messages back into their lane for the upstream and returns how many. seqs nil: all. spool.ErrNoLane,
 	// ErrNotWaiting, ErrFull; ErrRecord and ErrTooLarge about those that stay parked.
 	Replay(lane, upstream string, seqs []uint64) (n int, err error)
+	// Walk is Peek without a limit, which passes over what is damaged and tells it to damaged. spool.ErrNoLane.
+	Walk(lane string, sel spool.Selection, fn func(seq uint64, r *spool.Record) error, damaged func(spool.Damage)) error
 }
+
+// Backups makes copies of all that is stored; *gateway.Gateway does.
+type Backups interface {
+	// Backup makes one in a folder of its own. ErrBackupRuns.
+	Backup() (*BackupCopy, error)
+}
+
+// BackupCopy is a backup that somebody has to take over.
+type BackupCopy struct {
+	Info Backup
+	Dir  string // holds backup.json and what Info.Files names
+	// Close removes it, unless it is to be kept for somebody who moves it. Call it once.
+	Close func(keep bool) error
+}
+
+// ErrBackupRuns is for a second backup at the same time.
+var ErrBackupRuns = errors.New("another backup is being made")
 
 // Tokens keeps who may use the API. Many goroutines may call it.
 type Tokens interface {

@@ -21,6 +21,7 @@ type route struct {
 	cbor         bool         // the body may be CBOR, too
 	limit        int64        // of the body, bytes; 0: maxBody
 	stream       bool         // it ends when somebody ends it
+	bulk         bool         // its answer may be large: how long it takes says nothing
 	answers      []answer
 	fails        []string // codes, besides those that follow from who, query and body
 	h            handler
@@ -230,6 +231,17 @@ var table = []route{
 		fails: []string{codeNoLane, codeNoUpstream, codeLaneFull}, h: (*Server).replayParked,
 	},
 	{
+		method: "GET", path: "/api/v1/lanes/{lane}/export", who: Operator, id: "export_lane", bulk: true,
+		summary: "All messages that wait in a lane, or that are parked, with whole payloads: a line of JSON each, the oldest first. It takes nothing out. The last line is {\"end\": ExportEnd}: without it something is missing.",
+		query: []param{
+			text("from", "The first sequence number."), text("to", "The last one."), text("since", "Only what was received, or parked, at this time or later."),
+			text("device", "Only messages of this device."), oneOf("parked", "Those that an upstream refused for good, instead of those that wait.", "true", "false"),
+			oneOf("progress", "Tell with lines {\"at\": N} how far it is where nothing is to be sent.", "true", "false"),
+			text("bytes_per_second", "No faster than that; default: 32 MiB."),
+		},
+		answers: []answer{{200, "The lines.", is[ExportedMessage](), "application/x-ndjson"}}, fails: []string{codeNoLane, codeTooManyStreams}, h: (*Server).exportLane,
+	},
+	{
 		method: "GET", path: "/api/v1/upstreams", who: Viewer, id: "list_upstreams", summary: "The links to the cloud.",
 		answers: []answer{{200, "All of them.", is[UpstreamList](), ""}}, h: (*Server).listUpstreams,
 	},
@@ -243,6 +255,16 @@ var table = []route{
 			text("last_event_id", "As the header Last-Event-ID, for those that cannot send it."),
 		},
 		answers: []answer{{200, "The stream.", is[Event](), "text/event-stream"}}, fails: []string{codeTooManyStreams}, h: (*Server).events,
+	},
+	{
+		method: "POST", path: "/api/v1/backup", who: Admin, id: "make_backup", bulk: true,
+		summary: "Back up all that is stored, while the gateway works: a tar archive with backup.json and the folder store, which together are a data folder.",
+		body:    is[NewBackup](), optional: true,
+		answers: []answer{
+			{200, "The archive. backup.json is its first file and lists the others: what ends before the last of them is not whole.", is[string](), "application/x-tar"},
+			{201, "With keep: it is there.", is[BackupKept](), ""},
+		},
+		fails: []string{codeBackupRuns}, h: (*Server).backup,
 	},
 	{
 		method: "GET", path: "/api/v1/tokens", who: Admin, id: "list_tokens", summary: "Who may use this API, by name.",

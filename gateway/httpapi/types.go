@@ -247,3 +247,41 @@ type UpstreamChange struct {
 	Connected bool   `json:"connected"`
 	Error     string `json:"error,omitempty"`
 }
+
+// NewBackup is the body of POST /backup, which may be left out.
+type NewBackup struct {
+	Keep bool  `json:"keep,omitempty" doc:"Leave the backup in the data folder, where path says, for the caller to move away at once; the next backup or start removes it."`
+	Rate int64 `json:"bytes_per_second,omitempty" doc:"Send no more than that; default: 32 MiB."`
+}
+
+// Backup describes a backup: it is backup.json in it.
+type Backup struct {
+	Version  int          `json:"version"` // of this description
+	ID       string       `json:"id"`
+	Gateway  string       `json:"gateway,omitempty"` // "": it was not known
+	Epoch    string       `json:"epoch"`
+	Holdfast string       `json:"holdfast"` // the version that made it
+	Time     time.Time    `json:"time"`
+	Bytes    int64        `json:"bytes"` // of the files
+	Lanes    []BackupLane `json:"lanes"`
+	Files    []BackupFile `json:"files"`
+}
+
+// BackupLane is what a backup holds of a lane.
+type BackupLane struct {
+	Name string      `json:"lane"`
+	Next uint64      `json:"next"` // the sequence of the next message, or one that came while the backup was made
+	Kept spool.Count `json:"kept"` // messages, about
+}
+
+// BackupFile is a file of a backup.
+type BackupFile struct {
+	Name string `json:"name"` // with /
+	Size int64  `json:"size"` // bytes
+}
+
+// BackupKept answers POST /backup with keep.
+type BackupKept struct {
+	Backup
+	Path string `json:"path"` // on the gateway's machine
+}
