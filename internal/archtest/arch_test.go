@@ -37,8 +37,9 @@ var arrows = map[string][]string{
 	"internal/lifecycle":     {},
 	"internal/mqtt":          {},
 	"internal/pki":           {},
-	"internal/mqtt/mqtttest": {"internal/mqtt"}, // a test's mosquitto and scripted peers: linked into no program
-	"internal/testkit":       {"internal/mqtt"},
+	"internal/mqtt/mqtttest": {"internal/mqtt"},                                                // a test's mosquitto and scripted peers: linked into no program
+	"internal/proof":         {"bridge/cloud", "bridge/wire", "firmware-sim", "internal/mqtt"}, // stands outside the gateway, as the devices and the cloud do
+	"internal/testkit":       {"internal/mqtt", "internal/proof"},
 }
 
 // adapters lists which packages may import a third-party library; everything below the path counts.

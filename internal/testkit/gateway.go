@@ -14,6 +14,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"holdfast/internal/proof"
 )
 
 // Gateway is the real binary with a configuration of its own on loopback ports that stay the same over its
@@ -90,12 +92,8 @@ func (g *Gateway) Reload() (taken bool) {
 
 // Status is what of a gateway's status the tests look at.
 type Status struct {
-	Ready  bool   `json:"ready"`
-	Epoch  string `json:"epoch"`
-	Ledger struct {
-		Balanced bool      `json:"balanced"`
-		Accounts []Account `json:"accounts"`
-	} `json:"ledger"`
+	proof.Books
+	Ready    bool `json:"ready"`
 	Commands struct {
 		Queued      int    `json:"queued"`
 		Sent        int    `json:"sent"`
@@ -123,37 +121,6 @@ type Status struct {
 		InFlight  int    `json:"in_flight"`
 		Commands  bool   `json:"commands"` // they come down from it now
 	} `json:"upstreams"`
-}
-
-// Count is messages and bytes in an account.
-type Count struct {
-	Messages uint64 `json:"messages"`
-	Bytes    uint64 `json:"bytes"`
-}
-
-// Account is where the messages of one lane are, for one upstream.
-type Account struct {
-	Upstream  string `json:"upstream"`
-	Lane      string `json:"lane"`
-	Accepted  Count  `json:"accepted"`
-	Delivered Count  `json:"delivered"`
-	Expired   Count  `json:"expired"`
-	Evicted   Count  `json:"evicted"`
-	Parked    Count  `json:"parked"`
-	Pending   Count  `json:"pending"`
-}
-
-// Balance returns an error if what was accepted is not what the other columns add up to.
-func (a Account) Balance() error {
-	for what, of := range map[string]func(Count) uint64{
-		"messages": func(c Count) uint64 { return c.Messages },
-		"bytes":    func(c Count) uint64 { return c.Bytes },
-	} {
-		if sum := of(a.Delivered) + of(a.Expired) + of(a.Evicted) + of(a.Parked) + of(a.Pending); sum != of(a.Accepted) {
-			return fmt.Errorf("ledger of upstream %q, lane %q: %d %s accepted, %d accounted for: %+v", a.Upstream, a.Lane, of(a.Accepted), what, sum, a)
-		}
-	}
-	return nil
 }
 
 // AwaitCommands waits until commands come down from every upstream.
