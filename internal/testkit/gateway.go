@@ -43,6 +43,7 @@ func StartGateway(t T, bin, id, yaml string) *Gateway {
 
 // GatewayConfig is what of a gateway's configuration a test chooses. One MQTT listener, called test, and an HTTP address are there anyway.
 type GatewayConfig struct {
+	Dir       string   // data_dir; "": a temporary folder
 	Listeners []string // more of them, each a YAML mapping in braces
 	Limit     int      // max_connections of the listener test; 0: none
 	Devices   string   // what stands under devices, a YAML mapping in braces; "": nothing, so that nobody comes in without credentials
@@ -52,7 +53,10 @@ type GatewayConfig struct {
 // StartGatewayWith runs `bin run` with the given configuration.
 func StartGatewayWith(t T, bin, id string, c GatewayConfig) *Gateway {
 	t.Helper()
-	g := &Gateway{Addr: FreeAddr(t), HTTP: FreeAddr(t), Dir: t.TempDir(), id: id}
+	g := &Gateway{Addr: FreeAddr(t), HTTP: FreeAddr(t), Dir: c.Dir, id: id}
+	if g.Dir == "" {
+		g.Dir = t.TempDir()
+	}
 	g.File = filepath.Join(t.TempDir(), "gateway.yaml")
 	if err := g.Configure(c); err != nil {
 		t.Fatalf("write the gateway's configuration: %v", err)
@@ -138,6 +142,12 @@ func (g *Gateway) AwaitCommands(t T) {
 		}
 		return nil
 	})
+}
+
+// Books asks the gateway for its ledger.
+func (g *Gateway) Books() (*proof.Books, error) {
+	s, err := g.Status()
+	return &s.Books, err
 }
 
 // Status asks the gateway how it is.
