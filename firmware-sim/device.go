@@ -208,6 +208,7 @@ func (d *device) send(s *sample, id uint16, dup bool) bool {
 	d.counts.bytes += uint64(len(d.payload))
 	if s.sent {
 		d.counts.resent++
+		d.accounts[s.stream].again.add(s.n)
 	} else {
 		s.sent = true
 		d.counts.published++

@@ -39,14 +39,17 @@ func (r *Ranges) Spans() (s [][2]uint64) {
 	return s
 }
 
-// NewLedger makes a ledger of one stream.
-func NewLedger(device, stream string, made uint64, unsent, acked []uint64) *Ledger {
+// NewLedger makes a ledger of one stream. again: what was sent more than once.
+func NewLedger(device, stream string, made uint64, unsent, acked []uint64, again ...uint64) *Ledger {
 	a := account{made: made, sent: made - uint64(len(unsent))}
 	for _, n := range unsent {
 		a.unsent.add(n)
 	}
 	for _, n := range acked {
 		a.acked.add(n)
+	}
+	for _, n := range again {
+		a.again.add(n)
 	}
 	return &Ledger{devices: map[string]map[string]account{device: {stream: a}}}
 }

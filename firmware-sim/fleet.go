@@ -416,6 +416,7 @@ func (f *Fleet) Ledger() *Ledger {
 		for i, a := range d.accounts {
 			a.acked = append(ranges(nil), a.acked...)
 			a.unsent = append(ranges(nil), a.unsent...)
+			a.again = append(ranges(nil), a.again...)
 			streams[d.profile.streams[i].name] = a
 		}
 		d.mu.Unlock()

@@ -95,6 +95,7 @@ type account struct {
 	sent    uint64 // how many of them were sent at least once
 	unsent  ranges // dropped on the device without ever being sent
 	acked   ranges
+	again   ranges // sent more than once
 	refused uint64 // refused by the server with a reason
 }
 
@@ -113,12 +114,22 @@ type Verdict struct {
 	Lost         uint64 `json:"lost"`         // acknowledged and not arrived
 	OutOfOrder   uint64 `json:"out_of_order"` // arrived first after a later one of its stream
 	Unknown      uint64 `json:"unknown"`      // arrived although never sent
+	Repeated     uint64 `json:"repeated"`     // arrived more than once although sent only once
+	// Missing is what is lost, by device, stream and number.
+	Missing []Missing `json:"-"`
 	// Examples name some of what is lost, out of order or unknown.
 	Examples []string `json:"examples,omitempty"`
 }
 
+// Missing are messages that were acknowledged and did not arrive.
+type Missing struct {
+	Device, Stream string
+	First, Last    uint64 // both inclusive
+}
+
 // OK says that nothing is lost, out of order or unknown. Duplicates are allowed: whoever was
-// not acknowledged sends again.
+// not acknowledged sends again. Whether Repeated is depends on the way of the arrivals: where
+// repeats of a gateway are dropped by their ids there should be none.
 func (v Verdict) OK() bool { return v.Lost == 0 && v.OutOfOrder == 0 && v.Unknown == 0 }
 
 const maxExamples = 10
@@ -148,6 +159,9 @@ func (l *Ledger) Verify(arrived *Arrivals) Verdict {
 			}
 			lost := a.acked.minus(got)
 			v.Lost += lost.count()
+			for _, r := range lost {
+				v.Missing = append(v.Missing, Missing{device, stream, r.first, r.last})
+			}
 			v.example(device, stream, "acknowledged, not arrived", lost)
 		}
 	}
@@ -167,6 +181,9 @@ func (l *Ledger) Verify(arrived *Arrivals) Verdict {
 			unknown := s.seen.minus(sent)
 			v.Unknown += unknown.count()
 			v.example(device, stream, "arrived, never sent", unknown)
+			repeated := s.again.minus(a.again)
+			v.Repeated += repeated.count()
+			v.example(device, stream, "arrived more than once, sent once", repeated)
 		}
 	}
 	slices.Sort(v.Examples)
@@ -194,9 +211,11 @@ type Arrivals struct {
 
 type arrived struct {
 	seen       ranges
+	again      ranges // arrived more than once
 	duplicates uint64
 	outOfOrder uint64
 	highest    uint64
+	late       uint64 // highest of those added as late
 	example    uint64 // of what came out of order
 }
 
@@ -208,6 +227,15 @@ func (a *Arrivals) Add(device, stream string, n uint64) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.stream([]byte(device), []byte(stream)).add(n)
+	a.total++
+}
+
+// AddLate is Add for a message that comes after newer ones by design: out of a backlog that is sent beside what is new. Such
+// messages have an order among themselves.
+func (a *Arrivals) AddLate(device, stream string, n uint64) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.stream([]byte(device), []byte(stream)).addLate(n)
 	a.total++
 }
 
@@ -251,15 +279,21 @@ func (a *Arrivals) stream(device, stream []byte) *arrived {
 	return s
 }
 
-func (s *arrived) add(n uint64) {
+func (s *arrived) add(n uint64) { s.come(n, &s.highest) }
+
+func (s *arrived) addLate(n uint64) { s.come(n, &s.late) }
+
+// come notes n, which should be higher than all that came the same way.
+func (s *arrived) come(n uint64, highest *uint64) {
 	if !s.seen.add(n) {
 		s.duplicates++
+		s.again.add(n)
 		return
 	}
-	if n < s.highest {
+	if n < *highest {
 		s.outOfOrder++
 		s.example = n
 		return
 	}
-	s.highest = n
+	*highest = n
 }

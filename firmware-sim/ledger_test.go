@@ -63,7 +63,9 @@ func TestVerify(t *testing.T) {
 		made    uint64
 		unsent  []uint64
 		acked   []uint64
+		again   []uint64 // sent more than once
 		arrived []uint64
+		late    []uint64 // arrived out of a backlog
 		want    firmwaresim.Verdict
 		ok      bool
 		example string
@@ -89,8 +91,20 @@ func TestVerify(t *testing.T) {
 			want: firmwaresim.Verdict{Published: 2, Acknowledged: 1, Arrived: 2},
 		},
 		{
-			name: "sent again", made: 3, acked: []uint64{1, 2, 3}, arrived: []uint64{1, 2, 1, 2, 3, 3}, ok: true,
+			name: "sent again", made: 3, acked: []uint64{1, 2, 3}, again: []uint64{1, 2, 3}, arrived: []uint64{1, 2, 1, 2, 3, 3}, ok: true,
 			want: firmwaresim.Verdict{Published: 3, Acknowledged: 3, Arrived: 3, Duplicates: 3},
+		},
+		{
+			name: "sent once, arrived twice", made: 3, acked: []uint64{1, 2, 3}, again: []uint64{1}, arrived: []uint64{1, 1, 2, 3, 3}, ok: true,
+			want: firmwaresim.Verdict{Published: 3, Acknowledged: 3, Arrived: 3, Duplicates: 2, Repeated: 1}, example: "d s n=3: arrived more than once, sent once",
+		},
+		{
+			name: "a backlog beside what is new", made: 6, acked: []uint64{1, 2, 3, 4, 5, 6}, arrived: []uint64{1, 5, 6}, late: []uint64{2, 3, 4}, ok: true,
+			want: firmwaresim.Verdict{Published: 6, Acknowledged: 6, Arrived: 6},
+		},
+		{
+			name: "a backlog out of order", made: 6, acked: []uint64{1, 2, 3, 4, 5, 6}, arrived: []uint64{1, 5, 6}, late: []uint64{2, 4, 3},
+			want: firmwaresim.Verdict{Published: 6, Acknowledged: 6, Arrived: 6, OutOfOrder: 1}, example: "d s n=3: arrived first after a later one",
 		},
 		{
 			name: "out of order", made: 3, acked: []uint64{1, 2, 3}, arrived: []uint64{1, 3, 2},
@@ -110,7 +124,10 @@ func TestVerify(t *testing.T) {
 			for _, n := range c.arrived {
 				a.Add("d", "s", n)
 			}
-			got := firmwaresim.NewLedger("d", "s", c.made, c.unsent, c.acked).Verify(a)
+			for _, n := range c.late {
+				a.AddLate("d", "s", n)
+			}
+			got := firmwaresim.NewLedger("d", "s", c.made, c.unsent, c.acked, c.again...).Verify(a)
 			if c.example != "" && !slices.ContainsFunc(got.Examples, func(e string) bool { return strings.HasPrefix(e, c.example) }) {
 				t.Errorf("examples %q, want one with %q", got.Examples, c.example)
 			}
@@ -118,7 +135,7 @@ func TestVerify(t *testing.T) {
 				t.Errorf("examples %q, want none", got.Examples)
 			}
 			got.Examples = nil
-			if got.String() != c.want.String() || got.OK() != c.ok {
+			if got.String() != c.want.String() || got.Repeated != c.want.Repeated || got.OK() != c.ok {
 				t.Errorf("got  %v, ok %v\nwant %v, ok %v", got, got.OK(), c.want, c.ok)
 			}
 		})

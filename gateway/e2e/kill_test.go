@@ -6,6 +6,7 @@ import (
 	"testing"
 	"time"
 
+	"holdfast/internal/proof"
 	"holdfast/internal/testkit"
 )
 
@@ -42,36 +43,18 @@ func TestKillNine(t *testing.T) {
 			if upstreamIs == "flapping" {
 				<-time.After(3 * time.Second) // links that end without a kill
 			}
-			f.finish(t)
+			finish(t, f)
 			calm()
 			up.link.Set(testkit.Faults{})
 			drained(t, g, "cloud", 60*time.Second)
-			s := balanced(t, g)
-			verdict := up.inbox.verify(t, f)
-			t.Logf("%d kills, slowest start %v; %v%v; %d accepted", cycles(), slowest.Round(time.Millisecond), f, verdict, accepted(s, "cloud"))
-			if n := accepted(s, "cloud"); n != verdict.Arrived+verdict.Duplicates {
-				t.Errorf("%d messages in the ledger, %d arrived", n, verdict.Arrived+verdict.Duplicates)
-			}
-			if verdict.Acknowledged == 0 {
-				t.Error("nothing was acknowledged: the test has shown nothing")
-			}
+			verdict := verify(t, g, up.inbox, f, proof.Options{})
+			t.Logf("%d kills, slowest start %v; %v; %v", cycles(), slowest.Round(time.Millisecond), f, verdict)
 			if code := g.Stop(); code != 0 {
 				t.Errorf("exit code %d after SIGTERM", code)
 			}
 			verifyStore(t, path, g.Dir)
 		})
 	}
-}
-
-// accepted is how many messages of devices an upstream's accounts tell of: what the gateway itself has to say is in the
-// lane system.
-func accepted(s *testkit.Status, upstream string) (n uint64) {
-	for _, a := range s.Ledger.Accounts {
-		if a.Upstream == upstream && a.Lane != "system" {
-			n += a.Accepted.Messages
-		}
-	}
-	return n
 }
 
 // verifyStore reads a stopped gateway's whole spool with `holdfast spool verify`.
@@ -104,9 +87,9 @@ func TestStopLosesNothing(t *testing.T) {
 		g.Restart()
 		balanced(t, g)
 	}
-	f.finish(t)
+	finish(t, f)
 	drained(t, g, "cloud", 60*time.Second)
-	t.Log(up.inbox.verify(t, f))
+	t.Log(verify(t, g, up.inbox, f, proof.Options{}))
 }
 
 // TestFormats sends the same fleet upstream in each format, over a link that breaks and through a kill.
@@ -127,10 +110,9 @@ func TestFormats(t *testing.T) {
 			g.Kill()
 			g.Restart()
 			<-time.After(time.Second)
-			f.finish(t)
+			finish(t, f)
 			drained(t, g, "cloud", 60*time.Second)
-			balanced(t, g)
-			t.Log(up.inbox.verifyRepeats(t, f, format != "passthrough"))
+			t.Log(verify(t, g, up.inbox, f, proof.Options{NoIDs: format == "passthrough"}))
 		})
 	}
 }
@@ -162,13 +144,12 @@ func TestDeadUpstreamDelaysNobody(t *testing.T) {
 					}
 				}
 			}
-			f.finish(t)
+			finish(t, f)
 			drained(t, g, "alive", 5*time.Second)
-			t.Logf("alive: %v; at most %d messages behind", alive.inbox.verify(t, f), worst)
+			t.Logf("alive: %v; at most %d messages behind", verify(t, g, alive.inbox, f, proof.Options{Upstream: "alive"}), worst)
 			ill.link.Set(testkit.Faults{})
 			drained(t, g, "ill", 90*time.Second) // an unanswered send is given up after 30 s, a lost link tried again within 30 s
-			t.Logf("ill: %v", ill.inbox.verify(t, f))
-			balanced(t, g)
+			t.Logf("ill: %v", verify(t, g, ill.inbox, f, proof.Options{Upstream: "ill"}))
 		})
 	}
 }
@@ -222,11 +203,10 @@ func TestLinkFaults(t *testing.T) {
 			if c.lasts > 0 {
 				up.link.Set(whole)
 			}
-			f.finish(t)
+			finish(t, f)
 			begin := time.Now()
 			drained(t, g, "cloud", 120*time.Second)
-			t.Logf("%v; drained %v after the last message", up.inbox.verify(t, f), time.Since(begin).Round(100*time.Millisecond))
-			balanced(t, g)
+			t.Logf("%v; drained %v after the last message", verify(t, g, up.inbox, f, proof.Options{}), time.Since(begin).Round(100*time.Millisecond))
 		})
 	}
 }

@@ -240,13 +240,13 @@ func TestQoS2IsTakenExactlyOnce(t *testing.T) {
 
 	got := map[string][]int{}
 	testkit.EventuallyNil(t, 10*time.Second, "every message arrives upstream", func() error {
-		all := up.inbox.messages(t)
+		all := messages(t, up.inbox)
 		if len(all) < total {
 			return fmt.Errorf("%d of %d", len(all), total)
 		}
 		return nil
 	})
-	for _, m := range up.inbox.messages(t) {
+	for _, m := range messages(t, up.inbox) {
 		var body struct{ N int }
 		if err := json.Unmarshal(m.Message.Payload, &body); err != nil {
 			t.Fatal(err)

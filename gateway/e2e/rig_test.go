@@ -8,7 +8,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strconv"
-	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -16,8 +15,8 @@ import (
 	"go.uber.org/goleak"
 
 	"holdfast/bridge/cloud"
-	firmwaresim "holdfast/firmware-sim"
 	"holdfast/internal/mqtt"
+	"holdfast/internal/proof"
 	"holdfast/internal/testkit"
 )
 
@@ -86,32 +85,19 @@ const logYAML = "log: { level: info, format: text }\n"
 type upstream struct {
 	broker *testkit.Mosquitto
 	link   *testkit.Proxy
-	inbox  *inbox
+	inbox  *proof.Cloud
 }
 
 func startUpstream(t *testing.T) *upstream {
 	t.Helper()
-	u := &upstream{broker: testkit.StartMosquitto(t), inbox: newInbox()}
+	u := &upstream{broker: testkit.StartMosquitto(t), inbox: proof.NewCloud()}
 	u.link = testkit.StartProxy(t, u.broker.Addr)
-	u.inbox.subscribe(t, u.broker.Addr)
+	listen(t, u.inbox, u.broker.Addr)
 	return u
 }
 
-// inbox is the cloud: it takes what arrives upstream through the receiver that drops repeats by id.
-type inbox struct {
-	receiver *cloud.Receiver
-
-	mu       sync.Mutex
-	arrivals map[string]*firmwaresim.Arrivals // of simulated devices, by the prefix of their ids; see fleet
-	others   []cloud.Delivery                 // messages of other devices, in the order of arrival
-	errors   []error
-}
-
-func newInbox() *inbox {
-	return &inbox{receiver: cloud.New(cloud.Config{}), arrivals: map[string]*firmwaresim.Arrivals{}}
-}
-
-func (b *inbox) subscribe(t *testing.T, addr string) {
+// listen has a cloud take what arrives at a broker.
+func listen(t *testing.T, b *proof.Cloud, addr string) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 	defer cancel()
@@ -119,8 +105,7 @@ func (b *inbox) subscribe(t *testing.T, addr string) {
 		Address: addr,
 		Connect: mqtt.Connect{Version: mqtt.V311, ClientID: "inbox", CleanStart: true, KeepAlive: 60},
 		OnMessage: func(_ *mqtt.Client, p *mqtt.Publish) {
-			// What Receive returns shares memory with the payload, and that is the client's.
-			b.take(string(p.Topic), append([]byte(nil), p.Payload...))
+			b.Take(string(p.Topic), p.Payload)
 		},
 	})
 	if err != nil {
@@ -135,42 +120,13 @@ func (b *inbox) subscribe(t *testing.T, addr string) {
 	}
 }
 
-func (b *inbox) take(topic string, payload []byte) {
-	all, err := b.receiver.Receive(topic, payload)
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if err != nil {
-		b.errors = append(b.errors, err)
-	}
-	for _, d := range all {
-		if d.Kind != cloud.Message {
-			continue
-		}
-		p, err := firmwaresim.ParsePayload(d.Message.Payload)
-		if err != nil {
-			b.others = append(b.others, d)
-			continue
-		}
-		if d.Gateway != "" && d.Message.Device != p.Device {
-			b.errors = append(b.errors, fmt.Errorf("message of device %s says it is of %s", p.Device, d.Message.Device))
-		}
-		prefix, _, _ := strings.Cut(p.Device, "-")
-		if b.arrivals[prefix] == nil {
-			b.arrivals[prefix] = firmwaresim.NewArrivals()
-		}
-		b.arrivals[prefix].Add(p.Device, p.Stream, p.N)
-	}
-}
-
 // messages returns what arrived so far of devices that are not simulated, in order, and fails t if something could not be read.
-func (b *inbox) messages(t *testing.T) []cloud.Delivery {
+func messages(t *testing.T, c *proof.Cloud) []cloud.Delivery {
 	t.Helper()
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	for _, err := range b.errors {
+	for _, err := range c.Errors() {
 		t.Errorf("upstream got something wrong: %v", err)
 	}
-	return b.others[:len(b.others):len(b.others)]
+	return c.Others()
 }
 
 // balanced asks the gateway for its ledger and fails t if an account does not add up.
@@ -180,13 +136,8 @@ func balanced(t *testing.T, g *testkit.Gateway) *testkit.Status {
 	if err != nil {
 		t.Fatalf("ask the gateway for its ledger: %v", err)
 	}
-	for _, a := range s.Ledger.Accounts {
-		if err := a.Balance(); err != nil {
-			t.Error(err)
-		}
-	}
-	if !s.Ledger.Balanced {
-		t.Error("the gateway says that its ledger is not balanced")
+	for _, err := range s.Balance() {
+		t.Error(err)
 	}
 	return s
 }
@@ -199,10 +150,8 @@ func drained(t *testing.T, g *testkit.Gateway, upstream string, within time.Dura
 		if err != nil {
 			return err
 		}
-		for _, a := range s.Ledger.Accounts {
-			if a.Upstream == upstream && a.Pending.Messages > 0 {
-				return fmt.Errorf("lane %s: %+v; upstreams %+v", a.Lane, a, s.Upstreams)
-			}
+		if err := s.Pending(upstream); err != nil {
+			return fmt.Errorf("%w; upstreams %+v", err, s.Upstreams)
 		}
 		return nil
 	})

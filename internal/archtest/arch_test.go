@@ -39,7 +39,9 @@ var arrows = map[string][]string{
 	"internal/mqtt":          {},
 	"internal/pki":           {},
 	"internal/mqtt/mqtttest": {"internal/mqtt"}, // a test's mosquitto and scripted peers: linked into no program
-	"internal/testkit":       {"internal/mqtt"},
+	"internal/powercut":      {},
+	"internal/proof":         {"bridge/cloud", "bridge/wire", "firmware-sim", "internal/mqtt"}, // stands outside the gateway, as the devices and the cloud do
+	"internal/testkit":       {"internal/mqtt", "internal/proof"},
 }
 
 // adapters lists which packages may import a third-party library; everything below the path counts.
@@ -49,12 +51,15 @@ var adapters = map[string][]string{
 	"github.com/cockroachdb/pebble/v2":      {"internal/kv", "spool", "devices"},
 	"github.com/eclipse/paho.mqtt.golang":   {"bridge/mqttup"},
 	"github.com/fxamacker/cbor/v2":          {"bridge/wire", "devices", "internal/clock"},
+	"github.com/hanwen/go-fuse/v2":          {"internal/powercut"}, // and nobody but tests imports that
 }
 
 // absent may not be linked into any program of ours.
 var absent = []string{
 	"github.com/cockroachdb/pebble", // the first major, beside /v2
 	"testing",                       // in a shipped binary
+	"github.com/hanwen/go-fuse/v2/fuse",
+	"holdfast/internal/powercut",
 }
 
 type pkg struct {

@@ -14,6 +14,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"holdfast/internal/proof"
 )
 
 // Gateway is the real binary with a configuration of its own on loopback ports that stay the same over its
@@ -41,6 +43,7 @@ func StartGateway(t T, bin, id, yaml string) *Gateway {
 
 // GatewayConfig is what of a gateway's configuration a test chooses. One MQTT listener, called test, and an HTTP address are there anyway.
 type GatewayConfig struct {
+	Dir       string   // data_dir; "": a temporary folder
 	Listeners []string // more of them, each a YAML mapping in braces
 	Limit     int      // max_connections of the listener test; 0: none
 	Devices   string   // what stands under devices, a YAML mapping in braces; "": nothing, so that nobody comes in without credentials
@@ -50,7 +53,10 @@ type GatewayConfig struct {
 // StartGatewayWith runs `bin run` with the given configuration.
 func StartGatewayWith(t T, bin, id string, c GatewayConfig) *Gateway {
 	t.Helper()
-	g := &Gateway{Addr: FreeAddr(t), HTTP: FreeAddr(t), Dir: t.TempDir(), id: id}
+	g := &Gateway{Addr: FreeAddr(t), HTTP: FreeAddr(t), Dir: c.Dir, id: id}
+	if g.Dir == "" {
+		g.Dir = t.TempDir()
+	}
 	g.File = filepath.Join(t.TempDir(), "gateway.yaml")
 	if err := g.Configure(c); err != nil {
 		t.Fatalf("write the gateway's configuration: %v", err)
@@ -90,12 +96,8 @@ func (g *Gateway) Reload() (taken bool) {
 
 // Status is what of a gateway's status the tests look at.
 type Status struct {
-	Ready  bool   `json:"ready"`
-	Epoch  string `json:"epoch"`
-	Ledger struct {
-		Balanced bool      `json:"balanced"`
-		Accounts []Account `json:"accounts"`
-	} `json:"ledger"`
+	proof.Books
+	Ready    bool `json:"ready"`
 	Commands struct {
 		Queued      int    `json:"queued"`
 		Sent        int    `json:"sent"`
@@ -125,37 +127,6 @@ type Status struct {
 	} `json:"upstreams"`
 }
 
-// Count is messages and bytes in an account.
-type Count struct {
-	Messages uint64 `json:"messages"`
-	Bytes    uint64 `json:"bytes"`
-}
-
-// Account is where the messages of one lane are, for one upstream.
-type Account struct {
-	Upstream  string `json:"upstream"`
-	Lane      string `json:"lane"`
-	Accepted  Count  `json:"accepted"`
-	Delivered Count  `json:"delivered"`
-	Expired   Count  `json:"expired"`
-	Evicted   Count  `json:"evicted"`
-	Parked    Count  `json:"parked"`
-	Pending   Count  `json:"pending"`
-}
-
-// Balance returns an error if what was accepted is not what the other columns add up to.
-func (a Account) Balance() error {
-	for what, of := range map[string]func(Count) uint64{
-		"messages": func(c Count) uint64 { return c.Messages },
-		"bytes":    func(c Count) uint64 { return c.Bytes },
-	} {
-		if sum := of(a.Delivered) + of(a.Expired) + of(a.Evicted) + of(a.Parked) + of(a.Pending); sum != of(a.Accepted) {
-			return fmt.Errorf("ledger of upstream %q, lane %q: %d %s accepted, %d accounted for: %+v", a.Upstream, a.Lane, of(a.Accepted), what, sum, a)
-		}
-	}
-	return nil
-}
-
 // AwaitCommands waits until commands come down from every upstream.
 func (g *Gateway) AwaitCommands(t T) {
 	t.Helper()
@@ -171,6 +142,12 @@ func (g *Gateway) AwaitCommands(t T) {
 		}
 		return nil
 	})
+}
+
+// Books asks the gateway for its ledger.
+func (g *Gateway) Books() (*proof.Books, error) {
+	s, err := g.Status()
+	return &s.Books, err
 }
 
 // Status asks the gateway how it is.

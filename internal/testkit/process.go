@@ -181,6 +181,9 @@ func (p *Process) Signal(sig syscall.Signal) {
 // Exited is closed when the program's present life is over.
 func (p *Process) Exited() <-chan struct{} { return p.current().exited }
 
+// ExitCode is that of the present life, once it is over; -1 if a signal ended it.
+func (p *Process) ExitCode() int { return p.current().cmd.ProcessState.ExitCode() }
+
 // PID of the present life.
 func (p *Process) PID() int { return p.current().cmd.Process.Pid }
 

@@ -1,0 +1,380 @@
+package e2e_test
+
+import (
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	firmwaresim "holdfast/firmware-sim"
+	"holdfast/internal/powercut"
+	"holdfast/internal/proof"
+	"holdfast/internal/testkit"
+)
+
+// trial is a gateway among devices, with an upstream behind a link, that goes through a schedule of faults. Everything that harnesses
+// break they break by one, and proof.Check judges.
+type trial struct {
+	t      *testing.T
+	report *proof.Report
+	form   form
+	bin    string
+	seed   uint64
+
+	disk  *powercut.Disk // nil: the data lies in a folder of the machine's own disk
+	mount *powercut.Mount
+	g     *testkit.Gateway
+	up    *upstream
+	fleet *proof.Fleet
+	calm  func()   // ends a link that comes and goes
+	why   []string // reasons for which gaps may be announced, by what was done
+}
+
+// form is how the gateway of a trial is set up. More of them: add to forms.
+type form struct {
+	name      string
+	yaml      string   // top-level keys, upstreams aside
+	format    string   // of the upstream; "": batch
+	reasons   []string // for which its rules may take messages
+	liveFirst []string // lanes that are not drained in order
+}
+
+var forms = []form{
+	{name: "as it comes"},
+	{name: "each message by itself", format: "cloudevents"},
+	{
+		name: "small lanes", reasons: []string{"max_bytes"},
+		yaml: "spool: { lanes: [{ name: alarm, share: 50, max_bytes: 1MiB, max_age: 720h, when_full: drop_oldest }, " +
+			"{ name: telemetry, share: 40, max_bytes: 1MiB, max_age: 168h, when_full: drop_oldest }, { name: bulk, share: 10, max_bytes: 1MiB, max_age: 72h, when_full: drop_oldest }] }\n",
+	},
+}
+
+// links are what a way upstream may be like during a step, by name. More of them: add here and to linkChoices.
+var links = map[string]testkit.Faults{
+	"up":         {Latency: 10 * time.Millisecond}, // so that something is always in flight
+	"away":       {Refuse: true},
+	"stalled":    {StallUp: true, StallDown: true},
+	"half open":  {BlackholeUp: true, BlackholeDown: true},
+	"taking all": {SwallowAcks: true},
+	"slow":       {BytesPerSecond: 20 << 10, Latency: 100 * time.Millisecond},
+}
+
+var linkChoices = []proof.Choice{
+	{Name: "up", Weight: 6}, {Name: "away", Weight: 3}, {Name: "coming and going", Weight: 3}, {Name: "reset", Weight: 1},
+	{Name: "stalled", Weight: 1}, {Name: "half open", Weight: 1}, {Name: "taking all", Weight: 2}, {Name: "slow", Weight: 1},
+}
+
+// load is what devices of a trial send.
+type load struct {
+	devices int
+	rate    float64
+}
+
+// startTrial starts everything. powered: the data lies on a disk whose power can be cut; the test is skipped where that cannot be.
+func startTrial(t *testing.T, r *proof.Report, fm form, seed uint64, powered bool, l load) *trial {
+	t.Helper()
+	x := &trial{t: t, report: r, form: fm, bin: bin(t), seed: seed, calm: func() {}, why: append([]string{}, fm.reasons...)}
+	c := testkit.GatewayConfig{Devices: "{ anonymous: true }"}
+	if powered {
+		if err := powercut.Available(); err != nil {
+			t.Skip(err)
+		}
+		x.disk = powercut.New()
+		x.disk.SetCapacity(4 << 30)
+		m, err := powercut.MountAt(t.TempDir(), x.disk)
+		if err != nil {
+			t.Fatal(err)
+		}
+		x.mount = m
+		// After the gateway has ended, which its own Cleanup sees to.
+		t.Cleanup(func() {
+			if err := x.mount.Unmount(); err != nil {
+				t.Error(err)
+			}
+		})
+		c.Dir = filepath.Join(m.Dir, "data")
+	}
+	x.up = startUpstream(t)
+	x.up.link.Set(links["up"])
+	format := fm.format
+	if format == "" {
+		format = "batch"
+	}
+	c.YAML = logYAML + fm.yaml + "upstreams:\n" + upstreamYAML("cloud", x.up.link.Addr(), format, "")
+	x.g = testkit.StartGatewayWith(t, x.bin, gatewayID, c)
+	var err error
+	x.fleet, err = proof.StartFleet(t.Context(), proof.FleetConfig{
+		Broker: "mqtt://" + x.g.Addr, Seed: seed, Devices: l.devices, Rate: l.rate,
+		Change: func(c *firmwaresim.Config) { c.MaxBackoff = 80 * time.Millisecond }, // they are back soon: a life is short
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = x.fleet.Finish() })
+	return x
+}
+
+// errorf notes that something is wrong, in the report too.
+func (x *trial) errorf(format string, args ...any) {
+	x.t.Helper()
+	x.report.Failed("%s: %s", x.t.Name(), fmt.Sprintf(format, args...))
+	x.t.Errorf(format, args...)
+}
+
+// step does one step of a schedule.
+func (x *trial) step(s proof.Step) {
+	x.t.Helper()
+	x.setLink(s)
+	rng := rand.New(rand.NewPCG(s.Seed, 0))
+	f, ok := faults[s.Fault]
+	if !ok {
+		x.t.Fatalf("there is no fault %q", s.Fault)
+	}
+	if f.before != nil {
+		f.before(x, rng)
+	}
+	<-time.After(s.Life)
+	floor := x.fleet.Floor()
+	x.report.Fault(s.Fault)
+	again := f.strike(x, s, rng)
+	if !again {
+		x.look(s, floor)
+		return
+	}
+	x.verifyCopy()
+	if f.stopped != nil {
+		f.stopped(x, rng)
+	}
+	<-time.After(s.Gone)
+	x.report.Cycle(x.g.Restart())
+	x.look(s, floor)
+}
+
+// look asks a gateway that has gone through something for its books: they add up, and hold whatever devices were told before.
+func (x *trial) look(s proof.Step, floor uint64) {
+	x.t.Helper()
+	books, err := x.g.Books()
+	if err != nil {
+		x.errorf("after %s: ask the gateway for its books: %v", s.Fault, err)
+		return
+	}
+	for _, err := range books.Balance() {
+		x.errorf("after %s: %v", s.Fault, err)
+	}
+	if n := books.Accepted("cloud"); n < floor {
+		x.errorf("after %s: the books say that %d messages were accepted, devices were told of %d", s.Fault, n, floor)
+	}
+}
+
+// setLink makes the way upstream what a step wants.
+func (x *trial) setLink(s proof.Step) {
+	x.calm()
+	x.calm = func() {}
+	x.report.Fault("link " + s.Link)
+	switch s.Link {
+	case "coming and going":
+		x.calm = x.up.link.Flap(s.Seed, links["up"], 150*time.Millisecond, 150*time.Millisecond, func(string, ...any) {})
+	case "reset":
+		x.up.link.Set(links["up"])
+		x.up.link.Reset()
+	default:
+		f, ok := links[s.Link]
+		if !ok {
+			x.t.Fatalf("there is no link %q", s.Link)
+		}
+		x.up.link.Set(f)
+		if f.Refuse {
+			x.up.link.Reset()
+		}
+	}
+}
+
+// fault is what a step does to a gateway. More of them: add to faults, and to the choices of a harness.
+type fault struct {
+	before  func(x *trial, rng *rand.Rand)                         // while it works; nil: nothing
+	strike  func(x *trial, s proof.Step, rng *rand.Rand) (gone bool) // gone: it is not running any more, and is started again
+	stopped func(x *trial, rng *rand.Rand)                         // before it is; nil: nothing
+}
+
+var faults = map[string]fault{
+	"kill -9":   {strike: (*trial).kill},
+	"power cut": {strike: (*trial).cut},
+	"stop": {strike: func(x *trial, _ proof.Step, _ *rand.Rand) bool {
+		begin := time.Now()
+		if code := x.g.Stop(); code != 0 {
+			x.errorf("exit code %d after SIGTERM", code)
+		}
+		if took := time.Since(begin); took > 10*time.Second {
+			x.errorf("an orderly stop took %v", took)
+		}
+		return true
+	}},
+	"freeze": {strike: func(x *trial, s proof.Step, _ *rand.Rand) bool {
+		x.g.Signal(syscall.SIGSTOP)
+		<-time.After(s.Gone)
+		x.g.Signal(syscall.SIGCONT)
+		return false
+	}},
+	// fsync takes its time, and then the power goes, while much waits for it.
+	"slow disk, power cut": {
+		before: func(x *trial, rng *rand.Rand) {
+			x.disk.SetFaults(powercut.Faults{SyncTakes: time.Duration(1+rng.IntN(30)) * time.Millisecond})
+		},
+		strike: func(x *trial, s proof.Step, rng *rand.Rand) bool {
+			defer x.disk.SetFaults(powercut.Faults{})
+			return x.cut(s, rng)
+		},
+	},
+	// The gateway has to end by itself, and to acknowledge nothing that it could not sync.
+	"fsync fails": {
+		strike: func(x *trial, _ proof.Step, rng *rand.Rand) bool {
+			return x.broken(powercut.Faults{SyncErr: syscall.EIO, After: rng.IntN(20)})
+		},
+	},
+	"fsync fails, power cut": {
+		strike: func(x *trial, s proof.Step, rng *rand.Rand) bool {
+			x.broken(powercut.Faults{SyncErr: syscall.EIO, After: rng.IntN(20)})
+			return x.cut(s, rng)
+		},
+	},
+	"write fails": {
+		strike: func(x *trial, _ proof.Step, rng *rand.Rand) bool {
+			return x.broken(powercut.Faults{WriteErr: syscall.EIO, After: rng.IntN(50)})
+		},
+	},
+}
+
+func (x *trial) kill(proof.Step, *rand.Rand) bool {
+	x.g.Kill()
+	return true
+}
+
+// cut takes the power from the gateway's disk, kills the gateway, and switches the disk on again.
+func (x *trial) cut(_ proof.Step, rng *rand.Rand) bool {
+	x.t.Helper()
+	loss := x.disk.Cut(rng.Uint64())
+	select {
+	case <-x.g.Exited():
+	default:
+		x.g.Signal(syscall.SIGKILL)
+	}
+	x.mount.Release() // what hangs in the disk can end
+	<-x.g.Exited()
+	if err := x.mount.Unmount(); err != nil {
+		x.t.Fatal(err)
+	}
+	m, err := powercut.MountAt(x.mount.Dir, x.disk)
+	if err != nil {
+		x.t.Fatal(err)
+	}
+	x.mount = m
+	if loss.LostWrites > 0 {
+		x.report.Fault("power cut that took unsynced writes")
+	}
+	if loss.Torn > 0 {
+		x.report.Fault("power cut that tore a write")
+	}
+	if loss.LostNames > 0 {
+		x.report.Fault("power cut that took unsynced names")
+	}
+	return true
+}
+
+// broken breaks the disk and waits until the gateway has ended.
+func (x *trial) broken(f powercut.Faults) bool {
+	x.t.Helper()
+	x.disk.SetFaults(f)
+	defer x.disk.SetFaults(powercut.Faults{})
+	select {
+	case <-x.g.Exited():
+		if code := x.g.ExitCode(); code == 0 {
+			x.errorf("exit code 0 on a broken disk")
+		}
+	case <-time.After(20 * time.Second):
+		x.errorf("the gateway runs on for 20 s on a disk that fails: %+v", f)
+		x.g.Kill()
+	}
+	return true
+}
+
+// verifyCopy has `holdfast spool verify` read a copy of the stopped gateway's data: the next start recovers by itself.
+func (x *trial) verifyCopy() {
+	x.t.Helper()
+	var dir string
+	if x.disk != nil {
+		if err := x.disk.Copy("data", "copy"); err != nil {
+			x.t.Fatal(err)
+		}
+		defer x.disk.Drop("copy")
+		dir = filepath.Join(x.mount.Dir, "copy")
+	} else {
+		dir = filepath.Join(x.t.TempDir(), "copy")
+		defer os.RemoveAll(dir)
+		if err := os.CopyFS(dir, os.DirFS(x.g.Dir)); err != nil {
+			x.t.Fatal(err)
+		}
+	}
+	x.verify(dir)
+}
+
+func (x *trial) verify(dir string) {
+	x.t.Helper()
+	ctx, cancel := context.WithTimeout(x.t.Context(), time.Minute)
+	defer cancel()
+	out, err := exec.CommandContext(ctx, x.bin, "spool", "verify", "--data-dir", dir).CombinedOutput()
+	if err != nil {
+		x.errorf("holdfast spool verify: %v\n%s", err, out)
+	}
+}
+
+// finish lets everything arrive, and judges.
+func (x *trial) finish() {
+	x.t.Helper()
+	x.calm()
+	x.up.link.Set(testkit.Faults{})
+	x.up.link.Reset() // what hangs in there would be given up after 30 s
+	if err := x.fleet.Finish(); err != nil {
+		x.errorf("%v", err)
+	}
+	drained(x.t, x.g, "cloud", 90*time.Second)
+	v, err := proof.Settle(x.t.Context(), 15*time.Second, x.fleet, x.up.inbox, x.g.Books, proof.Options{Reasons: x.why, LiveFirst: x.form.liveFirst})
+	if err != nil {
+		x.errorf("%v", err)
+	}
+	x.report.Verdict(v)
+	if !v.OK() {
+		x.t.Errorf("promise broken: %v", &v)
+	}
+	x.t.Logf("%s: %v; %v", x.form.name, x.fleet, &v)
+	if code := x.g.Stop(); code != 0 {
+		x.errorf("exit code %d after SIGTERM", code)
+	}
+	x.verify(x.g.Dir)
+}
+
+// told writes a report into the test's output, and into the file that variable names, if it does.
+func told(t *testing.T, r *proof.Report, variable string) {
+	t.Helper()
+	t.Logf("\n%v", r)
+	if err := r.WriteJSON(os.Getenv(variable)); err != nil {
+		t.Error(err)
+	}
+	if !t.Failed() && !r.OK() {
+		t.Error("promise broken: see the report")
+	}
+}
+
+// schedule tells a schedule, for a log.
+func schedule(steps []proof.Step) string {
+	var b strings.Builder
+	for i, s := range steps {
+		fmt.Fprintf(&b, "\n%3d: %v", i+1, s)
+	}
+	return b.String()
+}

@@ -1,0 +1,318 @@
+package proof
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+
+	"holdfast/bridge/wire"
+	firmwaresim "holdfast/firmware-sim"
+)
+
+// Verdict is what Check found, in messages.
+type Verdict struct {
+	Published    uint64            `json:"published"`    // by devices, each once
+	Acknowledged uint64            `json:"acknowledged"` // to devices
+	Arrived      uint64            `json:"arrived"`      // upstream, each once
+	SentAgain    uint64            `json:"sent_again"`   // further arrivals of messages that their device sent again
+	Removed      uint64            `json:"removed"`      // repeats of the gateway, dropped by their id
+	Late         uint64            `json:"late"`         // of Arrived: after newer ones of their lane
+	Announced    map[string]uint64 `json:"announced,omitempty"`
+	Lost         uint64            `json:"lost"`
+	Unexplained  uint64            `json:"unexplained"`
+	OutOfOrder   uint64            `json:"out_of_order"`
+	// Examples name some of what is wrong.
+	Examples []string `json:"examples,omitempty"`
+}
+
+// OK says that every promise was kept.
+func (v *Verdict) OK() bool { return v.Lost+v.Unexplained+v.OutOfOrder == 0 }
+
+const maxExamples = 12
+
+func (v *Verdict) wrong(count *uint64, n uint64, format string, args ...any) {
+	*count += n
+	if len(v.Examples) < maxExamples {
+		v.Examples = append(v.Examples, fmt.Sprintf(format, args...))
+	}
+}
+
+// add sums up two verdicts.
+func (v *Verdict) add(o Verdict) {
+	v.Published += o.Published
+	v.Acknowledged += o.Acknowledged
+	v.Arrived += o.Arrived
+	v.SentAgain += o.SentAgain
+	v.Removed += o.Removed
+	v.Late += o.Late
+	for reason, n := range o.Announced {
+		if v.Announced == nil {
+			v.Announced = map[string]uint64{}
+		}
+		v.Announced[reason] += n
+	}
+	v.Lost += o.Lost
+	v.Unexplained += o.Unexplained
+	v.OutOfOrder += o.OutOfOrder
+	for _, e := range o.Examples {
+		v.wrong(new(uint64), 0, "%s", e)
+	}
+}
+
+// String is the verdict in one paragraph.
+func (v *Verdict) String() string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "published %d, acknowledged %d, arrived %d (sent again by devices %d, repeats removed %d)", v.Published, v.Acknowledged, v.Arrived, v.SentAgain, v.Removed)
+	for _, reason := range slices.Sorted(maps.Keys(v.Announced)) {
+		fmt.Fprintf(&b, ", %d announced as %s", v.Announced[reason], reason)
+	}
+	fmt.Fprintf(&b, ": %d lost, %d unexplained, %d out of order", v.Lost, v.Unexplained, v.OutOfOrder)
+	for _, e := range v.Examples {
+		b.WriteString("\n  " + e)
+	}
+	return b.String()
+}
+
+// Options of Check. The zero value is for one upstream called "cloud" and a format with ids.
+type Options struct {
+	Upstream string // whose books are looked at; "": cloud
+	// NoIDs is for the format passthrough: the gateway's repeats come twice, and nothing can be said of sequences.
+	NoIDs bool
+	// LiveFirst are the lanes in which newer messages may come before older ones.
+	LiveFirst []string
+	// Reasons are those for which gaps may be announced; nil: any. A gap with another reason is unexplained.
+	Reasons []string
+	// Pending says that the books may have messages that wait.
+	Pending bool
+}
+
+// Check holds what devices were promised against what arrived and what the books say. The fleet has finished, and nothing is on
+// its way any more, else what is on its way counts as lost: see Settle. books may be nil.
+func Check(f *Fleet, c *Cloud, books *Books, o Options) Verdict {
+	if o.Upstream == "" {
+		o.Upstream = "cloud"
+	}
+	var v Verdict
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, l := range c.lanes {
+		l.taken = nil
+	}
+	v.Removed = c.receiver.Stats().Duplicates
+	for name, n := range c.late {
+		v.Late += n
+		if !slices.Contains(o.LiveFirst, name) {
+			v.wrong(&v.OutOfOrder, n, "lane %s: %d messages came after newer ones", name, n)
+		}
+	}
+	for _, err := range c.errors {
+		v.wrong(&v.Unexplained, 1, "%v", err)
+	}
+	for prefix := range c.arrivals {
+		if f.halves[prefix] == nil {
+			v.wrong(&v.Unexplained, c.arrivals[prefix].Total(), "messages of devices %s-… arrived, and there are none", prefix)
+		}
+	}
+	for _, prefix := range slices.Sorted(maps.Keys(f.halves)) {
+		arrivals := c.arrivals[prefix]
+		if arrivals == nil {
+			arrivals = firmwaresim.NewArrivals()
+		}
+		c.devices(&v, f.halves[prefix].Ledger().Verify(arrivals), o)
+	}
+	if !o.NoIDs {
+		c.order(&v)
+		c.holes(&v)
+	}
+	for _, g := range slices.SortedFunc(maps.Keys(c.gaps), func(a, b wire.Gap) int { return int(int64(a.First) - int64(b.First)) }) {
+		if v.Announced == nil {
+			v.Announced = map[string]uint64{}
+		}
+		v.Announced[g.Reason] += g.Count
+		if o.Reasons != nil && !slices.Contains(o.Reasons, g.Reason) {
+			v.wrong(&v.Unexplained, g.Count, "lane %s: %d to %d announced as %s, and there was no cause", g.Lane, g.First, g.Last, g.Reason)
+		}
+	}
+	if books != nil {
+		c.books(&v, books, o)
+	}
+	return v
+}
+
+// devices takes over the verdict on one half of the fleet. Under mu.
+func (c *Cloud) devices(v *Verdict, d firmwaresim.Verdict, o Options) {
+	v.Published += d.Published
+	v.Acknowledged += d.Acknowledged
+	v.Arrived += d.Arrived
+	v.SentAgain += d.Duplicates
+	v.OutOfOrder += d.OutOfOrder
+	v.Unexplained += d.Unknown
+	if !o.NoIDs {
+		v.Unexplained += d.Repeated
+	}
+	if d.OutOfOrder+d.Unknown+d.Repeated > 0 {
+		for _, e := range d.Examples {
+			v.wrong(new(uint64), 0, "%s", e)
+		}
+	}
+	for _, m := range d.Missing {
+		all := m.Last - m.First + 1
+		if lost := all - min(all, c.explain(m, all)); lost > 0 {
+			v.wrong(&v.Lost, lost, "%s %s n=%d-%d: acknowledged, %d of them not arrived and not announced", m.Device, m.Stream, m.First, m.Last, lost)
+		}
+	}
+}
+
+// explain says for how many of a stretch of messages that did not come there is room in what gaps announced: sequences between
+// those of its neighbours that were announced and did not come. What it takes explains nothing else: a gap of one sequence
+// explains one message. Under mu.
+func (c *Cloud) explain(m firmwaresim.Missing, most uint64) (n uint64) {
+	if len(c.gaps) == 0 {
+		return 0
+	}
+	t := c.traces[stream{m.Device, m.Stream}]
+	if t == nil {
+		t = new(trace) // nothing came of the stream: it may have been anything
+	}
+	var before, after place // its neighbours that came
+	for i := min(m.First-1, uint64(len(t.places))); i > 0 && before == 0; i-- {
+		before = t.places[i-1]
+	}
+	for i := m.Last; i < uint64(len(t.places)) && after == 0; i++ {
+		after = t.places[i]
+	}
+	for key, l := range c.lanes {
+		if t.lane != "" && key.lane != t.lane || t.lane == "" && key.lane == systemLane {
+			continue
+		}
+		epoch := c.epochs[key.epoch] // 0: nothing came in it
+		first, last := uint64(0), ^uint64(0)
+		if epoch != 0 && before != 0 {
+			switch e := uint64(before >> epochShift); {
+			case e > epoch:
+				continue
+			case e == epoch:
+				first = before.seq()
+			}
+		}
+		if epoch != 0 && after != 0 {
+			switch e := uint64(after >> epochShift); {
+			case e < epoch:
+				continue
+			case e == epoch:
+				last = after.seq()
+			}
+		}
+		if n += l.take(first, last, most-n); n == most {
+			break
+		}
+	}
+	return n
+}
+
+// take takes up to most sequences between the two that were announced as a gap, did not come, and were not taken.
+func (l *lane) take(after, before, most uint64) (n uint64) {
+	for _, r := range l.announced {
+		for seq := max(r.First, after+1); seq <= r.Last && seq < before && n < most; seq++ {
+			if !l.came.has(seq) && !l.taken.has(seq) {
+				l.taken.set(seq)
+				n++
+			}
+		}
+	}
+	return n
+}
+
+// order checks that the gateway gave sequences in the order in which each device sent. Under mu.
+func (c *Cloud) order(v *Verdict) {
+	for s, t := range c.traces {
+		var highest place
+		var n int
+		for i, p := range t.places {
+			if p == 0 {
+				continue
+			}
+			if p < highest {
+				v.wrong(&v.OutOfOrder, 1, "%s %s: n=%d has sequence %d, n=%d before it has %d", s.device, s.name, i+1, p.seq(), n, highest.seq())
+				continue
+			}
+			highest, n = p, i+1
+		}
+	}
+}
+
+// holes are sequences that nobody explains. Under mu.
+func (c *Cloud) holes(v *Verdict) {
+	missing := c.receiver.Stats().Missing
+	v.Unexplained += missing
+	for _, l := range c.receiver.Lanes() {
+		if l.Missing > 0 {
+			v.wrong(new(uint64), 0, "lane %s of %s: %d sequences missing, no gap names them: %v", l.Lane, l.Epoch, l.Missing, l.Holes[:min(len(l.Holes), 5)])
+		}
+	}
+}
+
+// books checks what the gateway says of itself. Under mu.
+func (c *Cloud) books(v *Verdict, b *Books, o Options) {
+	for _, err := range b.Balance() {
+		v.wrong(&v.Unexplained, 1, "%v", err)
+	}
+	for _, a := range b.Ledger.Accounts {
+		if a.Upstream != o.Upstream || a.Lane == systemLane {
+			continue
+		}
+		if a.Pending.Messages > 0 && !o.Pending {
+			v.wrong(&v.Unexplained, a.Pending.Messages, "lane %s: %d messages still wait", a.Lane, a.Pending.Messages)
+		}
+		if o.NoIDs {
+			continue
+		}
+		told := uint64(0)
+		for g := range c.gaps {
+			if g.Lane == a.Lane && g.Epoch == b.Epoch && (g.Upstream == o.Upstream || g.Upstream == "") {
+				told += g.Count
+			}
+		}
+		if gone := a.gone(); gone != told && !o.Pending {
+			v.wrong(&v.Unexplained, max(gone, told)-min(gone, told), "lane %s: the books say that %d will not arrive, %d were announced: %+v", a.Lane, gone, told, a)
+		}
+		came := uint64(0)
+		if l := c.lanes[laneKey{b.Epoch, a.Lane}]; l != nil {
+			came = l.count
+		}
+		switch {
+		case came < a.Delivered.Messages:
+			v.wrong(&v.Lost, a.Delivered.Messages-came, "lane %s: the books say that %d were delivered, %d came", a.Lane, a.Delivered.Messages, came)
+		case came > a.Accepted.Messages:
+			v.wrong(&v.Unexplained, came-a.Accepted.Messages, "lane %s: %d came, the books say that %d were accepted", a.Lane, came, a.Accepted.Messages)
+		}
+	}
+}
+
+// Settle is Check once all is there: an upstream broker may still be handing on what the gateway got rid of. It returns when
+// nothing is lost or unexplained any more, or after within. ask gives the books anew each time; nil: there are none.
+func Settle(ctx context.Context, within time.Duration, f *Fleet, c *Cloud, ask func() (*Books, error), o Options) (Verdict, error) {
+	tick := time.NewTicker(50 * time.Millisecond)
+	defer tick.Stop()
+	for deadline := time.Now().Add(within); ; {
+		var books *Books
+		if ask != nil {
+			var err error
+			if books, err = ask(); err != nil {
+				return Verdict{}, fmt.Errorf("ask the gateway for its books: %w", err)
+			}
+		}
+		v := Check(f, c, books, o)
+		if v.Lost+v.Unexplained == 0 || time.Now().After(deadline) {
+			return v, nil
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return v, ctx.Err()
+		}
+	}
+}
