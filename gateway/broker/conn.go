@@ -24,6 +24,14 @@ const (
 	shrinkIn  = time.Second
 	outHigh   = 64 << 10 // with this much unsent, nothing more is read or added to deliver
 	closeIn   = time.Second
+
+	// A deadline that strikes this late says that the gateway itself stood still: stopped, frozen, or
+	// without a processor. The peer's silence meanwhile is not the peer's.
+	asleep = time.Second
+	// lookAgain is how long a peer whose time is over is listened to once more: what it sent may lie unread.
+	lookAgain = 50 * time.Millisecond
+	// afterSleep is the same after the gateway stood still, or the machine: what was lost is sent again.
+	afterSleep = 5 * time.Second
 )
 
 // conn is one device's connection, from Accept to the end. One goroutine (serve) reads it,
@@ -37,11 +45,12 @@ type conn struct {
 	listener *Listener
 	addr     netip.Addr
 	remote   string
-	sock     net.Conn  // the TCP connection: deadlines are set here
-	nc       net.Conn  // what packets go over: sock, TLS on it, or a websocket
-	nested   bool      // nc has a buffer of its own
-	vault    *vault    // the certificates of a TLS listener
-	opened   time.Time // when it was accepted
+	sock     net.Conn     // the TCP connection: deadlines are set here
+	nc       net.Conn     // what packets go over: sock, TLS on it, or a websocket
+	nested   bool         // nc has a buffer of its own
+	vault    *vault       // the certificates of a TLS listener
+	opened   time.Time    // when it was accepted
+	writeDue atomic.Int64 // deadline of the write that is under way, ns since opened; see writeSock
 
 	// Only serve touches these.
 	buf       []byte
@@ -51,8 +60,11 @@ type conn struct {
 	begun     time.Time     // when the first byte of an unfinished packet came; zero: there is none
 	shrink    time.Time     // when a large and empty buffer is given back; zero: it is small
 	armed     time.Time     // deadline that sock has now; zero: none
-	dirty     bool          // this goroutine put something into out and has not started flush
-	in        *inflow       // nil until the first PUBLISH
+	waited    time.Duration // for a place to compute its handshake: not the peer's time
+	pardoned  time.Time     // the deadline after which it is listened to once more, until pardon
+	pardon    time.Time
+	dirty     bool    // this goroutine put something into out and has not started flush
+	in        *inflow // nil until the first PUBLISH
 	tally     tally
 	goodbye   *mqtt.Disconnect // the client's DISCONNECT
 
@@ -377,6 +389,9 @@ func (c *conn) read(nc io.Reader, p []byte) (int, error) {
 	for {
 		due := c.due()
 		wake := due
+		if !due.IsZero() && due.Equal(c.pardoned) {
+			wake = c.pardon
+		}
 		if !c.shrink.IsZero() && (wake.IsZero() || c.shrink.Before(wake)) {
 			wake = c.shrink
 		}
@@ -405,7 +420,12 @@ func (c *conn) read(nc io.Reader, p []byte) (int, error) {
 			return 0, errEnded
 		case c.halted.Load():
 			return 0, errStopping
-		case !due.IsZero() && !now.Before(due):
+		case !due.IsZero() && !now.Before(due) && !due.Equal(c.pardoned):
+			// A deadline wins over bytes that have come: whoever was not read in time is not silent.
+			c.pardoned, c.pardon = due, now.Add(c.indulgence(now.Sub(due)))
+			c.arm(c.pardon)
+			continue
+		case !due.IsZero() && due.Equal(c.pardoned) && !now.Before(c.pardon):
 			return 0, c.overdue()
 		case !c.shrink.IsZero() && !now.Before(c.shrink):
 			c.arm(due)
@@ -413,6 +433,18 @@ func (c *conn) read(nc io.Reader, p []byte) (int, error) {
 		}
 		c.arm(wake)
 	}
+}
+
+// indulgence is how long the peer is listened to after its deadline, which has struck so much too late.
+func (c *conn) indulgence(late time.Duration) time.Duration {
+	if late < asleep {
+		return lookAgain
+	}
+	c.b.m.overslept.Inc()
+	if c.keepAlive > 0 {
+		return min(afterSleep, c.keepAlive)
+	}
+	return afterSleep
 }
 
 func (c *conn) arm(t time.Time) {
@@ -423,7 +455,7 @@ func (c *conn) arm(t time.Time) {
 // due tells when the connection is given up if nothing more comes; zero: never.
 func (c *conn) due() time.Time {
 	if c.sess == nil {
-		return c.opened.Add(c.b.cfg.ConnectTimeout)
+		return c.opened.Add(c.b.cfg.ConnectTimeout + c.waited)
 	}
 	var due time.Time
 	if c.keepAlive > 0 {
@@ -523,8 +555,7 @@ func (c *conn) flush() {
 		c.cond.Broadcast() // room in out
 		c.mu.Unlock()
 
-		_ = c.nc.SetWriteDeadline(time.Now().Add(timeout))
-		n, err := c.nc.Write(o.b)
+		n, err := c.write(o.b, timeout)
 		c.b.m.sentBytes.Add(float64(n))
 		if cap(o.b) <= outHigh {
 			o.b = o.b[:0]
@@ -539,6 +570,39 @@ func (c *conn) flush() {
 			c.endLocked(err)
 			c.out = nil
 			c.mu.Unlock()
+		}
+	}
+}
+
+// write writes b over whatever layers there are.
+func (c *conn) write(b []byte, timeout time.Duration) (int, error) {
+	due := time.Since(c.opened) + timeout
+	c.writeDue.Store(int64(due))
+	_ = c.nc.SetWriteDeadline(c.opened.Add(due))
+	if !c.nested {
+		return c.writeSock(b)
+	}
+	return c.nc.Write(b)
+}
+
+// writeSock writes to the socket. A deadline that strikes late is put off once: while the gateway stood still nobody
+// could have taken what it writes.
+func (c *conn) writeSock(b []byte) (n int, err error) {
+	for again := false; ; again = true {
+		var m int
+		m, err = c.sock.Write(b[n:])
+		n += m
+		if !errors.Is(err, os.ErrDeadlineExceeded) || again || c.ended.Load() {
+			return n, err
+		}
+		now, due := time.Since(c.opened), time.Duration(c.writeDue.Load())
+		if due == 0 || now-due < asleep {
+			return n, err
+		}
+		c.b.m.overslept.Inc()
+		_ = c.sock.SetWriteDeadline(time.Now().Add(afterSleep))
+		if c.ended.Load() { // whose own, shorter deadline this has undone
+			_ = c.sock.SetWriteDeadline(time.Now().Add(closeIn))
 		}
 	}
 }

@@ -220,7 +220,15 @@ type patient struct {
 	c *conn
 }
 
-func (p *patient) Read(b []byte) (int, error)    { return p.c.read(p.Conn, b) }
+func (p *patient) Read(b []byte) (int, error) { return p.c.read(p.Conn, b) }
+
+func (p *patient) Write(b []byte) (int, error) {
+	if p.Conn == p.c.sock {
+		return p.c.writeSock(b)
+	}
+	return p.Conn.Write(b)
+}
+
 func (*patient) SetDeadline(time.Time) error     { return nil }
 func (*patient) SetReadDeadline(time.Time) error { return nil }
 

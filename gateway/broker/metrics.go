@@ -55,6 +55,7 @@ type metrics struct {
 	commands        prometheus.Counter
 	withdrawn       prometheus.Counter
 	slowed          prometheus.Counter
+	overslept       prometheus.Counter
 	certificates    *prometheus.GaugeVec
 	sentBytes       prometheus.Counter
 	queued          prometheus.Gauge
@@ -104,6 +105,8 @@ func newMetrics(b *Broker, reg prometheus.Registerer) *metrics {
 		commands:  counter("commands_sent_total", "Commands written to devices, repeats included. They are part of the PUBLISH packets sent with QoS 1."),
 		withdrawn: counter("subscriptions_withdrawn_total", "Subscriptions removed because the client has no right to them any more."),
 		slowed:    counter("publish_slowed_seconds_total", "Time in which MQTT 3.1.1 clients were not read because they publish more than they may."),
+		overslept: counter("deadlines_overslept_total",
+			"Deadlines of clients that struck more than a second late and were put off. A rise means that the gateway was stopped, or gets no processor."),
 		certificates: prometheus.NewGaugeVec(prometheus.GaugeOpts{
 			Name: "holdfast_broker_certificate_expiry_seconds",
 			Help: "When the first certificate or revocation list in a file of a TLS listener ends, Unix time. Less than now: it has.",
@@ -131,7 +134,7 @@ func newMetrics(b *Broker, reg prometheus.Registerer) *metrics {
 	if reg != nil {
 		reg.MustRegister(m.connections, m.connects, m.refusedConnects, m.turnedAway, m.endedBy, m.acceptErrors, m.panics,
 			m.takeovers, m.expired, received, m.receivedBytes, m.acked, m.ackSeconds, m.repeats, m.refused, m.notRetained, m.wills,
-			sent, m.sentBytes, m.commands, m.withdrawn, m.slowed, m.certificates, m.queued, m.drops,
+			sent, m.sentBytes, m.commands, m.withdrawn, m.slowed, m.overslept, m.certificates, m.queued, m.drops,
 			gauge("sessions", "Sessions, of connected and of offline clients.", b.sessionCount),
 			gauge("subscriptions", "Subscriptions of all sessions.", func() int { return int(b.subs.count.Load()) }),
 			gauge("retained_messages", "Retained messages.", func() int { n, _ := b.retained.stats(); return n }),

@@ -597,6 +597,8 @@ func (g *gate) Read(p []byte) (int, error) {
 	return n, err
 }
 
+func (g *gate) Write(p []byte) (int, error) { return g.c.writeSock(p) }
+
 func (g *gate) enter() error {
 	b := g.c.b
 	select {
