@@ -39,7 +39,7 @@ type Broker struct {
 
 	stop   chan struct{}  // closed when Run begins to stop
 	wg     sync.WaitGroup // accept loops, connections, flushes, timers that fired
-	places chan struct{}  // of TLS handshakes that compute; see gate
+	places *places        // of TLS handshakes that compute
 
 	connMu     sync.Mutex // guards what follows
 	conns      map[*conn]struct{}

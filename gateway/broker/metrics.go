@@ -56,6 +56,8 @@ type metrics struct {
 	withdrawn       prometheus.Counter
 	slowed          prometheus.Counter
 	overslept       prometheus.Counter
+	handshakeWait   prometheus.Counter
+	handshakesLeft  prometheus.Counter
 	certificates    *prometheus.GaugeVec
 	sentBytes       prometheus.Counter
 	queued          prometheus.Gauge
@@ -107,6 +109,8 @@ func newMetrics(b *Broker, reg prometheus.Registerer) *metrics {
 		slowed:    counter("publish_slowed_seconds_total", "Time in which MQTT 3.1.1 clients were not read because they publish more than they may."),
 		overslept: counter("deadlines_overslept_total",
 			"Deadlines of clients that struck more than a second late and were put off. A rise means that the gateway was stopped, or gets no processor."),
+		handshakeWait:  counter("handshake_wait_seconds_total", "Time that TLS handshakes waited for a processor, summed over all of them. Rises when many devices come at once."),
+		handshakesLeft: counter("handshakes_abandoned_total", "Peers that hung up while their TLS handshake waited: more come at once than the processors can take."),
 		certificates: prometheus.NewGaugeVec(prometheus.GaugeOpts{
 			Name: "holdfast_broker_certificate_expiry_seconds",
 			Help: "When the first certificate or revocation list in a file of a TLS listener ends, Unix time. Less than now: it has.",
@@ -134,7 +138,8 @@ func newMetrics(b *Broker, reg prometheus.Registerer) *metrics {
 	if reg != nil {
 		reg.MustRegister(m.connections, m.connects, m.refusedConnects, m.turnedAway, m.endedBy, m.acceptErrors, m.panics,
 			m.takeovers, m.expired, received, m.receivedBytes, m.acked, m.ackSeconds, m.repeats, m.refused, m.notRetained, m.wills,
-			sent, m.sentBytes, m.commands, m.withdrawn, m.slowed, m.overslept, m.certificates, m.queued, m.drops,
+			sent, m.sentBytes, m.commands, m.withdrawn, m.slowed, m.overslept, m.handshakeWait, m.handshakesLeft, m.certificates, m.queued, m.drops,
+			gauge("handshakes_waiting", "TLS handshakes that wait for a processor.", b.places.waiting),
 			gauge("sessions", "Sessions, of connected and of offline clients.", b.sessionCount),
 			gauge("subscriptions", "Subscriptions of all sessions.", func() int { return int(b.subs.count.Load()) }),
 			gauge("retained_messages", "Retained messages.", func() int { n, _ := b.retained.stats(); return n }),
@@ -172,7 +177,7 @@ func (m *metrics) ended(err error) {
 	switch {
 	case errors.As(err, &wanted):
 		label = endOrdered
-	case errors.Is(err, errGoodbye), isEOF(err), isReset(err), errors.Is(err, net.ErrClosed):
+	case errors.Is(err, errGoodbye), errors.Is(err, errHungUp), isEOF(err), isReset(err), errors.Is(err, net.ErrClosed):
 		label = endClient
 	case errors.Is(err, errSlow):
 		label = endSlow
