@@ -101,7 +101,7 @@ func New(cfg Config, store *kv.Store, intake Intake, auth Authorizer, watcher Wa
 // Listen binds every listener. After an error none is bound.
 func (b *Broker) Listen() error {
 	for i := range b.cfg.Listeners {
-		s, err := b.cfg.Listeners[i].bind()
+		s, err := b.cfg.Listeners[i].bind(b.cfg.SilenceTimeout)
 		if err != nil {
 			b.closeSockets()
 			return err

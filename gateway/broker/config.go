@@ -17,6 +17,7 @@ type Config struct {
 	ConnectTimeout           time.Duration // from Accept to the end of CONNECT: TLS and websocket handshake included; 10 s
 	PacketTimeout            time.Duration // from a packet's first byte to its last; 10 s
 	WriteTimeout             time.Duration // for one write to a peer; 10 s
+	SilenceTimeout           time.Duration // in which a peer's TCP has to answer to data or, when nothing is sent, to probes; 2 min, at least 4 s
 	ShutdownTimeout          time.Duration // for what is handed in to commit and be acknowledged; 5 s
 	MaxKeepAlive             time.Duration // MQTT 5 clients with a longer keep alive, or none, are given this one; 30 min
 
@@ -54,6 +55,7 @@ func (c *Config) setDefaults() {
 	or(&c.ConnectTimeout, 10*time.Second)
 	or(&c.PacketTimeout, 10*time.Second)
 	or(&c.WriteTimeout, 10*time.Second)
+	or(&c.SilenceTimeout, 2*time.Minute)
 	or(&c.ShutdownTimeout, 5*time.Second)
 	or(&c.MaxKeepAlive, 30*time.Minute)
 	or(&c.MaxPacket, 256<<10)

@@ -58,7 +58,7 @@ func causeText(err error) string {
 		return refused.text
 	case err == nil, errors.Is(err, errEnded):
 		return errEnded.Error()
-	case isEOF(err), isReset(err), errors.Is(err, net.ErrClosed):
+	case isEOF(err), isReset(err), isSilent(err), errors.Is(err, net.ErrClosed):
 		return "connection was lost"
 	}
 	return err.Error()

@@ -187,7 +187,7 @@ func (m *metrics) ended(err error) {
 		label = endStop
 	case errors.Is(err, errNoWords), errors.Is(err, errCommit):
 		label = endRefused
-	case errors.Is(err, errTimeout):
+	case errors.Is(err, errTimeout), isSilent(err):
 		label = endTimeout
 	case errors.As(err, &broken):
 		label = endProtocol

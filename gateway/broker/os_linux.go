@@ -3,6 +3,7 @@ package broker
 import (
 	"net"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -23,4 +24,31 @@ func hungUp(nc net.Conn) (gone bool) {
 		gone = err == nil && n > 0 && p[0].Revents&(unix.POLLRDHUP|unix.POLLHUP|unix.POLLERR) != 0
 	})
 	return gone || err != nil
+}
+
+// silentPeers has the kernel end connections whose peer is gone without a word: a client without keep alive would else stay
+// for good, and one that is owed data for a quarter of an hour. Probes begin after silence, so that they wake no radio
+// before its keep alive would.
+func silentPeers(silence time.Duration) func(network, address string, rc syscall.RawConn) error {
+	return func(_, _ string, rc syscall.RawConn) error {
+		var err error
+		e := rc.Control(func(fd uintptr) {
+			seconds := max(int(silence/time.Second), 4)
+			for _, o := range []struct{ level, name, value int }{
+				{unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1},
+				{unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, seconds},
+				{unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, seconds / 4},
+				{unix.IPPROTO_TCP, unix.TCP_KEEPCNT, 4},
+				{unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, seconds * 1000},
+			} {
+				if err == nil {
+					err = unix.SetsockoptInt(int(fd), o.level, o.name, o.value)
+				}
+			}
+		})
+		if e != nil {
+			return e
+		}
+		return err
+	}
 }
