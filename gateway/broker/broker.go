@@ -35,7 +35,10 @@ type Broker struct {
 	sockets  []*socket
 	notices  noticeLimit
 
-	queuedBytes atomic.Int64 // of the messages in the queues of all sessions
+	queuedBytes atomic.Int64 // of the messages in queues and flights of all sessions
+	writing     atomic.Int64 // bytes that peers are to take
+	reading     atomic.Int64 // bytes of read buffers
+	relief      sync.Mutex   // held by whoever looks for slow peers
 
 	stop   chan struct{}  // closed when Run begins to stop
 	wg     sync.WaitGroup // accept loops, connections, flushes, timers that fired
@@ -261,6 +264,25 @@ func (b *Broker) flushTouched() {
 		b.spare = list[:0]
 	}
 	b.touchMu.Unlock()
+}
+
+// relieve ends who takes nothing of what is written to him, when that comes to too much in all.
+func (b *Broker) relieve() {
+	if !b.relief.TryLock() {
+		return
+	}
+	defer b.relief.Unlock()
+	var slow []*conn
+	b.connMu.Lock()
+	for c := range b.conns {
+		if from := c.writeFrom.Load(); from > 0 && time.Since(c.opened)-time.Duration(from) > asleep {
+			slow = append(slow, c)
+		}
+	}
+	b.connMu.Unlock()
+	for _, c := range slow {
+		c.end(errSlow)
+	}
 }
 
 func (b *Broker) connections() int {

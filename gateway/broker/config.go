@@ -32,12 +32,16 @@ type Config struct {
 	MaxSubscriptions  int    // 100
 	MaxOutboundBytes  int    // bytes written but not yet taken by the peer; 1 MiB
 
+	// What all clients may have under way together; see also MaxQueuedBytes.
+	MaxWriteBytes int // bytes written but not yet taken by the peers; 64 MiB: then who has taken nothing for a second is ended
+	MaxReadBytes  int // of read buffers; 64 MiB: then they stay small, and with twice that packets are refused that need large ones
+
 	// Sessions and deliveries.
 	MaxSessions          int           // kept at once, of connected and of offline clients; 50,000
 	SessionExpiryMax     time.Duration // longest time a session outlives its connection; 7 days
 	MaxSessionQueue      int           // messages that wait for one client; 1,000
 	MaxSessionQueueBytes int           // and their bytes; 1 MiB
-	MaxQueuedBytes       int           // bytes of the messages that wait for all clients, counted for each; 64 MiB
+	MaxQueuedBytes       int           // bytes of the messages that wait for all clients or are unacknowledged, counted for each; 64 MiB
 	MaxInflight          int           // QoS 1 and 2 messages sent to one client and not yet acknowledged; 64
 	MaxRetained          int           // retained messages; 10,000
 	MaxRetainedBytes     int           // and their bytes; 64 MiB
@@ -67,6 +71,8 @@ func (c *Config) setDefaults() {
 	or(&c.MaxTopicLevels, 128)
 	or(&c.MaxSubscriptions, 100)
 	or(&c.MaxOutboundBytes, 1<<20)
+	or(&c.MaxWriteBytes, 64<<20)
+	or(&c.MaxReadBytes, 64<<20)
 	or(&c.MaxSessions, 50_000)
 	or(&c.SessionExpiryMax, 7*24*time.Hour)
 	or(&c.MaxSessionQueue, 1000)

@@ -20,8 +20,10 @@ import (
 const (
 	readMin   = 512      // read buffer of a connection that is silent
 	readMax   = 64 << 10 // and of one that sends as fast as it can
+	readSmall = 4 << 10  // and where all together have too much
 	readMaxTS = 16 << 10 // the same over TLS and websocket, which have buffers of their own
 	shrinkIn  = time.Second
+	outLow    = 4 << 10  // what is written at once to each where much is written to all
 	outHigh   = 64 << 10 // with this much unsent, nothing more is read or added to deliver
 	closeIn   = time.Second
 
@@ -41,16 +43,17 @@ const (
 //
 // Lock order: session.life, conn.handing, session.mu, conn.mu, then fanout.mu or Broker.touchMu.
 type conn struct {
-	b        *Broker
-	listener *Listener
-	addr     netip.Addr
-	remote   string
-	sock     net.Conn     // the TCP connection: deadlines are set here
-	nc       net.Conn     // what packets go over: sock, TLS on it, or a websocket
-	nested   bool         // nc has a buffer of its own
-	vault    *vault       // the certificates of a TLS listener
-	opened   time.Time    // when it was accepted
-	writeDue atomic.Int64 // deadline of the write that is under way, ns since opened; see writeSock
+	b         *Broker
+	listener  *Listener
+	addr      netip.Addr
+	remote    string
+	sock      net.Conn     // the TCP connection: deadlines are set here
+	nc        net.Conn     // what packets go over: sock, TLS on it, or a websocket
+	nested    bool         // nc has a buffer of its own
+	vault     *vault       // the certificates of a TLS listener
+	opened    time.Time    // when it was accepted
+	writeFrom atomic.Int64 // when the write began that is under way, ns since opened; 0: there is none
+	writeDue  atomic.Int64 // deadline of the write that is under way, ns since opened; see writeSock
 
 	// Only serve touches these.
 	buf       []byte
@@ -179,6 +182,7 @@ func (c *conn) run() error {
 // leave takes the connection out of everything that knows it.
 func (c *conn) leave() {
 	c.tally.flush(c.b.m)
+	c.setBuf(nil)
 	if c.sess != nil {
 		c.sess.detach(c)
 	}
@@ -212,7 +216,7 @@ func (c *conn) waitFor(done func() bool) {
 
 // readLoop reads and handles packets until the connection ends. It never returns nil.
 func (c *conn) readLoop() error {
-	c.buf = make([]byte, readMin)
+	c.setBuf(make([]byte, readMin))
 	c.lastSeen = c.opened
 	for {
 		n, err := c.split()
@@ -335,7 +339,11 @@ func (c *conn) fillBuffer(now time.Time) error {
 	if c.w == len(c.buf) {
 		// One packet that is larger than the buffer: grow by what has come, never by what
 		// its length claims.
-		c.grow(2 * len(c.buf))
+		size := 2 * len(c.buf)
+		if size > readSmall && c.b.reading.Load()+int64(size) > 2*int64(c.b.cfg.MaxReadBytes) {
+			return &refusal{mqtt.QuotaExceeded, "packet is large, and so much is being read from all clients"}
+		}
+		c.grow(size)
 	}
 	for {
 		c.shrink = time.Time{}
@@ -352,7 +360,12 @@ func (c *conn) fillBuffer(now time.Time) error {
 		}
 		c.w += n
 		if c.w == len(c.buf) && len(c.buf) < most {
-			c.grow(min(4*len(c.buf), most))
+			if c.b.reading.Load() > int64(c.b.cfg.MaxReadBytes) {
+				most = readSmall
+			}
+			if size := min(4*len(c.buf), most); size > len(c.buf) {
+				c.grow(size)
+			}
 		}
 		return nil
 	}
@@ -360,7 +373,7 @@ func (c *conn) fillBuffer(now time.Time) error {
 
 // giveBack frees what a busy connection needed and a silent one does not.
 func (c *conn) giveBack() {
-	c.buf = make([]byte, readMin)
+	c.setBuf(make([]byte, readMin))
 	c.mu.Lock()
 	if c.head == c.tail {
 		c.ring = nil
@@ -376,7 +389,12 @@ func (c *conn) giveBack() {
 func (c *conn) grow(size int) {
 	buf := make([]byte, size)
 	copy(buf, c.buf[:c.w])
-	c.buf = buf
+	c.setBuf(buf)
+}
+
+func (c *conn) setBuf(b []byte) {
+	c.b.reading.Add(int64(len(b) - len(c.buf)))
+	c.buf = b
 }
 
 // errIdle wakes fillBuffer to give a large buffer back.
@@ -576,8 +594,17 @@ func (c *conn) flush() {
 
 // write writes b over whatever layers there are.
 func (c *conn) write(b []byte, timeout time.Duration) (int, error) {
-	due := time.Since(c.opened) + timeout
+	now := time.Since(c.opened)
+	due := now + timeout
+	c.writeFrom.Store(int64(now))
 	c.writeDue.Store(int64(due))
+	defer func() {
+		c.writeFrom.Store(0)
+		c.b.writing.Add(-int64(len(b)))
+	}()
+	if c.b.writing.Add(int64(len(b))) > int64(c.b.cfg.MaxWriteBytes) {
+		c.b.relieve()
+	}
 	_ = c.nc.SetWriteDeadline(c.opened.Add(due))
 	if !c.nested {
 		return c.writeSock(b)

@@ -12,6 +12,7 @@ import (
 // Why a delivery was dropped.
 const (
 	dropQueueFull = "queue_full"
+	dropAllFull   = "all_queues_full"
 	dropOffline   = "offline"
 	dropExpired   = "expired"
 	dropTooLarge  = "too_large"
@@ -120,8 +121,8 @@ func newMetrics(b *Broker, reg prometheus.Registerer) *metrics {
 			Name: "holdfast_broker_deliveries_queued",
 			Help: "Deliveries that wait for local subscribers.",
 		}),
-		drops: vec("deliveries_dropped_total", "Deliveries to local subscribers dropped, by reason. queue_full: a subscriber is slower than what it subscribed to.",
-			"reason", dropQueueFull, dropOffline, dropExpired, dropTooLarge, dropDenied, dropRefused, dropGone),
+		drops: vec("deliveries_dropped_total", "Deliveries to local subscribers dropped, by reason. queue_full: a subscriber is slower than what it subscribed to; all_queues_full: many are.",
+			"reason", dropQueueFull, dropAllFull, dropOffline, dropExpired, dropTooLarge, dropDenied, dropRefused, dropGone),
 	}
 	received := prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "holdfast_broker_publish_received_total",
@@ -139,6 +140,10 @@ func newMetrics(b *Broker, reg prometheus.Registerer) *metrics {
 		reg.MustRegister(m.connections, m.connects, m.refusedConnects, m.turnedAway, m.endedBy, m.acceptErrors, m.panics,
 			m.takeovers, m.expired, received, m.receivedBytes, m.acked, m.ackSeconds, m.repeats, m.refused, m.notRetained, m.wills,
 			sent, m.sentBytes, m.commands, m.withdrawn, m.slowed, m.overslept, m.handshakeWait, m.handshakesLeft, m.certificates, m.queued, m.drops,
+			gauge("deliveries_queued_bytes", "Bytes of deliveries that wait for local subscribers or for their acknowledgement, counted for each.",
+				func() int { return int(b.queuedBytes.Load()) }),
+			gauge("write_buffered_bytes", "Bytes that are being written to clients.", func() int { return int(b.writing.Load()) }),
+			gauge("read_buffered_bytes", "Bytes of the buffers into which clients are read.", func() int { return int(b.reading.Load()) }),
 			gauge("handshakes_waiting", "TLS handshakes that wait for a processor.", b.places.waiting),
 			gauge("sessions", "Sessions, of connected and of offline clients.", b.sessionCount),
 			gauge("subscriptions", "Subscriptions of all sessions.", func() int { return int(b.subs.count.Load()) }),

@@ -47,6 +47,8 @@ type session struct {
 	rx        map[uint16]*rx
 	waiting   *pendingWill // nil: none
 	queue     queue
+	load      int      // bytes of the messages in queue and flights
+	flying    int      // of those in flights
 	flights   []flight // sent or to be sent again, in order
 	resend    int      // flights[resend:] were not sent on this connection yet
 	unacked   int      // sent on this connection and not yet answered
@@ -299,7 +301,8 @@ func (s *session) clearLocked(ops []kv.Op) []kv.Op {
 	s.client, s.answer = nil, nil // attach, detach and expire hold life
 	s.rx = nil
 	s.b.m.queued.Sub(float64(s.queue.len()))
-	s.b.queuedBytes.Add(-int64(s.queue.bytes))
+	s.b.queuedBytes.Add(-int64(s.load))
+	s.load, s.flying = 0, 0
 	s.queue = queue{}
 	s.flights, s.resend, s.unacked = nil, 0, 0
 	return ops
