@@ -51,6 +51,7 @@ type Broker struct {
 	connecting map[string][]*conn // in CONNECT, by client id
 	stopping   bool               // nothing new begins
 
+	roomMu   sync.Mutex   // makes makeRoom one after the other; before session.life
 	sessMu   sync.RWMutex // guards sessions
 	sessions map[string]*session
 

@@ -44,6 +44,7 @@ type metrics struct {
 	panics          prometheus.Counter
 	takeovers       prometheus.Counter
 	expired         prometheus.Counter
+	evicted         prometheus.Counter
 	received        [3]prometheus.Counter
 	receivedBytes   prometheus.Counter
 	acked           prometheus.Counter
@@ -92,6 +93,7 @@ func newMetrics(b *Broker, reg prometheus.Registerer) *metrics {
 		panics:       counter("panics_total", "Connections ended by a panic. Any is a bug to report."),
 		takeovers:    counter("takeovers_total", "Sessions taken over by a newer connection. A rise means that two devices share an id, or links die silently."),
 		expired:      counter("sessions_expired_total", "Sessions that ended because their client did not come back in time."),
+		evicted:      counter("sessions_evicted_total", "Sessions of offline clients without credentials that were ended to make room: somebody connects under ever new ids."),
 		receivedBytes: counter("publish_received_bytes_total",
 			"Bytes of PUBLISH packets from clients."),
 		acked: counter("answers_total", "Acknowledgements given in their order: PUBACK, PUBREC, PUBCOMP, CONNACK, SUBACK, UNSUBACK."),
@@ -138,7 +140,7 @@ func newMetrics(b *Broker, reg prometheus.Registerer) *metrics {
 	}
 	if reg != nil {
 		reg.MustRegister(m.connections, m.connects, m.refusedConnects, m.turnedAway, m.endedBy, m.acceptErrors, m.panics,
-			m.takeovers, m.expired, received, m.receivedBytes, m.acked, m.ackSeconds, m.repeats, m.refused, m.notRetained, m.wills,
+			m.takeovers, m.expired, m.evicted, received, m.receivedBytes, m.acked, m.ackSeconds, m.repeats, m.refused, m.notRetained, m.wills,
 			sent, m.sentBytes, m.commands, m.withdrawn, m.slowed, m.overslept, m.handshakeWait, m.handshakesLeft, m.certificates, m.queued, m.drops,
 			gauge("deliveries_queued_bytes", "Bytes of deliveries that wait for local subscribers or for their acknowledgement, counted for each.",
 				func() int { return int(b.queuedBytes.Load()) }),

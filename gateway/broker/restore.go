@@ -60,7 +60,7 @@ func (b *Broker) restore() error {
 			ops = append(ops, kv.Op{Key: sessionKey(id), Value: row.encode()})
 		}
 		s := &session{b: b, id: id, stored: true, version: row.version, era: row.era, expiry: row.expiry, who: row.who}
-		s.endsAt = from.Add(time.Duration(row.expiry) * time.Second)
+		s.left, s.endsAt = from, from.Add(time.Duration(row.expiry)*time.Second)
 		b.sessions[id] = s
 		return nil
 	})
