@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"net/url"
 	"path"
+	"runtime"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -82,8 +83,8 @@ func (c *credential) show() Credential {
 	return s
 }
 
-// argonSlots bounds how many passwords are hashed at once: each takes 19 MiB and a core.
-const argonSlots = 2
+// argonSlots bounds how many passwords are hashed at once: each takes 19 MiB and a core, and whoever is connected needs one, too.
+func argonSlots() int { return min(max(runtime.GOMAXPROCS(0)/2, 1), 2) }
 
 // hash computes argon2id when there is room for it, unless crowded says then that it is not worth it. nil: it is.
 func (r *Registry) hash(ctx context.Context, password, salt []byte, cost argonCost, crowded func() error) ([]byte, error) {

@@ -17,6 +17,11 @@ const (
 	// toldPerMinute is how many comings and goings of one device are told upstream within any minute.
 	toldPerMinute = 12
 	toldWindow    = time.Minute
+	// toldAtOnce and toldPerSecond bound what is told upstream of all devices: the lane of these events is also that of
+	// commands, and what many thousands of devices do that come and go must not drive those out. All devices of a large site
+	// may come, go and come again at once.
+	toldAtOnce    = 30_000
+	toldPerSecond = 100
 
 	reasonRestarted = "gateway restarted"
 	reasonRemoved   = "the device was removed"
@@ -28,8 +33,11 @@ type presences struct {
 	tokens atomic.Uint64
 	conns  [presenceShards]presenceShard
 
-	lateMu sync.Mutex
+	lateMu sync.Mutex          // guards late and all
 	late   map[string]struct{} // devices of which something is still to be told
+	all    bucket              // of what is told of all devices
+	most   float64             // that all holds
+	rate   float64             // at which it is filled, a second
 
 	// returned is who connected, or was removed, since the start, until tellCrashed has looked at all that the
 	// crash left; nil after that.
@@ -68,10 +76,10 @@ type told struct {
 	late   bool // something was not told
 }
 
-// allow says whether one more may be told now, and notes that it is.
-func (t *told) allow(online bool) bool {
+// allow says whether one more may be told now, and notes that it is. all is asked last.
+func (t *told) allow(online bool, all func(now time.Time) bool) bool {
 	now := time.Now()
-	if last := t.at[t.next]; !last.IsZero() && now.Sub(last) < toldWindow {
+	if last := t.at[t.next]; !last.IsZero() && now.Sub(last) < toldWindow || !all(now) {
 		return false
 	}
 	t.at[t.next] = now
@@ -92,6 +100,8 @@ func (p *presences) init() {
 		p.conns[i].told = map[string]*told{}
 	}
 	p.late = map[string]struct{}{}
+	p.most, p.rate = toldAtOnce, toldPerSecond
+	p.all = bucket{level: toldAtOnce, last: time.Now()}
 	p.returned = map[string]struct{}{}
 }
 
@@ -296,6 +306,13 @@ func (r *Registry) Disconnected(id string, token uint64, reason string) {
 	}
 }
 
+// allowOfAll takes a token from the bucket of all devices, if there is one.
+func (p *presences) allowOfAll(now time.Time) bool {
+	p.lateMu.Lock()
+	defer p.lateMu.Unlock()
+	return p.all.take(now, p.most, p.rate)
+}
+
 // presenceEvent is what is told of a change of presence, upstream too unless the device flaps.
 func (r *Registry) presenceEvent(id string, p Presence) Event {
 	s := r.presenceShard(id)
@@ -305,7 +322,7 @@ func (r *Registry) presenceEvent(id string, p Presence) Event {
 		t = &told{}
 		s.told[id] = t
 	}
-	upstream := t.allow(p.Connected)
+	upstream := t.allow(p.Connected, r.allowOfAll)
 	later := !upstream && !t.late
 	t.late = !upstream
 	s.mu.Unlock()
@@ -442,7 +459,7 @@ func (r *Registry) tellNow(id string) (done bool) {
 		s.mu.Unlock()
 		return true
 	}
-	if !t.allow(online) {
+	if !t.allow(online, r.allowOfAll) {
 		s.mu.Unlock()
 		return false
 	}

@@ -52,7 +52,8 @@ type Queue struct {
 	stripes  [64]sync.Mutex
 	stripeOf maphash.Seed
 
-	wake chan struct{} // cap 1: Run has something to do sooner than it thinks
+	wake    chan struct{} // cap 1: Run has something to do sooner than it thinks
+	heardAt atomic.Int64  // t before which no device is late, since the gateway stood still; see Run
 
 	// mu is held shortly, never while rows are handed in or while a Link or the store is asked.
 	mu      sync.Mutex

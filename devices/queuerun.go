@@ -14,12 +14,17 @@ const (
 	queueSweepGap   = 10 * 60 * 1000 // ms between two looks through history
 	queueSweepStep  = 512            // rows of history that one step looks at
 	queueTimerBatch = 4096           // commands whose time has come that one step takes
+	queueGrace      = 3000           // ms in which, after the gateway stood still, what devices have said meanwhile is heard first
+
+	// queueAsleep is how late a step comes when the gateway has stood still.
+	queueAsleep = 300 * time.Millisecond
 )
 
 // Run puts what a crash left in SENT back to QUEUED, keeps the time-outs, and removes old history, until ctx ends.
 func (q *Queue) Run(ctx context.Context) error {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
+	due := time.Now()
 	for {
 		select {
 		case <-ctx.Done():
@@ -27,7 +32,13 @@ func (q *Queue) Run(ctx context.Context) error {
 		case <-q.wake:
 		case <-timer.C:
 		}
-		timer.Reset(q.tick(ctx))
+		if time.Since(due) > queueAsleep {
+			// Acknowledgements may lie in the devices' sockets, and nobody has looked.
+			q.heardAt.Store(q.clock.Read().T + queueGrace)
+		}
+		wait := q.tick(ctx)
+		due = time.Now().Add(wait)
+		timer.Reset(wait)
 	}
 }
 

@@ -209,6 +209,10 @@ func (tx *queueTx) delivery(token uint64) *queuedCommand {
 // unlink notes that the device's connection has ended.
 func (tx *queueTx) unlink() { tx.d.dead, tx.d.link = tx.d.link, nil }
 
+// heard is when something is over that a device would have ended by a word: at due, but not before it could be heard after
+// the gateway stood still.
+func (q *Queue) heard(due int64) int64 { return max(due, q.heardAt.Load()) }
+
 // sendFailed notes that a delivery could not be written.
 func (tx *queueTx) sendFailed(token uint64, err error) {
 	d := tx.d
@@ -231,7 +235,7 @@ func (tx *queueTx) settle() {
 	q, d, now := tx.q, tx.d, tx.now.T
 	ack := milliseconds(q.cfg.AckTimeout)
 	overdue := func(p *queuedCommand) bool {
-		return p.work.state == Sent && now >= p.work.sentT+ack
+		return p.work.state == Sent && now >= q.heard(p.work.sentT+ack)
 	}
 	expired := func(p *queuedCommand) bool { return now >= q.clock.Due(p.createdT, p.opts.Value().ttl) }
 	if d.link != nil {
@@ -262,7 +266,7 @@ func (tx *queueTx) settle() {
 			}
 		default: // the device has it
 			execution := p.opts.Value().execution
-			if now >= q.clock.Due(s.deliveredT, execution) {
+			if now >= q.heard(q.clock.Due(s.deliveredT, execution)) {
 				tx.move(p, TimedOut, fmt.Sprintf("no outcome within %v", time.Duration(execution)*time.Millisecond))
 			} else if p.progress != nil && now-p.progressT >= queueProgressGap {
 				tx.tell(p, tx.change(p), InProgress)
@@ -393,9 +397,9 @@ func (q *Queue) nextDue(p *queuedCommand, now int64) int64 {
 		}
 		return due
 	case Sent:
-		return min(q.clock.Due(p.createdT, o.ttl), s.sentT+milliseconds(q.cfg.AckTimeout))
+		return min(q.clock.Due(p.createdT, o.ttl), q.heard(s.sentT+milliseconds(q.cfg.AckTimeout)))
 	default:
-		due := q.clock.Due(s.deliveredT, o.execution)
+		due := q.heard(q.clock.Due(s.deliveredT, o.execution))
 		if p.progress != nil {
 			due = min(due, p.progressT+queueProgressGap)
 		}

@@ -110,7 +110,7 @@ func OpenRegistry(store *kv.Store, cfg RegistryConfig) (*Registry, error) {
 	}
 	r := &Registry{
 		store: store, journal: cfg.Journal, log: cfg.Log, now: cfg.Now, kick: cfg.Kick,
-		slots: make(chan struct{}, argonSlots), guard: newThrottle(), seed: maphash.MakeSeed(), maxDevices: maxDevices, unreadables: map[string]struct{}{},
+		slots: make(chan struct{}, argonSlots()), guard: newThrottle(), seed: maphash.MakeSeed(), maxDevices: maxDevices, unreadables: map[string]struct{}{},
 	}
 	if r.now == nil {
 		r.now = time.Now

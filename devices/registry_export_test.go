@@ -32,11 +32,11 @@ type Tally counts
 
 // HoldHashes takes the room in which passwords are hashed until the function returned is called.
 func HoldHashes(r *Registry) (release func()) {
-	for range argonSlots {
+	for range cap(r.slots) {
 		r.slots <- struct{}{}
 	}
 	return func() {
-		for range argonSlots {
+		for range cap(r.slots) {
 			<-r.slots
 		}
 	}
@@ -114,4 +114,12 @@ func KnownIDs(r *Registry) (n int) {
 		s.mu.Unlock()
 	}
 	return n
+}
+
+// BoundTold sets how much is told upstream of all devices: at once, and a second.
+func (r *Registry) BoundTold(most, rate float64) {
+	r.lateMu.Lock()
+	defer r.lateMu.Unlock()
+	r.most, r.rate = most, rate
+	r.all.level = most
 }

@@ -219,10 +219,21 @@ func (t *throttle) note(addr netip.Addr, device string) (p *peer, delay time.Dur
 	return p, delay, lock
 }
 
-// bucket is a device's token bucket of connects.
+// bucket is a token bucket.
 type bucket struct {
 	level float64
 	last  time.Time // zero: it is new, and full
+}
+
+// take takes a token if there is one, from a bucket that is filled at rate a second up to most.
+func (b *bucket) take(now time.Time, most, rate float64) bool {
+	b.level = min(b.level+now.Sub(b.last).Seconds()*rate, most)
+	b.last = now
+	if b.level < 1 {
+		return false
+	}
+	b.level--
+	return true
 }
 
 // connect takes a token from device's bucket, which holds perMinute and is filled at that rate. It returns how long

@@ -82,3 +82,9 @@ func NewJournal(sp *spool.Spool, gateway string) devices.Journal {
 
 // Commands is the gateway's queue.
 func Commands(g *Gateway) *devices.Queue { return g.commands }
+
+// Share tells what each part gets of what the process may use.
+func Share(files int, memory int64, others int) (tables, http, connections int, scarce string, err error) {
+	r, err := share(files, memory, others)
+	return r.tables, r.http, r.connections, r.scarce, err
+}

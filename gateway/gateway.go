@@ -50,6 +50,7 @@ type Options struct {
 	Config  *config.Config
 	Version string
 	Log     *slog.Logger
+	Memory  int64 // bytes that the process may use; 0: unknown
 
 	storeOptions func(*kv.Options) // for tests; nil: none
 }
@@ -77,6 +78,8 @@ type Gateway struct {
 	http     *httpapi.Server // nil: none
 	registry *prometheus.Registry
 	clock    *clock.Clock
+	memory   int64
+	share    resources
 
 	storeOptions func(*kv.Options)
 
@@ -103,6 +106,7 @@ func New(ctx context.Context, o Options) (*Gateway, error) {
 		cfg: o.Config, version: o.Version, log: o.Log, started: time.Now(),
 		registry:     prometheus.NewRegistry(),
 		orders:       map[string]*orders{},
+		memory:       o.Memory,
 		storeOptions: o.storeOptions,
 		fatal:        make(chan error, 1),
 	}
@@ -129,12 +133,39 @@ func (g *Gateway) open(ctx context.Context) error {
 		return fmt.Errorf("register metrics: %w", err)
 	}
 	g.log.Info("gateway starts", "gateway", g.cfg.Gateway.ID, "version", g.version, "pid", os.Getpid())
-	for _, step := range []func(context.Context) error{g.openStore, g.openDevices, g.openBroker, g.openBridges, g.openHTTP} {
+	for _, step := range []func(context.Context) error{g.divide, g.openStore, g.openDevices, g.openBroker, g.openBridges, g.openHTTP} {
 		if err := step(ctx); err != nil {
 			return err
 		}
 	}
 	newMetrics(g.registry, g)
+	return nil
+}
+
+// divide looks at what the process may use, and tells if it is little.
+func (g *Gateway) divide(context.Context) (err error) {
+	files := fileLimit()
+	g.share, err = share(files, g.memory, 2*len(g.cfg.Listeners)+4*len(g.cfg.Upstreams))
+	if err != nil {
+		return err
+	}
+	wanted := 0
+	for i := range g.cfg.Listeners {
+		if n := g.cfg.Listeners[i].MaxConnections; n == 0 {
+			wanted = mostConnections
+		} else {
+			wanted += n
+		}
+	}
+	level := slog.LevelDebug
+	if g.share.scarce != "" && g.share.connections < min(wanted, mostConnections) {
+		level = slog.LevelWarn
+		if g.share.scarce == "memory" {
+			level = slog.LevelInfo // a small box; whoever has more devices sees the metric
+		}
+	}
+	g.log.Log(context.Background(), level, "connections are limited", "connections", g.share.connections, "by", g.share.scarce,
+		"open_files", files, "memory_bytes", g.memory)
 	return nil
 }
 
@@ -157,6 +188,7 @@ func (g *Gateway) openStore(context.Context) (err error) {
 		Log:          g.log.With("part", "store"),
 		Metrics:      g.registry,
 		Fatal:        g.storeFailed,
+		MaxTables:    g.share.tables,
 	}
 	if g.storeOptions != nil {
 		g.storeOptions(&opts)
@@ -266,7 +298,8 @@ func (g *Gateway) openBroker(context.Context) error {
 	}
 	g.downlink = newDownlink(g.devices, g.commands)
 	in.answers = g.downlink.answer
-	cfg := broker.Config{Listeners: g.cfg.Listeners, ShutdownTimeout: brokerShutdown}
+	cfg := broker.Config{Listeners: g.cfg.Listeners, ShutdownTimeout: brokerShutdown, MaxConnections: g.share.connections}
+	bounds(&cfg, g.memory)
 	if g.broker, err = broker.New(cfg, g.store, in, authorizer{g.devices}, g.downlink, log, g.registry); err != nil {
 		return err
 	}
@@ -319,7 +352,7 @@ func (g *Gateway) openHTTP(ctx context.Context) (err error) {
 	if g.tokens, err = openTokens(g.store, g.dir.path); err != nil {
 		return err
 	}
-	cfg := httpapi.Config{Address: g.cfg.HTTP.Address, Gateway: g.cfg.Gateway.ID}
+	cfg := httpapi.Config{Address: g.cfg.HTTP.Address, Gateway: g.cfg.Gateway.ID, MaxConnections: g.share.http}
 	g.http = httpapi.New(cfg, httpapi.Parts{
 		Source: g, Devices: g.devices, Commands: g.commands, Lanes: g.spool, Tokens: g.tokens, Events: g.events, Backups: g,
 		Gatherer: g.registry, Log: g.log.With("part", "http"), Metrics: g.registry,

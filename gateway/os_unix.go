@@ -31,3 +31,12 @@ func diskFree(path string) uint64 {
 	}
 	return uint64(st.Bavail) * uint64(st.Bsize) //nolint:unconvert // their types differ between systems
 }
+
+// fileLimit is how many descriptors this process may have: the runtime has raised the soft limit to the hard one. 0: unknown.
+func fileLimit() int {
+	var l unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &l); err != nil {
+		return 0
+	}
+	return int(min(uint64(l.Cur), 1<<30)) //nolint:unconvert // their types differ between systems
+}

@@ -21,20 +21,26 @@ const gcPercent = 50
 
 // tuneMemory sets the collector for a small box unless the environment has its own word. The limit
 // is soft: near it the collector works harder, long before the kernel looks for somebody to kill.
-func tuneMemory(log *slog.Logger) {
+//
+// It returns how many bytes the process may use, 0 if that is not known.
+func tuneMemory(log *slog.Logger) int64 {
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(gcPercent)
 	}
-	if os.Getenv("GOMEMLIMIT") != "" {
-		return
-	}
 	total := availableMemory("/")
+	if os.Getenv("GOMEMLIMIT") != "" {
+		if own := debug.SetMemoryLimit(-1); total == 0 || own < total {
+			return own
+		}
+		return total
+	}
 	if total == 0 {
-		return
+		return 0
 	}
 	limit := total / 2
 	debug.SetMemoryLimit(limit)
 	log.Debug("memory limit set", "limit_bytes", limit, "available_bytes", total)
+	return total
 }
 
 // A gateway that has had a busy minute holds memory which it will not need for hours, and on a small
@@ -106,8 +112,11 @@ func availableMemory(root string) int64 {
 				}
 			}
 		case strings.Contains(f[1], "memory"):
-			for _, dir := range []string{f[2], "/"} {
+			for dir := f[2]; ; dir = filepath.Dir(dir) {
 				note(readLimit(filepath.Join(root, "sys/fs/cgroup/memory", dir, "memory.limit_in_bytes")))
+				if dir == "/" || dir == "." {
+					break
+				}
 			}
 		}
 	}

@@ -47,13 +47,13 @@ func runGateway(ctx context.Context, p *program, args []string) error {
 	for _, w := range warnings {
 		log.Warn("configuration", "key", w.Key, "line", w.Line, "warning", w.Text)
 	}
-	tuneMemory(log)
+	memory := tuneMemory(log)
 	hangups := make(chan struct{}, 1)
 	ctx, stop := onSignalsAnd(ctx, log, hangups)
 	defer stop()
 	go trimMemory(ctx)
 
-	g, err := gateway.New(ctx, gateway.Options{Config: cfg, Version: thisVersion().Version, Log: log})
+	g, err := gateway.New(ctx, gateway.Options{Config: cfg, Version: thisVersion().Version, Log: log, Memory: memory})
 	if err != nil {
 		log.Error("gateway cannot start", "err", err)
 		return errReported

@@ -35,11 +35,14 @@ type Broker struct {
 	sockets  []*socket
 	notices  noticeLimit
 
-	queuedBytes atomic.Int64 // of the messages in the queues of all sessions
+	queuedBytes atomic.Int64 // of the messages in queues and flights of all sessions
+	writing     atomic.Int64 // bytes that peers are to take
+	reading     atomic.Int64 // bytes of read buffers
+	relief      sync.Mutex   // held by whoever looks for slow peers
 
 	stop   chan struct{}  // closed when Run begins to stop
 	wg     sync.WaitGroup // accept loops, connections, flushes, timers that fired
-	places chan struct{}  // of TLS handshakes that compute; see gate
+	places *places        // of TLS handshakes that compute
 
 	connMu     sync.Mutex // guards what follows
 	conns      map[*conn]struct{}
@@ -48,6 +51,7 @@ type Broker struct {
 	connecting map[string][]*conn // in CONNECT, by client id
 	stopping   bool               // nothing new begins
 
+	roomMu   sync.Mutex   // makes makeRoom one after the other; before session.life
 	sessMu   sync.RWMutex // guards sessions
 	sessions map[string]*session
 
@@ -101,7 +105,7 @@ func New(cfg Config, store *kv.Store, intake Intake, auth Authorizer, watcher Wa
 // Listen binds every listener. After an error none is bound.
 func (b *Broker) Listen() error {
 	for i := range b.cfg.Listeners {
-		s, err := b.cfg.Listeners[i].bind()
+		s, err := b.cfg.Listeners[i].bind(b.cfg.SilenceTimeout)
 		if err != nil {
 			b.closeSockets()
 			return err
@@ -261,6 +265,25 @@ func (b *Broker) flushTouched() {
 		b.spare = list[:0]
 	}
 	b.touchMu.Unlock()
+}
+
+// relieve ends who takes nothing of what is written to him, when that comes to too much in all.
+func (b *Broker) relieve() {
+	if !b.relief.TryLock() {
+		return
+	}
+	defer b.relief.Unlock()
+	var slow []*conn
+	b.connMu.Lock()
+	for c := range b.conns {
+		if from := c.writeFrom.Load(); from > 0 && time.Since(c.opened)-time.Duration(from) > asleep {
+			slow = append(slow, c)
+		}
+	}
+	b.connMu.Unlock()
+	for _, c := range slow {
+		c.end(errSlow)
+	}
 }
 
 func (b *Broker) connections() int {

@@ -17,6 +17,7 @@ type Config struct {
 	ConnectTimeout           time.Duration // from Accept to the end of CONNECT: TLS and websocket handshake included; 10 s
 	PacketTimeout            time.Duration // from a packet's first byte to its last; 10 s
 	WriteTimeout             time.Duration // for one write to a peer; 10 s
+	SilenceTimeout           time.Duration // in which a peer's TCP has to answer to data or, when nothing is sent, to probes; 2 min, at least 4 s
 	ShutdownTimeout          time.Duration // for what is handed in to commit and be acknowledged; 5 s
 	MaxKeepAlive             time.Duration // MQTT 5 clients with a longer keep alive, or none, are given this one; 30 min
 
@@ -31,12 +32,16 @@ type Config struct {
 	MaxSubscriptions  int    // 100
 	MaxOutboundBytes  int    // bytes written but not yet taken by the peer; 1 MiB
 
+	// What all clients may have under way together; see also MaxQueuedBytes.
+	MaxWriteBytes int // bytes written but not yet taken by the peers; 64 MiB: then who has taken nothing for a second is ended
+	MaxReadBytes  int // of read buffers; 64 MiB: then they stay small, and with twice that packets are refused that need large ones
+
 	// Sessions and deliveries.
 	MaxSessions          int           // kept at once, of connected and of offline clients; 50,000
 	SessionExpiryMax     time.Duration // longest time a session outlives its connection; 7 days
 	MaxSessionQueue      int           // messages that wait for one client; 1,000
 	MaxSessionQueueBytes int           // and their bytes; 1 MiB
-	MaxQueuedBytes       int           // bytes of the messages that wait for all clients, counted for each; 64 MiB
+	MaxQueuedBytes       int           // bytes of the messages that wait for all clients or are unacknowledged, counted for each; 64 MiB
 	MaxInflight          int           // QoS 1 and 2 messages sent to one client and not yet acknowledged; 64
 	MaxRetained          int           // retained messages; 10,000
 	MaxRetainedBytes     int           // and their bytes; 64 MiB
@@ -54,6 +59,7 @@ func (c *Config) setDefaults() {
 	or(&c.ConnectTimeout, 10*time.Second)
 	or(&c.PacketTimeout, 10*time.Second)
 	or(&c.WriteTimeout, 10*time.Second)
+	or(&c.SilenceTimeout, 2*time.Minute)
 	or(&c.ShutdownTimeout, 5*time.Second)
 	or(&c.MaxKeepAlive, 30*time.Minute)
 	or(&c.MaxPacket, 256<<10)
@@ -65,6 +71,8 @@ func (c *Config) setDefaults() {
 	or(&c.MaxTopicLevels, 128)
 	or(&c.MaxSubscriptions, 100)
 	or(&c.MaxOutboundBytes, 1<<20)
+	or(&c.MaxWriteBytes, 64<<20)
+	or(&c.MaxReadBytes, 64<<20)
 	or(&c.MaxSessions, 50_000)
 	or(&c.SessionExpiryMax, 7*24*time.Hour)
 	or(&c.MaxSessionQueue, 1000)

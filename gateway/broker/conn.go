@@ -20,10 +20,20 @@ import (
 const (
 	readMin   = 512      // read buffer of a connection that is silent
 	readMax   = 64 << 10 // and of one that sends as fast as it can
+	readSmall = 4 << 10  // and where all together have too much
 	readMaxTS = 16 << 10 // the same over TLS and websocket, which have buffers of their own
 	shrinkIn  = time.Second
+	outLow    = 4 << 10  // what is written at once to each where much is written to all
 	outHigh   = 64 << 10 // with this much unsent, nothing more is read or added to deliver
 	closeIn   = time.Second
+
+	// A deadline that strikes this late says that the gateway itself stood still: stopped, frozen, or
+	// without a processor. The peer's silence meanwhile is not the peer's.
+	asleep = time.Second
+	// lookAgain is how long a peer whose time is over is listened to once more: what it sent may lie unread.
+	lookAgain = 50 * time.Millisecond
+	// afterSleep is the same after the gateway stood still, or the machine: what was lost is sent again.
+	afterSleep = 5 * time.Second
 )
 
 // conn is one device's connection, from Accept to the end. One goroutine (serve) reads it,
@@ -33,15 +43,17 @@ const (
 //
 // Lock order: session.life, conn.handing, session.mu, conn.mu, then fanout.mu or Broker.touchMu.
 type conn struct {
-	b        *Broker
-	listener *Listener
-	addr     netip.Addr
-	remote   string
-	sock     net.Conn  // the TCP connection: deadlines are set here
-	nc       net.Conn  // what packets go over: sock, TLS on it, or a websocket
-	nested   bool      // nc has a buffer of its own
-	vault    *vault    // the certificates of a TLS listener
-	opened   time.Time // when it was accepted
+	b         *Broker
+	listener  *Listener
+	addr      netip.Addr
+	remote    string
+	sock      net.Conn     // the TCP connection: deadlines are set here
+	nc        net.Conn     // what packets go over: sock, TLS on it, or a websocket
+	nested    bool         // nc has a buffer of its own
+	vault     *vault       // the certificates of a TLS listener
+	opened    time.Time    // when it was accepted
+	writeFrom atomic.Int64 // when the write began that is under way, ns since opened; 0: there is none
+	writeDue  atomic.Int64 // deadline of the write that is under way, ns since opened; see writeSock
 
 	// Only serve touches these.
 	buf       []byte
@@ -51,8 +63,11 @@ type conn struct {
 	begun     time.Time     // when the first byte of an unfinished packet came; zero: there is none
 	shrink    time.Time     // when a large and empty buffer is given back; zero: it is small
 	armed     time.Time     // deadline that sock has now; zero: none
-	dirty     bool          // this goroutine put something into out and has not started flush
-	in        *inflow       // nil until the first PUBLISH
+	waited    time.Duration // for a place to compute its handshake: not the peer's time
+	pardoned  time.Time     // the deadline after which it is listened to once more, until pardon
+	pardon    time.Time
+	dirty     bool    // this goroutine put something into out and has not started flush
+	in        *inflow // nil until the first PUBLISH
 	tally     tally
 	goodbye   *mqtt.Disconnect // the client's DISCONNECT
 
@@ -167,6 +182,7 @@ func (c *conn) run() error {
 // leave takes the connection out of everything that knows it.
 func (c *conn) leave() {
 	c.tally.flush(c.b.m)
+	c.setBuf(nil)
 	if c.sess != nil {
 		c.sess.detach(c)
 	}
@@ -200,7 +216,7 @@ func (c *conn) waitFor(done func() bool) {
 
 // readLoop reads and handles packets until the connection ends. It never returns nil.
 func (c *conn) readLoop() error {
-	c.buf = make([]byte, readMin)
+	c.setBuf(make([]byte, readMin))
 	c.lastSeen = c.opened
 	for {
 		n, err := c.split()
@@ -323,7 +339,11 @@ func (c *conn) fillBuffer(now time.Time) error {
 	if c.w == len(c.buf) {
 		// One packet that is larger than the buffer: grow by what has come, never by what
 		// its length claims.
-		c.grow(2 * len(c.buf))
+		size := 2 * len(c.buf)
+		if size > readSmall && c.b.reading.Load()+int64(size) > 2*int64(c.b.cfg.MaxReadBytes) {
+			return &refusal{mqtt.QuotaExceeded, "packet is large, and so much is being read from all clients"}
+		}
+		c.grow(size)
 	}
 	for {
 		c.shrink = time.Time{}
@@ -340,7 +360,12 @@ func (c *conn) fillBuffer(now time.Time) error {
 		}
 		c.w += n
 		if c.w == len(c.buf) && len(c.buf) < most {
-			c.grow(min(4*len(c.buf), most))
+			if c.b.reading.Load() > int64(c.b.cfg.MaxReadBytes) {
+				most = readSmall
+			}
+			if size := min(4*len(c.buf), most); size > len(c.buf) {
+				c.grow(size)
+			}
 		}
 		return nil
 	}
@@ -348,7 +373,7 @@ func (c *conn) fillBuffer(now time.Time) error {
 
 // giveBack frees what a busy connection needed and a silent one does not.
 func (c *conn) giveBack() {
-	c.buf = make([]byte, readMin)
+	c.setBuf(make([]byte, readMin))
 	c.mu.Lock()
 	if c.head == c.tail {
 		c.ring = nil
@@ -364,7 +389,12 @@ func (c *conn) giveBack() {
 func (c *conn) grow(size int) {
 	buf := make([]byte, size)
 	copy(buf, c.buf[:c.w])
-	c.buf = buf
+	c.setBuf(buf)
+}
+
+func (c *conn) setBuf(b []byte) {
+	c.b.reading.Add(int64(len(b) - len(c.buf)))
+	c.buf = b
 }
 
 // errIdle wakes fillBuffer to give a large buffer back.
@@ -377,6 +407,9 @@ func (c *conn) read(nc io.Reader, p []byte) (int, error) {
 	for {
 		due := c.due()
 		wake := due
+		if !due.IsZero() && due.Equal(c.pardoned) {
+			wake = c.pardon
+		}
 		if !c.shrink.IsZero() && (wake.IsZero() || c.shrink.Before(wake)) {
 			wake = c.shrink
 		}
@@ -405,7 +438,12 @@ func (c *conn) read(nc io.Reader, p []byte) (int, error) {
 			return 0, errEnded
 		case c.halted.Load():
 			return 0, errStopping
-		case !due.IsZero() && !now.Before(due):
+		case !due.IsZero() && !now.Before(due) && !due.Equal(c.pardoned):
+			// A deadline wins over bytes that have come: whoever was not read in time is not silent.
+			c.pardoned, c.pardon = due, now.Add(c.indulgence(now.Sub(due)))
+			c.arm(c.pardon)
+			continue
+		case !due.IsZero() && due.Equal(c.pardoned) && !now.Before(c.pardon):
 			return 0, c.overdue()
 		case !c.shrink.IsZero() && !now.Before(c.shrink):
 			c.arm(due)
@@ -413,6 +451,18 @@ func (c *conn) read(nc io.Reader, p []byte) (int, error) {
 		}
 		c.arm(wake)
 	}
+}
+
+// indulgence is how long the peer is listened to after its deadline, which has struck so much too late.
+func (c *conn) indulgence(late time.Duration) time.Duration {
+	if late < asleep {
+		return lookAgain
+	}
+	c.b.m.overslept.Inc()
+	if c.keepAlive > 0 {
+		return min(afterSleep, c.keepAlive)
+	}
+	return afterSleep
 }
 
 func (c *conn) arm(t time.Time) {
@@ -423,7 +473,7 @@ func (c *conn) arm(t time.Time) {
 // due tells when the connection is given up if nothing more comes; zero: never.
 func (c *conn) due() time.Time {
 	if c.sess == nil {
-		return c.opened.Add(c.b.cfg.ConnectTimeout)
+		return c.opened.Add(c.b.cfg.ConnectTimeout + c.waited)
 	}
 	var due time.Time
 	if c.keepAlive > 0 {
@@ -523,8 +573,7 @@ func (c *conn) flush() {
 		c.cond.Broadcast() // room in out
 		c.mu.Unlock()
 
-		_ = c.nc.SetWriteDeadline(time.Now().Add(timeout))
-		n, err := c.nc.Write(o.b)
+		n, err := c.write(o.b, timeout)
 		c.b.m.sentBytes.Add(float64(n))
 		if cap(o.b) <= outHigh {
 			o.b = o.b[:0]
@@ -539,6 +588,48 @@ func (c *conn) flush() {
 			c.endLocked(err)
 			c.out = nil
 			c.mu.Unlock()
+		}
+	}
+}
+
+// write writes b over whatever layers there are.
+func (c *conn) write(b []byte, timeout time.Duration) (int, error) {
+	now := time.Since(c.opened)
+	due := now + timeout
+	c.writeFrom.Store(int64(now))
+	c.writeDue.Store(int64(due))
+	defer func() {
+		c.writeFrom.Store(0)
+		c.b.writing.Add(-int64(len(b)))
+	}()
+	if c.b.writing.Add(int64(len(b))) > int64(c.b.cfg.MaxWriteBytes) {
+		c.b.relieve()
+	}
+	_ = c.nc.SetWriteDeadline(c.opened.Add(due))
+	if !c.nested {
+		return c.writeSock(b)
+	}
+	return c.nc.Write(b)
+}
+
+// writeSock writes to the socket. A deadline that strikes late is put off once: while the gateway stood still nobody
+// could have taken what it writes.
+func (c *conn) writeSock(b []byte) (n int, err error) {
+	for again := false; ; again = true {
+		var m int
+		m, err = c.sock.Write(b[n:])
+		n += m
+		if !errors.Is(err, os.ErrDeadlineExceeded) || again || c.ended.Load() {
+			return n, err
+		}
+		now, due := time.Since(c.opened), time.Duration(c.writeDue.Load())
+		if due == 0 || now-due < asleep {
+			return n, err
+		}
+		c.b.m.overslept.Inc()
+		_ = c.sock.SetWriteDeadline(time.Now().Add(afterSleep))
+		if c.ended.Load() { // whose own, shorter deadline this has undone
+			_ = c.sock.SetWriteDeadline(time.Now().Add(closeIn))
 		}
 	}
 }

@@ -380,7 +380,10 @@ func TestKeepAliveOfHoursIsNotMistaken(t *testing.T) {
 
 func TestTooManySessions(t *testing.T) {
 	eachVersion(t, func(t *testing.T, v mqtt.Version) {
-		r := newRig(t, func(r *rig) { r.cfg.MaxSessions = 2 })
+		r := newRig(t, func(r *rig) {
+			r.cfg.MaxSessions = 2
+			r.auth.who = func(c *broker.ConnectInfo) string { return c.ClientID }
+		})
 		r.client(v, "a", keep)
 		r.client(v, "b", keep).nc.Close()
 		_, a := r.connect(v, "c")
@@ -388,6 +391,56 @@ func TestTooManySessions(t *testing.T) {
 			t.Errorf("told %v", a.Reason)
 		}
 		r.client(v, "b", keep).silent()
+	})
+}
+
+// TestSessionsOfNobodyMakeRoom has clients without credentials come under ever new ids and leave a session each: those of known
+// devices, and of whoever is connected, stay, and others still come in.
+func TestSessionsOfNobodyMakeRoom(t *testing.T) {
+	eachVersion(t, func(t *testing.T, v mqtt.Version) {
+		const most = 20
+		r := newRig(t, func(r *rig) {
+			r.cfg.MaxSessions = most
+			r.auth.who = func(c *broker.ConnectInfo) string {
+				if strings.HasPrefix(c.ClientID, "known") {
+					return c.ClientID
+				}
+				return ""
+			}
+		})
+		for _, id := range []string{"known-offline", "online"} {
+			r.client(v, id, keep).subscribe(1, filter(id, 1))
+		}
+		online := r.client(v, "online", keep)
+		offline := r.client(v, "known-offline", keep)
+		offline.nc.Close()
+		for i := range 3 * most {
+			r.client(v, fmt.Sprint("new-", i), keep).nc.Close()
+			if n := r.b.Stats().Sessions; n > most {
+				t.Fatalf("%d sessions, more than %d", n, most)
+			}
+			r.counted(1, "connections_open")
+		}
+		p := r.client(v, "known-publisher")
+		p.publishDone(1, 1, "online", "1")
+		p.publishDone(1, 2, "known-offline", "2")
+		online.take(1)
+		r.client(v, "known-offline", keep).take(1)
+		_, a := r.connect(v, fmt.Sprint("new-", 3*most-1), keep)
+		if !a.SessionPresent {
+			t.Error("the newest session was ended")
+		}
+		if _, a := r.connect(v, "new-0", keep); a.SessionPresent {
+			t.Error("the oldest session is there")
+		}
+		if r.metric("sessions_evicted_total") < 2*most-3 {
+			t.Errorf("%v are counted", r.metric("sessions_evicted_total"))
+		}
+		r.stop()
+		r.start()
+		if n := r.b.Stats().Sessions; n > most {
+			t.Errorf("%d sessions after a restart", n)
+		}
 	})
 }
 

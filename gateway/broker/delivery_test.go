@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"net"
 	"os"
 	"slices"
 	"strings"
@@ -705,8 +706,8 @@ func TestAllQueuesTogetherAreBounded(t *testing.T) {
 	for i := range 3 {
 		p.publishDone(1, uint16(i+1), "t", strings.Repeat("x", 10_000))
 	}
-	r.counted(5, "deliveries_dropped_total", "queue_full")
-	for i := range 3 { // what was taken out makes room again
+	r.counted(6, "deliveries_dropped_total", "all_queues_full") // a second one each would leave less than they had
+	for i := range 3 {                                          // what was taken out makes room again
 		s := r.client(mqtt.V311, fmt.Sprint(i), keep)
 		for {
 			f, err := s.next(50 * time.Millisecond)
@@ -722,6 +723,112 @@ func TestAllQueuesTogetherAreBounded(t *testing.T) {
 	}
 	p.publishDone(1, 9, "t", "room")
 	r.client(mqtt.V311, "2", keep).take(1)
+}
+
+// TestSlowSubscribersTakeNothingFromOthers has sessions that nobody empties fill all the room that they may: who keeps up gets
+// every message all the same, and so does one more who sleeps for a moment.
+func TestSlowSubscribersTakeNothingFromOthers(t *testing.T) {
+	const size, most = 1000, 100_000
+	r := newRig(t, func(r *rig) { r.cfg.MaxQueuedBytes = most })
+	for i := range 20 {
+		s := r.client(mqtt.V5, fmt.Sprint("asleep", i), keep)
+		s.subscribe(1, filter("t", 1))
+		s.nc.Close()
+	}
+	deaf := r.client(mqtt.V5, "deaf") // takes its messages and acknowledges none
+	deaf.subscribe(1, filter("t", 1))
+	eventually(t, "they are gone", func() bool { return r.b.Stats().Connections == 1 })
+	fast := r.client(mqtt.V311, "fast")
+	fast.subscribe(1, filter("t", 0))
+	p := r.client(mqtt.V5, "pub")
+	for i := range 200 {
+		p.publishDone(1, uint16(i+1), "t", fmt.Sprintf("%0*d", size, i))
+		if got, want := fast.take(1)[0], fmt.Sprintf("%0*d", size, i); got != want {
+			t.Fatalf("message %d: the subscriber that reads got %.20s…", i, got)
+		}
+		if n := r.metric("deliveries_queued_bytes"); n > most {
+			t.Fatalf("%v bytes wait for all clients, more than %d", n, most)
+		}
+	}
+	if r.metric("deliveries_dropped_total", "all_queues_full") == 0 {
+		t.Error("nothing was dropped: the test shows nothing")
+	}
+	late := r.client(mqtt.V5, "late", keep)
+	late.subscribe(1, filter("t", 1))
+	late.nc.Close()
+	eventually(t, "it is gone", func() bool { return r.b.Stats().Connections == 3 })
+	p.publishDone(1, 1, "t", "for a late one")
+	if got := r.client(mqtt.V5, "late", keep).take(1); got[0] != "for a late one" {
+		t.Errorf("got %.20s", got)
+	}
+}
+
+// TestUnacknowledgedDeliveriesAreBounded has a client read and acknowledge nothing: what it may hold in flight is bounded in bytes,
+// counts with what waits, and is given back by its answers.
+func TestUnacknowledgedDeliveriesAreBounded(t *testing.T) {
+	eachVersion(t, func(t *testing.T, v mqtt.Version) {
+		r := newRig(t, func(r *rig) { r.cfg.MaxSessionQueueBytes = 35_000 })
+		s := r.client(v, "sub")
+		s.subscribe(1, filter("t", 2))
+		p := r.client(v, "pub")
+		for i, qos := range []byte{1, 2, 1, 1, 1} {
+			p.publishDone(qos, uint16(i+1), "t", strings.Repeat("x", 10_000))
+		}
+		var ids []uint16
+		for range 3 {
+			ids = append(ids, s.message().ID)
+		}
+		s.silent()
+		eventually(t, "all are counted", func() bool { return r.metric("deliveries_queued_bytes") > 50_000 })
+		s.pub(mqtt.TypePuback, ids[0])
+		ids = append(ids, s.message().ID)
+		s.pub(mqtt.TypePubrec, ids[1])
+		s.frame(mqtt.TypePubrel)
+		ids = append(ids, s.message().ID)
+		s.pub(mqtt.TypePubcomp, ids[1])
+		for _, id := range ids[2:] {
+			s.pub(mqtt.TypePuback, id)
+		}
+		r.counted(0, "deliveries_queued_bytes")
+		p.publishDone(1, 9, "t", strings.Repeat("x", 10_000))
+		s.message()
+		s.nc.Close()
+		r.counted(0, "deliveries_queued_bytes")
+	})
+}
+
+// TestPeersThatReadNothingAreEnded has subscribers take nothing of what is written to them: together it is bounded, and they are
+// ended before their own time for a write is over. Who reads is not disturbed.
+func TestPeersThatReadNothingAreEnded(t *testing.T) {
+	t.Parallel()
+	const deaf = 20
+	r := newRig(t, func(r *rig) {
+		r.cfg.MaxWriteBytes, r.cfg.WriteTimeout = 2<<20, time.Minute
+	})
+	for i := range deaf {
+		s := r.client(mqtt.V5, fmt.Sprint("deaf", i))
+		s.subscribe(1, filter("t", 0))
+		_ = s.nc.(*net.TCPConn).SetReadBuffer(4096)
+	}
+	fast := r.client(mqtt.V311, "fast")
+	fast.subscribe(1, filter("t", 0))
+	p := r.client(mqtt.V5, "pub")
+	payload := strings.Repeat("x", 200_000)
+	begin := time.Now()
+	for i := 0; r.metric("connections_ended_total", "slow") < deaf; i++ {
+		p.publishDone(1, uint16(i%1000+1), "t", payload)
+		if got := fast.take(1)[0]; got != payload {
+			t.Fatal("another message")
+		}
+		if n := r.metric("write_buffered_bytes"); n > deaf*300_000 {
+			t.Fatalf("%v bytes are being written", n)
+		}
+		if time.Since(begin) > 20*time.Second {
+			t.Fatalf("%v of %d are ended after 20 s", r.metric("connections_ended_total", "slow"), deaf)
+		}
+	}
+	fast.silent()
+	r.counted(0, "write_buffered_bytes")
 }
 
 func TestMessagesExpireInTheQueue(t *testing.T) {

@@ -55,5 +55,5 @@
 //   - who a session belongs to: session.attach compares principals
 //   - limits of what one client publishes: limits.go
 //   - end a client from outside: admin.go
-//   - certificates that change, revocation, few handshakes at once: tls.go
+//   - certificates that change, revocation, few handshakes at once: tls.go, handshake.go
 package broker

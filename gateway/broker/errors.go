@@ -29,6 +29,7 @@ var (
 	errNoWords   = errors.New("refused a publish, which MQTT 3.1.1 cannot say")
 	errCommit    = errors.New("commit did not succeed")
 	errSlow      = errors.New("peer does not read what it is sent")
+	errHungUp    = errors.New("peer hung up while its handshake waited")
 	errTakenOver = errors.New("another connection took the session over")
 	errOverRate  = &refusal{mqtt.MessageRateTooHigh, "went on publishing more than it may"}
 )
@@ -57,7 +58,7 @@ func causeText(err error) string {
 		return refused.text
 	case err == nil, errors.Is(err, errEnded):
 		return errEnded.Error()
-	case isEOF(err), isReset(err), errors.Is(err, net.ErrClosed):
+	case isEOF(err), isReset(err), isSilent(err), errors.Is(err, net.ErrClosed):
 		return "connection was lost"
 	}
 	return err.Error()

@@ -259,3 +259,31 @@ func TestRecheckSetsLimits(t *testing.T) {
 		t.Errorf("%d refused when the limit was gone", n)
 	}
 }
+
+// TestReadBuffersAreBounded has many clients send the beginnings of large packets: with too much of it they are refused, and who
+// sends small packets is not.
+func TestReadBuffersAreBounded(t *testing.T) {
+	t.Parallel()
+	const most = 1 << 20
+	r := newRig(t, func(r *rig) { r.cfg.MaxReadBytes = most })
+	small := r.client(mqtt.V5, "small")
+	whole := mqtt.AppendPublish(nil, mqtt.V5, &mqtt.Publish{QoS: 1, ID: 1, Topic: []byte("t"), Payload: make([]byte, 200_000)})
+	var large []*peer
+	for i := range 30 {
+		p := r.client(mqtt.V5, fmt.Sprint("large", i))
+		_, _ = p.nc.Write(whole[:150_000]) // some are ended meanwhile
+		large = append(large, p)
+	}
+	eventually(t, "some are refused", func() bool { return r.metric("connections_ended_total", "protocol") > 0 })
+	if n := r.metric("read_buffered_bytes"); n > 2*most {
+		t.Errorf("read buffers hold %v bytes, more than %d", n, 2*most)
+	}
+	for i := range 100 {
+		small.publishDone(1, uint16(i+1), "t", "hello")
+	}
+	for _, p := range large {
+		p.nc.Close()
+	}
+	eventually(t, "the others are gone", func() bool { return r.b.Stats().Connections == 1 })
+	small.publishDone(1, 1, "t", strings.Repeat("x", 200_000))
+}

@@ -36,7 +36,7 @@ type socket struct {
 }
 
 // bind opens the listener.
-func (l *Listener) bind() (*socket, error) {
+func (l *Listener) bind(silence time.Duration) (*socket, error) {
 	s := &socket{Listener: l}
 	if l.Secure() {
 		v, err := newVault(l)
@@ -45,7 +45,8 @@ func (l *Listener) bind() (*socket, error) {
 		}
 		s.vault, s.tls = v, v.config()
 	}
-	ln, err := (&net.ListenConfig{}).Listen(context.Background(), "tcp", l.Address)
+	// What is set on a listener holds for all that it accepts: no system calls for each.
+	ln, err := (&net.ListenConfig{KeepAlive: -1, Control: silentPeers(silence)}).Listen(context.Background(), "tcp", l.Address)
 	if err != nil {
 		return nil, fmt.Errorf("listener %q: %w", l.Name, err)
 	}
@@ -220,7 +221,15 @@ type patient struct {
 	c *conn
 }
 
-func (p *patient) Read(b []byte) (int, error)    { return p.c.read(p.Conn, b) }
+func (p *patient) Read(b []byte) (int, error) { return p.c.read(p.Conn, b) }
+
+func (p *patient) Write(b []byte) (int, error) {
+	if p.Conn == p.c.sock {
+		return p.c.writeSock(b)
+	}
+	return p.Conn.Write(b)
+}
+
 func (*patient) SetDeadline(time.Time) error     { return nil }
 func (*patient) SetReadDeadline(time.Time) error { return nil }
 

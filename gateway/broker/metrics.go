@@ -12,6 +12,7 @@ import (
 // Why a delivery was dropped.
 const (
 	dropQueueFull = "queue_full"
+	dropAllFull   = "all_queues_full"
 	dropOffline   = "offline"
 	dropExpired   = "expired"
 	dropTooLarge  = "too_large"
@@ -43,6 +44,7 @@ type metrics struct {
 	panics          prometheus.Counter
 	takeovers       prometheus.Counter
 	expired         prometheus.Counter
+	evicted         prometheus.Counter
 	received        [3]prometheus.Counter
 	receivedBytes   prometheus.Counter
 	acked           prometheus.Counter
@@ -55,6 +57,9 @@ type metrics struct {
 	commands        prometheus.Counter
 	withdrawn       prometheus.Counter
 	slowed          prometheus.Counter
+	overslept       prometheus.Counter
+	handshakeWait   prometheus.Counter
+	handshakesLeft  prometheus.Counter
 	certificates    *prometheus.GaugeVec
 	sentBytes       prometheus.Counter
 	queued          prometheus.Gauge
@@ -88,6 +93,7 @@ func newMetrics(b *Broker, reg prometheus.Registerer) *metrics {
 		panics:       counter("panics_total", "Connections ended by a panic. Any is a bug to report."),
 		takeovers:    counter("takeovers_total", "Sessions taken over by a newer connection. A rise means that two devices share an id, or links die silently."),
 		expired:      counter("sessions_expired_total", "Sessions that ended because their client did not come back in time."),
+		evicted:      counter("sessions_evicted_total", "Sessions of offline clients without credentials that were ended to make room: somebody connects under ever new ids."),
 		receivedBytes: counter("publish_received_bytes_total",
 			"Bytes of PUBLISH packets from clients."),
 		acked: counter("answers_total", "Acknowledgements given in their order: PUBACK, PUBREC, PUBCOMP, CONNACK, SUBACK, UNSUBACK."),
@@ -104,6 +110,10 @@ func newMetrics(b *Broker, reg prometheus.Registerer) *metrics {
 		commands:  counter("commands_sent_total", "Commands written to devices, repeats included. They are part of the PUBLISH packets sent with QoS 1."),
 		withdrawn: counter("subscriptions_withdrawn_total", "Subscriptions removed because the client has no right to them any more."),
 		slowed:    counter("publish_slowed_seconds_total", "Time in which MQTT 3.1.1 clients were not read because they publish more than they may."),
+		overslept: counter("deadlines_overslept_total",
+			"Deadlines of clients that struck more than a second late and were put off. A rise means that the gateway was stopped, or gets no processor."),
+		handshakeWait:  counter("handshake_wait_seconds_total", "Time that TLS handshakes waited for a processor, summed over all of them. Rises when many devices come at once."),
+		handshakesLeft: counter("handshakes_abandoned_total", "Peers that hung up while their TLS handshake waited: more come at once than the processors can take."),
 		certificates: prometheus.NewGaugeVec(prometheus.GaugeOpts{
 			Name: "holdfast_broker_certificate_expiry_seconds",
 			Help: "When the first certificate or revocation list in a file of a TLS listener ends, Unix time. Less than now: it has.",
@@ -113,8 +123,8 @@ func newMetrics(b *Broker, reg prometheus.Registerer) *metrics {
 			Name: "holdfast_broker_deliveries_queued",
 			Help: "Deliveries that wait for local subscribers.",
 		}),
-		drops: vec("deliveries_dropped_total", "Deliveries to local subscribers dropped, by reason. queue_full: a subscriber is slower than what it subscribed to.",
-			"reason", dropQueueFull, dropOffline, dropExpired, dropTooLarge, dropDenied, dropRefused, dropGone),
+		drops: vec("deliveries_dropped_total", "Deliveries to local subscribers dropped, by reason. queue_full: a subscriber is slower than what it subscribed to; all_queues_full: many are.",
+			"reason", dropQueueFull, dropAllFull, dropOffline, dropExpired, dropTooLarge, dropDenied, dropRefused, dropGone),
 	}
 	received := prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "holdfast_broker_publish_received_total",
@@ -130,8 +140,13 @@ func newMetrics(b *Broker, reg prometheus.Registerer) *metrics {
 	}
 	if reg != nil {
 		reg.MustRegister(m.connections, m.connects, m.refusedConnects, m.turnedAway, m.endedBy, m.acceptErrors, m.panics,
-			m.takeovers, m.expired, received, m.receivedBytes, m.acked, m.ackSeconds, m.repeats, m.refused, m.notRetained, m.wills,
-			sent, m.sentBytes, m.commands, m.withdrawn, m.slowed, m.certificates, m.queued, m.drops,
+			m.takeovers, m.expired, m.evicted, received, m.receivedBytes, m.acked, m.ackSeconds, m.repeats, m.refused, m.notRetained, m.wills,
+			sent, m.sentBytes, m.commands, m.withdrawn, m.slowed, m.overslept, m.handshakeWait, m.handshakesLeft, m.certificates, m.queued, m.drops,
+			gauge("deliveries_queued_bytes", "Bytes of deliveries that wait for local subscribers or for their acknowledgement, counted for each.",
+				func() int { return int(b.queuedBytes.Load()) }),
+			gauge("write_buffered_bytes", "Bytes that are being written to clients.", func() int { return int(b.writing.Load()) }),
+			gauge("read_buffered_bytes", "Bytes of the buffers into which clients are read.", func() int { return int(b.reading.Load()) }),
+			gauge("handshakes_waiting", "TLS handshakes that wait for a processor.", b.places.waiting),
 			gauge("sessions", "Sessions, of connected and of offline clients.", b.sessionCount),
 			gauge("subscriptions", "Subscriptions of all sessions.", func() int { return int(b.subs.count.Load()) }),
 			gauge("retained_messages", "Retained messages.", func() int { n, _ := b.retained.stats(); return n }),
@@ -169,7 +184,7 @@ func (m *metrics) ended(err error) {
 	switch {
 	case errors.As(err, &wanted):
 		label = endOrdered
-	case errors.Is(err, errGoodbye), isEOF(err), isReset(err), errors.Is(err, net.ErrClosed):
+	case errors.Is(err, errGoodbye), errors.Is(err, errHungUp), isEOF(err), isReset(err), errors.Is(err, net.ErrClosed):
 		label = endClient
 	case errors.Is(err, errSlow):
 		label = endSlow
@@ -179,7 +194,7 @@ func (m *metrics) ended(err error) {
 		label = endStop
 	case errors.Is(err, errNoWords), errors.Is(err, errCommit):
 		label = endRefused
-	case errors.Is(err, errTimeout):
+	case errors.Is(err, errTimeout), isSilent(err):
 		label = endTimeout
 	case errors.As(err, &broken):
 		label = endProtocol

@@ -63,7 +63,7 @@ func (s *session) dropQueuedLocked(drop func(m *message) bool) {
 			kept.push(x)
 			continue
 		}
-		s.b.queuedBytes.Add(-int64(x.message.size()))
+		s.unloadLocked(x.message)
 		s.b.m.queued.Dec()
 		s.b.m.dropped(dropDenied)
 	}
@@ -71,10 +71,14 @@ func (s *session) dropQueuedLocked(drop func(m *message) bool) {
 }
 
 // deliver queues a message for the client. A queue that is full takes nothing more: what waits
-// keeps its order and has no hole, and the newest is dropped and counted.
+// keeps its order and has no hole, and the newest is dropped and counted. Of what all clients may
+// hold together one may hold as much as is left: so some is left however many read nothing, and
+// who keeps up is not dropped for their sake (docs/decisions/0023).
 func (s *session) deliver(x queued) {
+	size := x.message.size()
 	s.mu.Lock()
 	c := s.conn
+	left := s.b.cfg.MaxQueuedBytes - int(s.b.queuedBytes.Load())
 	reason := ""
 	switch {
 	case s.gone:
@@ -82,12 +86,14 @@ func (s *session) deliver(x queued) {
 	case c == nil && x.qos == 0:
 		reason = dropOffline // MQTT 5.0 §4.1: QoS 0 need not wait for a client
 	case s.queue.len() >= s.b.cfg.MaxSessionQueue,
-		s.queue.len() > 0 && s.queue.bytes+x.message.size() > s.b.cfg.MaxSessionQueueBytes,
-		s.b.queuedBytes.Load()+int64(x.message.size()) > int64(s.b.cfg.MaxQueuedBytes):
+		s.queue.len() > 0 && s.queue.bytes+size > s.b.cfg.MaxSessionQueueBytes:
 		reason = dropQueueFull
+	case size > left, s.load > 0 && s.load+size > left:
+		reason = dropAllFull
 	default:
 		s.queue.push(x)
-		s.b.queuedBytes.Add(int64(x.message.size()))
+		s.load += size
+		s.b.queuedBytes.Add(int64(size))
 	}
 	s.mu.Unlock()
 	if reason != "" {
@@ -98,6 +104,19 @@ func (s *session) deliver(x queued) {
 	if c != nil {
 		c.deliver()
 	}
+}
+
+// unloadLocked says that m waits no more and is not in flight.
+func (s *session) unloadLocked(m *message) {
+	s.load -= m.size()
+	s.b.queuedBytes.Add(-int64(m.size()))
+}
+
+// landedLocked is unloadLocked for a flight, whose message is needed no more.
+func (s *session) landedLocked(f *flight) {
+	s.flying -= f.message.size()
+	s.unloadLocked(f.message)
+	f.message = nil
 }
 
 // deliver has flush ask the session for messages.
@@ -118,10 +137,14 @@ func (s *session) fill(c *conn) {
 		return
 	}
 	now := time.Now()
+	high := outHigh
+	if s.b.writing.Load() > int64(s.b.cfg.MaxWriteBytes/2) {
+		high = outLow
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for !c.ending {
-		if c.out != nil && len(c.out.b) > outHigh {
+		if c.out != nil && len(c.out.b) > high {
 			c.wantFill = true
 			return
 		}
@@ -138,13 +161,13 @@ func (s *session) fill(c *conn) {
 			s.unacked++
 		case s.queue.len() > 0:
 			x := *s.queue.front()
-			if x.qos > 0 && s.unacked >= c.sendMax {
+			if x.qos > 0 && (s.unacked >= c.sendMax || s.flying > 0 && s.flying+x.message.size() > s.b.cfg.MaxSessionQueueBytes) {
 				return
 			}
 			s.queue.pop()
-			s.b.queuedBytes.Add(-int64(x.message.size()))
 			s.b.m.queued.Dec()
 			if _, over := x.message.expired(now); over {
+				s.unloadLocked(x.message)
 				s.b.m.dropped(dropExpired)
 				continue
 			}
@@ -153,10 +176,14 @@ func (s *session) fill(c *conn) {
 				f.id = s.nextIDLocked()
 			}
 			if !s.sendLocked(c, &f, now, false) {
+				s.unloadLocked(x.message)
 				s.b.m.dropped(dropTooLarge) // MQTT-3.1.2-25: as if it had been sent
 				continue
 			}
-			if x.qos > 0 {
+			if x.qos == 0 {
+				s.unloadLocked(x.message)
+			} else {
+				s.flying += x.message.size()
 				s.flights = append(s.flights, f)
 				s.resend = len(s.flights)
 				s.unacked++
@@ -286,7 +313,9 @@ func (s *session) settleLocked(c *conn, a *mqtt.Ack) {
 			done = true // MQTT 5.0 §4.3.3: the message is refused and its id free
 		default:
 			f.received = true
+			s.landedLocked(f) // only PUBREL is sent from now on
 			s.pubrelLocked(c, a.ID, mqtt.Success)
+			s.refillLocked(c)
 		}
 	case mqtt.TypePubcomp:
 		done = f != nil && f.received
@@ -297,6 +326,7 @@ func (s *session) settleLocked(c *conn, a *mqtt.Ack) {
 	if a.Reason.Failed() {
 		s.b.m.dropped(dropRefused)
 	}
+	s.landedLocked(f)
 	s.flights = append(s.flights[:i], s.flights[i+1:]...)
 	s.flights[:cap(s.flights)][len(s.flights)] = flight{}
 	if i < s.resend {

@@ -18,6 +18,11 @@ func isReset(err error) bool {
 	return errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE)
 }
 
+// isSilent says that the kernel has given the peer up; see Config.SilenceTimeout.
+func isSilent(err error) bool {
+	return errors.Is(err, syscall.ETIMEDOUT) || errors.Is(err, syscall.EHOSTUNREACH) || errors.Is(err, syscall.ENETUNREACH)
+}
+
 // restore reads sessions, subscriptions, packet ids, retained messages and wills. A row that
 // can not be read is skipped, reported and left where it is: one damaged row is no reason not
 // to start. Rows that belong to nothing are removed.
@@ -55,7 +60,7 @@ func (b *Broker) restore() error {
 			ops = append(ops, kv.Op{Key: sessionKey(id), Value: row.encode()})
 		}
 		s := &session{b: b, id: id, stored: true, version: row.version, era: row.era, expiry: row.expiry, who: row.who}
-		s.endsAt = from.Add(time.Duration(row.expiry) * time.Second)
+		s.left, s.endsAt = from, from.Add(time.Duration(row.expiry)*time.Second)
 		b.sessions[id] = s
 		return nil
 	})

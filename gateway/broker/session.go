@@ -1,9 +1,11 @@
 package broker
 
 import (
+	"context"
 	"crypto/rand"
 	"encoding/binary"
 	"math"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -39,14 +41,17 @@ type session struct {
 	stored    bool       // it has rows
 	version   mqtt.Version
 	era       uint64
-	who       string // principal of the last connection; "": nobody in particular
-	expiry    uint32 // seconds that it outlives its connection; neverEnds: it does not end
+	who       string    // principal of the last connection; "": nobody in particular
+	expiry    uint32    // seconds that it outlives its connection; neverEnds: it does not end
+	left      time.Time // when it went offline
 	endsAt    time.Time
 	timer     *time.Timer // to endsAt; nil: connected, or never
 	subs      []subscription
 	rx        map[uint16]*rx
 	waiting   *pendingWill // nil: none
 	queue     queue
+	load      int      // bytes of the messages in queue and flights
+	flying    int      // of those in flights
 	flights   []flight // sent or to be sent again, in order
 	resend    int      // flights[resend:] were not sent on this connection yet
 	unacked   int      // sent on this connection and not yet answered
@@ -78,8 +83,70 @@ func newEra() uint64 {
 	return binary.BigEndian.Uint64(b[:])
 }
 
-// session finds or makes the session of a client id.
+// session finds or makes the session of a client id. Where there are too many, offline ones of nobody in particular make room.
 func (b *Broker) session(id string) (*session, error) {
+	s, err := b.findSession(id)
+	if err != nil && b.makeRoom() {
+		s, err = b.findSession(id)
+	}
+	return s, err
+}
+
+// makeRoom ends sessions of clients that are offline and were let in without credentials, those first that have been so for
+// longest: whoever connects under ever new ids must not keep all others out. It ends some at once, since it looks at all. It says
+// whether there is room.
+func (b *Broker) makeRoom() bool {
+	b.roomMu.Lock()
+	defer b.roomMu.Unlock()
+	if b.sessionCount() < b.cfg.MaxSessions {
+		return true // somebody else has made some meanwhile
+	}
+	type candidate struct {
+		s    *session
+		left time.Time
+	}
+	var all []*session
+	b.sessMu.RLock()
+	for _, s := range b.sessions {
+		all = append(all, s)
+	}
+	b.sessMu.RUnlock()
+	var found []candidate
+	for _, s := range all {
+		s.mu.Lock()
+		if s.conn == nil && !s.fresh && !s.gone && s.who == "" {
+			found = append(found, candidate{s, s.left})
+		}
+		s.mu.Unlock()
+	}
+	slices.SortFunc(found, func(a, b candidate) int { return a.left.Compare(b.left) })
+	made := 0
+	for _, f := range found[:min(len(found), max(b.cfg.MaxSessions/100, 1))] {
+		if f.s.evict(f.left) {
+			made++
+		}
+	}
+	b.m.evicted.Add(float64(made))
+	if made > 0 {
+		b.log.Log(context.Background(), b.noticeLevel(nil), "too many sessions, those offline for longest were ended", "ended", made, "most", b.cfg.MaxSessions)
+	}
+	return made > 0
+}
+
+// evict ends a session that has been offline since left.
+func (s *session) evict(left time.Time) bool {
+	s.life.Lock()
+	defer s.life.Unlock()
+	s.mu.Lock()
+	if s.conn != nil || s.fresh || s.gone || !s.left.Equal(left) {
+		s.mu.Unlock()
+		return false
+	}
+	s.endOffline()
+	return true
+}
+
+func (b *Broker) findSession(id string) (*session, error) {
 	b.sessMu.Lock()
 	defer b.sessMu.Unlock()
 	if s := b.sessions[id]; s != nil {
@@ -227,7 +294,7 @@ func (s *session) detach(c *conn) {
 	case s.expiry == 0, s.forgotten:
 		ops = s.endLocked(ops)
 	default:
-		s.stored = true
+		s.stored, s.left = true, now
 		row := sessionRow{version: s.version, expiry: s.expiry, era: s.era, disconnected: now.UnixMilli(), who: s.who}
 		ops = append(ops, kv.Op{Key: sessionKey(s.id), Value: row.encode()})
 		s.startTimerLocked(now)
@@ -299,7 +366,8 @@ func (s *session) clearLocked(ops []kv.Op) []kv.Op {
 	s.client, s.answer = nil, nil // attach, detach and expire hold life
 	s.rx = nil
 	s.b.m.queued.Sub(float64(s.queue.len()))
-	s.b.queuedBytes.Add(-int64(s.queue.bytes))
+	s.b.queuedBytes.Add(-int64(s.load))
+	s.load, s.flying = 0, 0
 	s.queue = queue{}
 	s.flights, s.resend, s.unacked = nil, 0, 0
 	return ops

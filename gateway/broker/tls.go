@@ -2,16 +2,13 @@ package broker
 
 import (
 	"bytes"
-	"context"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/asn1"
 	"encoding/pem"
 	"errors"
 	"fmt"
-	"net"
 	"os"
-	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -568,84 +565,4 @@ func (b *Broker) warnLocked(v *vault, now time.Time) {
 			b.log.Warn("certificate or revocation list ends soon: put a new one in its place", append(what, "hours_left", int(left.Hours()))...)
 		}
 	}
-}
-
-// gate lets few TLS handshakes compute at once, so that thousands of devices that come back at the
-// same time do not take the processors from those who are connected. A place is held while a
-// handshake computes or writes, not while it waits for the peer.
-type gate struct {
-	net.Conn
-	c    *conn
-	open bool // the handshake is over; only serve changes it
-	held bool
-}
-
-// newPlaces makes the places of all listeners.
-func newPlaces() chan struct{} { return make(chan struct{}, runtime.GOMAXPROCS(0)) }
-
-func (g *gate) Read(p []byte) (int, error) {
-	if g.open {
-		return g.Conn.Read(p)
-	}
-	g.leave()
-	n, err := g.Conn.Read(p)
-	if n > 0 {
-		if e := g.enter(); e != nil {
-			return 0, e
-		}
-	}
-	return n, err
-}
-
-func (g *gate) enter() error {
-	b := g.c.b
-	select {
-	case b.places <- struct{}{}:
-		g.held = true
-		return nil
-	default:
-	}
-	t := time.NewTimer(time.Until(g.c.due()))
-	defer t.Stop()
-	select {
-	case b.places <- struct{}{}:
-		g.held = true
-		return nil
-	case <-t.C:
-		return errTimeout
-	case <-b.stop:
-		return errStopping
-	}
-}
-
-func (g *gate) leave() {
-	if g.held {
-		<-g.c.b.places
-		g.held = false
-	}
-}
-
-// handshake does the TLS handshake.
-func (c *conn) handshake(t *tls.Conn, v *vault) error {
-	g := t.NetConn().(*gate)
-	defer func() {
-		g.leave()
-		g.open = true
-	}()
-	c.arm(c.due())
-	_ = c.sock.SetWriteDeadline(c.due())
-	if c.halted.Load() { // after arm, which may have undone its wake-up
-		return errStopping
-	}
-	if err := t.HandshakeContext(context.Background()); err != nil {
-		if errors.Is(err, os.ErrDeadlineExceeded) {
-			err = errTimeout
-		}
-		return fmt.Errorf("TLS handshake: %w", err)
-	}
-	if v.now.Load().roots == nil {
-		return nil
-	}
-	s := t.ConnectionState()
-	return c.checkPeer(v, &s)
 }

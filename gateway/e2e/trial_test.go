@@ -66,8 +66,14 @@ var links = map[string]testkit.Faults{
 }
 
 var linkChoices = []proof.Choice{
-	{Name: "up", Weight: 6}, {Name: "away", Weight: 3}, {Name: "coming and going", Weight: 3}, {Name: "reset", Weight: 1},
-	{Name: "stalled", Weight: 1}, {Name: "half open", Weight: 1}, {Name: "taking all", Weight: 2}, {Name: "slow", Weight: 1},
+	{Name: "up", Weight: 6},
+	{Name: "away", Weight: 3},
+	{Name: "coming and going", Weight: 3},
+	{Name: "reset", Weight: 1},
+	{Name: "stalled", Weight: 1},
+	{Name: "half open", Weight: 1},
+	{Name: "taking all", Weight: 2},
+	{Name: "slow", Weight: 1},
 }
 
 // load is what devices of a trial send.
@@ -197,9 +203,9 @@ func (x *trial) setLink(s proof.Step) {
 
 // fault is what a step does to a gateway. More of them: add to faults, and to the choices of a harness.
 type fault struct {
-	before  func(x *trial, rng *rand.Rand)                         // while it works; nil: nothing
+	before  func(x *trial, rng *rand.Rand)                           // while it works; nil: nothing
 	strike  func(x *trial, s proof.Step, rng *rand.Rand) (gone bool) // gone: it is not running any more, and is started again
-	stopped func(x *trial, rng *rand.Rand)                         // before it is; nil: nothing
+	stopped func(x *trial, rng *rand.Rand)                           // before it is; nil: nothing
 }
 
 var faults = map[string]fault{

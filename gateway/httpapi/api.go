@@ -24,7 +24,7 @@ import (
 
 // Bounds of what a caller may cost.
 const (
-	maxConnections = 128 // among them maxStreams and maxWaiters that stay
+	maxConnections = 128 // default of Config.MaxConnections; among them maxStreams and maxWaiters that stay
 	maxHeader      = 16 << 10
 	maxBody        = 64 << 10 // but of a command, see wire.MaxSubmit
 	readTimeout    = 10 * time.Second
@@ -36,6 +36,8 @@ const (
 type Config struct {
 	Address string // host:port
 	Gateway string // the first part of every message id
+	// MaxConnections are open at once, others wait; 0: 128.
+	MaxConnections int
 }
 
 // Server serves the API. Make it with New, then Listen, then Run once.
@@ -59,6 +61,9 @@ type Server struct {
 
 // New makes a server of what the parts show and do.
 func New(cfg Config, p Parts) *Server {
+	if cfg.MaxConnections == 0 {
+		cfg.MaxConnections = maxConnections
+	}
 	s := &Server{
 		cfg: cfg, p: p, log: p.Log, m: newMetrics(p.Metrics), doc: describe(table),
 		metrics: promhttp.HandlerFor(p.Gatherer, promhttp.HandlerOpts{
@@ -140,7 +145,7 @@ func (s *Server) Run(ctx context.Context) error {
 		ErrorLog:          slog.NewLogLogger(s.log.Handler(), slog.LevelDebug), // what a peer did wrong
 	}
 	served := make(chan error, 1)
-	go func() { served <- srv.Serve(netutil.LimitListener(s.ln, maxConnections)) }()
+	go func() { served <- srv.Serve(netutil.LimitListener(s.ln, s.cfg.MaxConnections)) }()
 	select {
 	case err := <-served:
 		return fmt.Errorf("serve http on %s: %w", s.cfg.Address, err)

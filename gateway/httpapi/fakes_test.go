@@ -387,7 +387,7 @@ type lanes struct {
 	damaged []spool.Damage
 	err     error
 	entered func() // called by Walk; nil: nothing is
-	purged  []any // what was asked for last
+	purged  []any  // what was asked for last
 }
 
 func (l *lanes) Purge(lane string, olderThan time.Time, upTo uint64) (spool.Count, error) {

@@ -62,6 +62,7 @@ type Options struct {
 	SyncInterval time.Duration
 	Log          *slog.Logger
 	Metrics      prometheus.Registerer // nil: none
+	MaxTables    int                   // that are open at once, each a descriptor; 0: 190
 	// Fatal is called when a write or sync of the log failed. The store takes nothing
 	// more and acknowledges nothing more; the process has to end and start again.
 	Fatal func(error)

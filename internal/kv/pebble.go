@@ -34,7 +34,7 @@ func (s *Store) checkFormat() error {
 
 // pebbleOptions are for a queue on a small box. Rows leave in the order in which they came, so
 // caches, filters and compactions have nothing to win, and memory is the scarce thing.
-func (s *Store) pebbleOptions() *pebble.Options {
+func (s *Store) pebbleOptions(tables *pebble.FileCache) *pebble.Options {
 	log := pebbleLogger{s}
 	o := &pebble.Options{
 		FS: s.opt.FS,
@@ -44,7 +44,7 @@ func (s *Store) pebbleOptions() *pebble.Options {
 		CacheSize:                   1 << 20,
 		MemTableSize:                8 << 20,
 		MemTableStopWritesThreshold: 3,
-		MaxOpenFiles:                200,
+		FileCache:                   tables,
 		MaxManifestFileSize:         4 << 20,
 		// One table a lane and flush, moved down as it is: chunks are never rewritten.
 		L0CompactionThreshold:     2,

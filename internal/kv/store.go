@@ -84,7 +84,13 @@ func Open(dir string, o Options) (*Store, error) {
 		sealed: make(chan *Group),
 	}
 	s.room.L = &s.mu
-	db, err := pebble.Open(dir, s.pebbleOptions())
+	if o.MaxTables == 0 {
+		o.MaxTables = 190
+	}
+	// One of our own: by MaxOpenFiles it would never hold fewer than 64.
+	tables := pebble.NewFileCache(1, o.MaxTables)
+	defer tables.Unref() // the store holds it
+	db, err := pebble.Open(dir, s.pebbleOptions(tables))
 	if err != nil {
 		return nil, fmt.Errorf("open store %q: %w", dir, err)
 	}
