@@ -11,6 +11,7 @@ import (
 	"strconv"
 	"strings"
 
+	"holdfast/bridge/wire"
 	"holdfast/internal/kv"
 	"holdfast/spool"
 )
@@ -155,7 +156,14 @@ func openForTools(path string, log *slog.Logger, cfg spool.Config) (*dataDir, *k
 	if err != nil {
 		return nil, nil, nil, errors.Join(err, dir.Close())
 	}
-	sp, err := spool.Open(store, cfg)
+	cfg.Gateway, err = spool.GatewayOf(store)
+	if err == nil && cfg.Gateway != "" {
+		cfg.GapTopic = wire.GapTopic(cfg.Gateway)
+	}
+	var sp *spool.Spool
+	if err == nil {
+		sp, err = spool.Open(store, cfg)
+	}
 	if err != nil {
 		return nil, nil, nil, errors.Join(err, store.Close(), dir.Close())
 	}

@@ -70,9 +70,11 @@ func commands() []command {
 		certListCommand,
 		cloudTailCommand,
 		cloudSendCommand,
+		backupCommand,
 		spoolStatCommand,
 		spoolPeekCommand,
 		spoolVerifyCommand,
+		spoolExportCommand,
 		completionCommand,
 		versionCommand,
 	}
