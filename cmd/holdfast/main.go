@@ -44,6 +44,7 @@ func commands() []command {
 	return []command{
 		runCommand,
 		demoCommand,
+		verifyCommand,
 		configCheckCommand,
 		configPrintCommand,
 		statusCommand,

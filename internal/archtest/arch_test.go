@@ -33,6 +33,7 @@ var arrows = map[string][]string{
 	"internal/archtest":      {},
 	"internal/bench":         {"*", "internal/testkit"},
 	"internal/config":        {"bridge", "devices", "gateway/broker", "internal/mqtt", "spool"}, // the packages' Config types; mqtt to check filters
+	"internal/diskcheck":     {},
 	"internal/kv":            {},
 	"internal/lifecycle":     {},
 	"internal/mqtt":          {},
