@@ -64,7 +64,7 @@ func (g *Gateway) Backup() (*httpapi.BackupCopy, error) {
 
 // Backup copies what a gateway that is not running has in its data directory to dir, which must not be there.
 func Backup(path, dir, version string, log *slog.Logger) (info httpapi.Backup, err error) {
-	d, store, sp, err := openForTools(path, log, spool.Config{Log: log})
+	d, store, sp, err := openForTools(path, "", false, log)
 	if err != nil {
 		return info, err
 	}

@@ -76,6 +76,9 @@ func commands() []command {
 		spoolPeekCommand,
 		spoolVerifyCommand,
 		spoolExportCommand,
+		spoolParkedCommand,
+		spoolReplayCommand,
+		spoolPurgeCommand,
 		completionCommand,
 		versionCommand,
 	}

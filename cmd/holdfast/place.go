@@ -38,6 +38,7 @@ type place struct {
 	client *apiClient     // nil: it does not run
 	status httpapi.Status // if it runs
 	dir    string         // if it does not
+	id     string         // of the gateway, by its configuration
 	asked  string         // where nobody answered, before dir was looked at; "": nowhere
 }
 
@@ -47,7 +48,11 @@ func (f *placeFlags) find(ctx context.Context) (*place, error) {
 		if *f.api != (apiFlags{}) {
 			return nil, usagef("--data-dir excludes --config, --address and --token-file")
 		}
-		return &place{dir: f.dir}, nil
+		cfg, err := config.Default()
+		if err != nil {
+			return nil, err
+		}
+		return &place{dir: f.dir, id: cfg.Gateway.ID}, nil
 	}
 	pl := &place{}
 	if f.api.address == "" {
@@ -55,7 +60,7 @@ func (f *placeFlags) find(ctx context.Context) (*place, error) {
 		if err != nil {
 			return nil, err
 		}
-		pl.dir = cfg.Gateway.DataDir
+		pl.dir, pl.id = cfg.Gateway.DataDir, cfg.Gateway.ID
 		if cfg.HTTP.Address == "" {
 			return pl, nil
 		}
@@ -98,6 +103,12 @@ func (pl *place) explain(err error) error {
 // spool opens the spool in the data directory.
 func (pl *place) spool(p *program) (*spool.Spool, func() error, error) {
 	sp, closeAll, err := gateway.OpenSpool(pl.dir, logger(p.stderr, config.Log{Level: "warn", Format: "text"}))
+	return sp, closeAll, pl.explain(err)
+}
+
+// spoolToChange opens it for a command that changes what is in it.
+func (pl *place) spoolToChange(p *program) (*spool.Spool, func() error, error) {
+	sp, closeAll, err := gateway.OpenSpoolToChange(pl.dir, pl.id, logger(p.stderr, config.Log{Level: "warn", Format: "text"}))
 	return sp, closeAll, pl.explain(err)
 }
 
