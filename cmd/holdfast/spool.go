@@ -81,7 +81,7 @@ func spoolStat(_ context.Context, p *program, args []string) (err error) {
 
 var spoolPeekCommand = command{
 	name: "spool peek", args: "LANE [--from SEQ] [--limit N] [--data-dir DIR | --config FILE] [--json]",
-	summary: "Show messages that a stopped gateway still holds",
+	summary: "Show messages that a stopped gateway still holds", words: []string{"lane"},
 	help: `Messages of LANE, the oldest first. With --parked in place of LANE: those that an upstream refused
 for good, of all lanes, with the reason.
 

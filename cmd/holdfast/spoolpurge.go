@@ -18,13 +18,13 @@ import (
 
 var spoolPurgeCommand = command{
 	name: "spool purge", args: "LANE (--all | --older-than AGE | --up-to SEQ) [--yes] [--json] " + placeArgs,
-	summary: "Drop messages of a lane that are no longer wanted, and give their space back",
+	summary: "Drop messages of a lane that are no longer wanted, and give their space back", words: []string{"lane"},
 	help: `From the oldest on: all of them, those received longer ago than AGE (72h, 7d; or before a time such as 2026-03-01T06:00:00Z), or
 those up to a sequence; with both --older-than and --up-to what both allow. They were acknowledged and will not be sent: they
 count as evicted, and the cloud is told which are missing (reason "purged"). What was sent already is not touched.
 
 It says first what will go, and asks; where nobody can be asked it wants --yes. It works on a full disk, and is what empties one.
-holdfast spool export LANE keeps a copy.
+holdfast spool export --lane LANE keeps a copy.
 
 ` + placeHelp,
 	run: spoolPurge,

@@ -301,4 +301,3 @@ func (v *seqValue) Set(s string) error {
 	}
 	return nil
 }
-
