@@ -252,19 +252,19 @@ func (c *apiClient) raw(ctx context.Context, method, path string, body []byte) (
 }
 
 // stream sends body (nil: none) as JSON and gives the answer to be read; a silence of more than maxSilence ends it.
-func (c *apiClient) stream(ctx context.Context, method, path string, body any) (io.ReadCloser, http.Header, error) {
+func (c *apiClient) stream(ctx context.Context, method, path string, body any) (io.ReadCloser, error) {
 	var b []byte
 	if body != nil {
 		var err error
 		if b, err = json.Marshal(body); err != nil {
-			return nil, nil, err
+			return nil, err
 		}
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	req, err := c.request(ctx, method, path, b)
 	if err != nil {
 		cancel()
-		return nil, nil, err
+		return nil, err
 	}
 	patient := c.http
 	if t, ok := c.http.Transport.(*http.Transport); ok {
@@ -276,15 +276,15 @@ func (c *apiClient) stream(ctx context.Context, method, path string, body any) (
 	resp, err := patient.Do(req)
 	if err != nil {
 		cancel()
-		return nil, nil, c.unreachable(err)
+		return nil, c.unreachable(err)
 	}
 	if resp.StatusCode/100 != 2 {
 		defer cancel()
 		defer resp.Body.Close()
 		told, _ := io.ReadAll(io.LimitReader(resp.Body, 64<<10)) // what cannot be read is not told
-		return nil, nil, c.refusal(resp, told)
+		return nil, c.refusal(resp, told)
 	}
-	return &watchedBody{c: c, body: resp.Body, cancel: cancel, silence: time.AfterFunc(maxSilence, cancel)}, resp.Header, nil
+	return &watchedBody{c: c, body: resp.Body, cancel: cancel, silence: time.AfterFunc(maxSilence, cancel)}, nil
 }
 
 // watchedBody ends when nothing comes for too long.

@@ -146,7 +146,7 @@ func (b *backup) online(ctx context.Context, pl *place) (*backedUp, error) {
 		}
 		// It is another's, or not the same machine. The next backup removes what is there.
 	}
-	body, _, err := pl.client.stream(ctx, http.MethodPost, "/api/v1/backup", httpapi.NewBackup{Rate: b.rate})
+	body, err := pl.client.stream(ctx, http.MethodPost, "/api/v1/backup", httpapi.NewBackup{Rate: b.rate})
 	if err != nil {
 		return nil, err
 	}
@@ -176,7 +176,9 @@ func (b *backup) offline(ctx context.Context, pl *place) (done *backedUp, err er
 	}()
 	done, err = b.take(ctx, r)
 	_ = r.Close() // always nil
-	<-sent
+	if sendErr := <-sent; err == nil {
+		err = sendErr
+	}
 	return done, err
 }
 

@@ -279,7 +279,7 @@ func (x *spoolExporter) online(ctx context.Context, pl *place, lane string) erro
 	if x.parked {
 		q.Set("parked", "true")
 	}
-	body, _, err := pl.client.stream(ctx, http.MethodGet, "/api/v1/lanes/"+url.PathEscape(lane)+"/export?"+q.Encode(), nil)
+	body, err := pl.client.stream(ctx, http.MethodGet, "/api/v1/lanes/"+url.PathEscape(lane)+"/export?"+q.Encode(), nil)
 	if err != nil {
 		return err
 	}

@@ -420,8 +420,7 @@ func (v *verification) publish(ctx context.Context, f *firmwaresim.Fleet, d time
 			return report, err
 		case <-v.gateway.ended:
 			stopFleet()
-			<-done
-			return report, v.endedByItself()
+			return report, errors.Join(v.endedByItself(), <-done)
 		case <-tick.C:
 			if enough() {
 				stopFleet()

@@ -50,7 +50,7 @@ func TestMeasureEndsWhenItIsInterrupted(t *testing.T) {
 }
 
 func TestMemoryIsCalledMemory(t *testing.T) {
-	dir, err := os.MkdirTemp("/dev/shm", "holdfast-test-")
+	dir, err := os.MkdirTemp("/dev/shm", "holdfast-test-") //nolint:usetesting // it has to be there
 	if err != nil {
 		t.Skip("no memory file system here")
 	}
