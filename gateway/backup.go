@@ -62,15 +62,14 @@ func (g *Gateway) Backup() (*httpapi.BackupCopy, error) {
 	}}, nil
 }
 
-// Backup copies what a gateway that is not running has in its data directory to dir, which must not be there. gateway is its id,
-// "" if it is not known.
-func Backup(path, dir, gateway, version string, log *slog.Logger) (info httpapi.Backup, err error) {
-	d, store, sp, err := openForTools(path, log, spool.Config{Log: log})
+// Backup copies what a gateway that is not running has in its data directory to dir, which must not be there.
+func Backup(path, dir, version string, log *slog.Logger) (info httpapi.Backup, err error) {
+	d, store, sp, err := openForTools(path, "", false, log)
 	if err != nil {
 		return info, err
 	}
 	defer func() { err = errors.Join(err, sp.Close(), store.Close(), d.Close()) }()
-	return makeBackup(store, sp, dir, d.store(), gateway, version)
+	return makeBackup(store, sp, dir, d.store(), sp.Gateway(), version)
 }
 
 // makeBackup copies the store in the folder from to dir, which must not be there, and describes it. After an error there is

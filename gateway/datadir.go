@@ -11,6 +11,7 @@ import (
 	"strconv"
 	"strings"
 
+	"holdfast/bridge/wire"
 	"holdfast/internal/kv"
 	"holdfast/spool"
 )
@@ -139,23 +140,53 @@ func syncDir(path string) error {
 // OpenSpool opens what a gateway that is not running has left in its data directory, for tools that
 // look and change nothing. closeAll gives everything back.
 func OpenSpool(path string, log *slog.Logger) (sp *spool.Spool, closeAll func() error, err error) {
-	dir, store, sp, err := openForTools(path, log, spool.Config{Log: log})
+	return openSpool(path, "", false, log)
+}
+
+// OpenSpoolToChange is OpenSpool for tools that change something. gateway is the id of a gateway that has never had
+// the store open in a version that notes it.
+func OpenSpoolToChange(path, gateway string, log *slog.Logger) (sp *spool.Spool, closeAll func() error, err error) {
+	return openSpool(path, gateway, true, log)
+}
+
+func openSpool(path, gateway string, change bool, log *slog.Logger) (*spool.Spool, func() error, error) {
+	dir, store, sp, err := openForTools(path, gateway, change, log)
 	if err != nil {
 		return nil, nil, err
 	}
 	return sp, func() error { return errors.Join(sp.Close(), store.Close(), dir.Close()) }, nil
 }
 
-func openForTools(path string, log *slog.Logger, cfg spool.Config) (*dataDir, *kv.Store, *spool.Spool, error) {
+func openForTools(path, gateway string, change bool, log *slog.Logger) (*dataDir, *kv.Store, *spool.Spool, error) {
 	dir, err := openDataDir(path, false)
 	if err != nil {
 		return nil, nil, nil, err
+	}
+	cfg := spool.Config{Log: log}
+	if change {
+		// What is changed is announced, under ids that nothing else has: those of a backup are not ours to go on with.
+		restored, err := dir.restored(log)
+		if err != nil {
+			return nil, nil, nil, errors.Join(err, dir.Close())
+		}
+		if restored != nil {
+			cfg.Restored = restored.ID
+		}
 	}
 	store, err := kv.Open(dir.store(), kv.Options{Log: log, Fatal: func(err error) { log.Error("store failed", "err", err) }})
 	if err != nil {
 		return nil, nil, nil, errors.Join(err, dir.Close())
 	}
-	sp, err := spool.Open(store, cfg)
+	var sp *spool.Spool
+	if cfg.Gateway, err = spool.GatewayOf(store); err == nil {
+		if cfg.Gateway == "" {
+			cfg.Gateway = gateway
+		}
+		if cfg.Gateway != "" {
+			cfg.GapTopic = wire.GapTopic(cfg.Gateway)
+		}
+		sp, err = spool.Open(store, cfg)
+	}
 	if err != nil {
 		return nil, nil, nil, errors.Join(err, store.Close(), dir.Close())
 	}

@@ -126,3 +126,28 @@ func (s *Spool) byEpoch(l *lane, losses []loss) []loss {
 	}
 	return parts
 }
+
+// keyGateway holds the gateway's id, text, for tools that find the store without its configuration.
+// Written to disk: never renumber, never reuse.
+var keyGateway = []byte{kv.PrefixMeta, 'g', 'a', 't', 'e', 'w', 'a', 'y'}
+
+// GatewayOf returns the id of the gateway that had the store open last, "" if it never was.
+func GatewayOf(store *kv.Store) (string, error) {
+	v, _, err := store.Get(keyGateway)
+	return string(v), err
+}
+
+// writeGateway is part of Open.
+func (s *Spool) writeGateway() error {
+	if s.cfg.Gateway == "" {
+		return nil
+	}
+	id, err := GatewayOf(s.store)
+	if err != nil || id == s.cfg.Gateway {
+		return err
+	}
+	return s.store.ApplyWait([]kv.Op{{Key: keyGateway, Value: []byte(s.cfg.Gateway)}})
+}
+
+// Gateway returns the gateway's id, as it was configured.
+func (s *Spool) Gateway() string { return s.cfg.Gateway }

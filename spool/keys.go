@@ -10,6 +10,8 @@ import (
 // Keys. lane is the lane's number, one byte; seq is big-endian, so that key order is message order.
 //
 //	'm' "epoch"            the spool's epoch, text
+//	'm' "epochs"           earlier epochs, see epoch.go
+//	'm' "gateway"          the gateway's id, text
 //	'm' "lane/" name       the lane's number, 1 byte
 //	'l' lane               laneRow
 //	'u' lane upstream      cursorRow

@@ -158,6 +158,9 @@ func Open(store *kv.Store, cfg Config) (*Spool, error) {
 	if err := s.readPastEpochs(); err != nil {
 		return nil, err
 	}
+	if err := s.writeGateway(); err != nil {
+		return nil, err
+	}
 	if s.cfg.Restored != "" {
 		if err := s.beginEpoch(s.cfg.Restored); err != nil {
 			return nil, err

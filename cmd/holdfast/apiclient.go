@@ -251,6 +251,65 @@ func (c *apiClient) raw(ctx context.Context, method, path string, body []byte) (
 	return b, nil
 }
 
+// stream sends body (nil: none) as JSON and gives the answer to be read; a silence of more than maxSilence ends it.
+func (c *apiClient) stream(ctx context.Context, method, path string, body any) (io.ReadCloser, error) {
+	var b []byte
+	if body != nil {
+		var err error
+		if b, err = json.Marshal(body); err != nil {
+			return nil, err
+		}
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	req, err := c.request(ctx, method, path, b)
+	if err != nil {
+		cancel()
+		return nil, err
+	}
+	patient := c.http
+	if t, ok := c.http.Transport.(*http.Transport); ok {
+		t = t.Clone()
+		t.ResponseHeaderTimeout = 10 * time.Minute // where nothing can be linked, a backup is copied first
+		t.DisableKeepAlives = true
+		patient.Transport = t
+	}
+	resp, err := patient.Do(req)
+	if err != nil {
+		cancel()
+		return nil, c.unreachable(err)
+	}
+	if resp.StatusCode/100 != 2 {
+		defer cancel()
+		defer resp.Body.Close()
+		told, _ := io.ReadAll(io.LimitReader(resp.Body, 64<<10)) // what cannot be read is not told
+		return nil, c.refusal(resp, told)
+	}
+	return &watchedBody{c: c, body: resp.Body, cancel: cancel, silence: time.AfterFunc(maxSilence, cancel)}, nil
+}
+
+// watchedBody ends when nothing comes for too long.
+type watchedBody struct {
+	c       *apiClient
+	body    io.ReadCloser
+	cancel  context.CancelFunc
+	silence *time.Timer
+}
+
+func (w *watchedBody) Read(b []byte) (int, error) {
+	n, err := w.body.Read(b)
+	w.silence.Reset(maxSilence)
+	if err != nil && !errors.Is(err, io.EOF) {
+		err = fmt.Errorf("%s ended its answer in the middle: %w", w.c.base, err)
+	}
+	return n, err
+}
+
+func (w *watchedBody) Close() error {
+	w.silence.Stop()
+	w.cancel()
+	return w.body.Close()
+}
+
 func (c *apiClient) request(ctx context.Context, method, path string, body []byte) (*http.Request, error) {
 	var r io.Reader
 	if body != nil {
@@ -270,7 +329,10 @@ func (c *apiClient) request(ctx context.Context, method, path string, body []byt
 }
 
 // unreachableError is a gateway that cannot be reached, or that was lost before it answered.
-type unreachableError struct{ text string }
+type unreachableError struct {
+	text   string
+	nobody bool // nobody listens there
+}
 
 func (e unreachableError) Error() string { return e.text }
 
@@ -281,15 +343,15 @@ func (c *apiClient) unreachable(err error) error {
 	case errors.Is(err, context.Canceled):
 		return err
 	case errors.Is(err, syscall.ECONNREFUSED):
-		return unreachableError{fmt.Sprintf("no gateway answers at %s: start one with holdfast run, or say where it is with --address or --config", where)}
+		return unreachableError{fmt.Sprintf("no gateway answers at %s: start one with holdfast run, or say where it is with --address or --config", where), true}
 	case errors.As(err, &dns):
-		return unreachableError{fmt.Sprintf("there is no host %s: say where the gateway is with --address or --config", dns.Name)}
+		return unreachableError{text: fmt.Sprintf("there is no host %s: say where the gateway is with --address or --config", dns.Name)}
 	}
 	var ue *url.Error
 	if errors.As(err, &ue) {
 		err = ue.Err
 	}
-	return unreachableError{fmt.Sprintf("ask %s: %v", where, err)}
+	return unreachableError{text: fmt.Sprintf("ask %s: %v", where, err)}
 }
 
 // refusal makes an error of an answer that is none.
@@ -388,7 +450,7 @@ func (c *apiClient) events(ctx context.Context, query url.Values, lastID string,
 	if err := s.Err(); err != nil && ctx.Err() == nil {
 		return c.unreachable(err)
 	}
-	return unreachableError{fmt.Sprintf("%s ended the stream of events", c.base)}
+	return unreachableError{text: fmt.Sprintf("%s ended the stream of events", c.base)}
 }
 
 // maxSilence is how long a stream of events may say nothing, not even that it is still there.

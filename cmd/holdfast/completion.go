@@ -21,7 +21,7 @@ zsh:   holdfast completion zsh > a folder of $fpath, as _holdfast
 fish:  holdfast completion fish > ~/.config/fish/completions/holdfast.fish
 
 Or for this shell only: source <(holdfast completion bash). Commands, flags and words are completed, and, where a gateway
-answers within 300 ms, its devices, commands and tokens.`,
+answers within 300 ms, its devices, commands, lanes and tokens.`,
 	run: func(_ context.Context, p *program, args []string) error {
 		words, err := p.parse(p.flags(), args, 1, 1)
 		if err != nil {
@@ -227,6 +227,8 @@ func flagKind(f *flag.Flag) string {
 		return "dir"
 	case "DEVICE":
 		return "device"
+	case "LANE":
+		return "lane"
 	case "STATES":
 		return "QUEUED|SENT|DELIVERED|IN_PROGRESS|SUCCEEDED|FAILED|REJECTED|EXPIRED|TIMED_OUT|CANCELED|SUPERSEDED|DEAD_LETTERED"
 	case "ID":
@@ -253,7 +255,7 @@ func kindCandidates(ctx context.Context, kind, cur string, fs *flag.FlagSet, arg
 		return []string{":files"}
 	case "dir":
 		return []string{":dirs"}
-	case "device", "command", "token":
+	case "device", "command", "token", "lane":
 		fromGateway(ctx, kind, cur, fs, args, add)
 	default:
 		for _, w := range strings.Split(kind, "|") {
@@ -299,6 +301,14 @@ func fromGateway(ctx context.Context, kind, cur string, fs *flag.FlagSet, args [
 		for i := range page.Commands {
 			m := &page.Commands[i]
 			add(m.ID, fmt.Sprintf("%s for %s, %s", m.Name, m.Device, m.State))
+		}
+	case "lane":
+		var l httpapi.LaneList
+		if c.call(ctx, http.MethodGet, "/api/v1/lanes", nil, &l) != nil {
+			return
+		}
+		for i := range l.Lanes {
+			add(l.Lanes[i].Name, count(int(l.Lanes[i].Kept.Messages), "message"))
 		}
 	case "token":
 		var l httpapi.TokenList

@@ -31,13 +31,17 @@ type demoCloud struct {
 	step     func(*wire.CommandEvent) // told of each step of a command, as each of run; nil: nobody is
 }
 
-// newDemoCloud makes an upstream broker out of the gateway's own. It keeps nothing but sessions, in dir: what is sent to a
-// gateway that is away waits in its session.
+// newDemoCloud makes an upstream broker out of the gateway's own. It keeps nothing but sessions, in dir, or in memory if that
+// is "": what is sent to a gateway that is away waits in its session.
 func newDemoCloud(dir string, log *slog.Logger) (_ *demoCloud, err error) {
 	c := &demoCloud{receiver: cloud.New(cloud.Config{})}
-	c.store, err = kv.Open(dir, kv.Options{Durability: kv.Interval, SyncInterval: time.Second, Log: log, Fatal: func(err error) {
+	o := kv.Options{Durability: kv.Interval, SyncInterval: time.Second, Log: log, Fatal: func(err error) {
 		log.Error("upstream's store failed", "err", err)
-	}})
+	}}
+	if dir == "" {
+		dir, o.FS = "upstream", kv.InMemory()
+	}
+	c.store, err = kv.Open(dir, o)
 	if err != nil {
 		return nil, err
 	}

@@ -21,6 +21,7 @@ import (
 	"holdfast/bridge/wire"
 	"holdfast/devices"
 	"holdfast/gateway/httpapi"
+	"holdfast/spool"
 )
 
 const fakeToken = "fake-admin-token"
@@ -47,6 +48,44 @@ type fakeGateway struct {
 	streams  int             // open ones
 	cut      chan struct{}   // closed to end the open streams
 	calls    []string
+	lanes    []spool.LaneStat
+	parked   []parkedRow
+	purged   purging     // what was asked for last
+	replayed []replaying // what was asked for
+}
+
+// messages has one message a second since fakeBegin, 1 to what the lane has accepted, of which it keeps the last.
+func (f *fakeGateway) messages(w http.ResponseWriter, lane string, q url.Values) {
+	after, _ := strconv.ParseUint(q.Get("after"), 10, 64)
+	page := httpapi.MessagePage{Messages: []httpapi.Message{}}
+	for _, l := range f.lanes {
+		seq := max(after+1, l.Accepted.Messages-l.Kept.Messages+1)
+		if l.Name == lane && seq <= l.Accepted.Messages {
+			page.Messages = append(page.Messages, httpapi.Message{Seq: seq, Received: fakeBegin.Add(time.Duration(seq) * time.Second)})
+		}
+	}
+	fakeReply(w, http.StatusOK, page)
+}
+
+// listParked gives them two a page.
+func (f *fakeGateway) listParked(w http.ResponseWriter, q url.Values) {
+	from, _ := strconv.Atoi(q.Get("after"))
+	page := struct {
+		Messages []parkedRow `json:"messages"`
+		Next     string      `json:"next,omitempty"`
+	}{Messages: []parkedRow{}}
+	for i := from; i < len(f.parked); i++ {
+		m := f.parked[i]
+		if q.Get("lane") != "" && m.Lane != q.Get("lane") || q.Get("upstream") != "" && m.Upstream != q.Get("upstream") {
+			continue
+		}
+		if len(page.Messages) == 2 {
+			page.Next = strconv.Itoa(i)
+			break
+		}
+		page.Messages = append(page.Messages, m)
+	}
+	fakeReply(w, http.StatusOK, page)
 }
 
 func newFakeGateway(t testing.TB) *fakeGateway {
@@ -269,6 +308,28 @@ func (f *fakeGateway) serve(w http.ResponseWriter, r *http.Request) {
 			c.State, c.Reason = devices.Canceled, b.Reason
 		}
 		fakeReply(w, http.StatusOK, c)
+	case "GET status":
+		fakeReply(w, http.StatusOK, httpapi.Status{Gateway: "fake", Lanes: f.lanes})
+	case "GET lanes":
+		fakeReply(w, http.StatusOK, httpapi.LaneList{Lanes: f.lanes})
+	case "GET lanes/*/messages":
+		f.messages(w, path[1], r.URL.Query())
+	case "POST lanes/*/purge":
+		if decode(&f.purged) {
+			fakeReply(w, http.StatusOK, purged{Lane: path[1], Purged: spool.Count{Messages: 3, Bytes: 300}})
+		}
+	case "GET parked":
+		f.listParked(w, r.URL.Query())
+	case "POST parked/*":
+		var ask replaying
+		if decode(&ask) {
+			f.replayed = append(f.replayed, ask)
+			answer := map[string]any{"replayed": 1}
+			if ask.Upstream == "lab" {
+				answer["problem"] = "message 4: not a record"
+			}
+			fakeReply(w, http.StatusOK, answer)
+		}
 	case "GET tokens":
 		fakeReply(w, http.StatusOK, httpapi.TokenList{Tokens: f.tokens})
 	case "POST tokens":

@@ -32,7 +32,7 @@ type command struct {
 	args    string // as the usage line shows them
 	summary string // one line, without a full stop
 	help    string // what else is to know; flags are listed by themselves
-	// words says what each argument is, for completion: device, command, token, role, file, dir, shell, or words to
+	// words says what each argument is, for completion: device, command, token, lane, role, file, dir, shell, or words to
 	// choose from, separated by "|".
 	words []string
 	// run declares its flags in a set, has args parsed by it (see parse), and does it. Nothing happens before parse.
@@ -44,6 +44,7 @@ func commands() []command {
 	return []command{
 		runCommand,
 		demoCommand,
+		verifyCommand,
 		configCheckCommand,
 		configPrintCommand,
 		statusCommand,
@@ -70,9 +71,14 @@ func commands() []command {
 		certListCommand,
 		cloudTailCommand,
 		cloudSendCommand,
+		backupCommand,
 		spoolStatCommand,
 		spoolPeekCommand,
 		spoolVerifyCommand,
+		spoolExportCommand,
+		spoolParkedCommand,
+		spoolReplayCommand,
+		spoolPurgeCommand,
 		completionCommand,
 		versionCommand,
 	}

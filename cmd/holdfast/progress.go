@@ -33,6 +33,8 @@ type progress struct {
 	every time.Duration
 	total int64        // of what done counts; 0: not known
 	done  func() int64 // safe for any goroutine
+	// label, if there is one, says what is done instead of how many succeeded and failed; safe for any goroutine.
+	label func(took time.Duration) string
 
 	began time.Time
 	ended chan struct{}
@@ -137,7 +139,9 @@ func (p *progress) text() string {
 		text += fmt.Sprintf(", %d failed", p.failed)
 	}
 	took := p.now().Sub(p.began)
-	if s := took.Seconds(); s >= 1 {
+	if p.label != nil {
+		text = p.label(took)
+	} else if s := took.Seconds(); s >= 1 {
 		text += fmt.Sprintf(", %.0f/s", float64(p.ok+p.failed)/s)
 	}
 	share := p.share()

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 	"unicode"
 	"unicode/utf8"
@@ -81,7 +82,7 @@ func spoolStat(_ context.Context, p *program, args []string) (err error) {
 
 var spoolPeekCommand = command{
 	name: "spool peek", args: "LANE [--from SEQ] [--limit N] [--data-dir DIR | --config FILE] [--json]",
-	summary: "Show messages that a stopped gateway still holds",
+	summary: "Show messages that a stopped gateway still holds", words: []string{"lane"},
 	help: `Messages of LANE, the oldest first. With --parked in place of LANE: those that an upstream refused
 for good, of all lanes, with the reason.
 
@@ -222,6 +223,27 @@ every pending one has to be readable. Exit code 1 if anything is wrong.
 	run: spoolVerify,
 }
 
+// verifySpool reads everything, and shows how far it is.
+func (p *program) verifySpool(sp *spool.Spool) (spool.Report, error) {
+	bar := newProgress(p.stderr)
+	for _, l := range sp.Lanes() {
+		bar.total += int64(l.Kept.Messages)
+	}
+	var read atomic.Int64
+	bar.done = read.Load
+	bar.label = func(took time.Duration) string {
+		text := fmt.Sprintf("%s read", count(int(read.Load()), "message"))
+		if s := took.Seconds(); s >= 1 {
+			text += fmt.Sprintf(", %.0f/s", float64(read.Load())/s)
+		}
+		return text
+	}
+	bar.start()
+	defer bar.clear()
+	defer bar.stop()
+	return sp.Verify(func(n uint64) { read.Store(int64(n)) })
+}
+
 func spoolVerify(_ context.Context, p *program, args []string) (err error) {
 	fs := p.flags()
 	dir, file := dirFlags(fs)
@@ -234,13 +256,7 @@ func spoolVerify(_ context.Context, p *program, args []string) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, closeAll()) }()
-	told := time.Now()
-	report, err := sp.Verify(func(n uint64) {
-		if time.Since(told) > 2*time.Second {
-			told = time.Now()
-			fmt.Fprintf(p.stderr, "%d messages read\n", n)
-		}
-	})
+	report, err := p.verifySpool(sp)
 	if err != nil {
 		return err
 	}

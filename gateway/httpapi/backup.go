@@ -47,13 +47,14 @@ func (s *Server) backup(c *call) error {
 	}
 	out := s.bulk(c, "application/x-tar", o.Rate)
 	defer out.end()
-	if err := writeTar(out, bak); err != nil {
+	if err := WriteBackup(out, bak); err != nil {
 		out.abort(err)
 	}
 	return nil
 }
 
-func writeTar(w io.Writer, bak *BackupCopy) error {
+// WriteBackup writes bak as a tar archive: backup.json, then the files that it lists.
+func WriteBackup(w io.Writer, bak *BackupCopy) error {
 	t := tar.NewWriter(w)
 	buf := make([]byte, 128<<10)
 	for i := -1; i < len(bak.Info.Files); i++ {

@@ -34,6 +34,7 @@ var arrows = map[string][]string{
 	"internal/bench":         {"*", "internal/testkit"},
 	"internal/clock":         {"internal/kv"},
 	"internal/config":        {"bridge", "devices", "gateway/broker", "internal/mqtt", "spool"}, // the packages' Config types; mqtt to check filters
+	"internal/diskcheck":     {},
 	"internal/kv":            {},
 	"internal/lifecycle":     {},
 	"internal/mqtt":          {},

@@ -43,6 +43,12 @@ var (
 	errDuration = errors.New(durationForms)
 )
 
+// ParseSize reads a size as the configuration has it: 512MiB, 1.5GiB, 100B or 0.
+func ParseSize(s string) (int64, error) { return parseSize(s) }
+
+// FormatSize writes one in the largest unit that needs no fraction.
+func FormatSize(n int64) string { return formatSize(n) }
+
 // parseSize reads 512MiB, 1.5GiB, 100B or 0.
 func parseSize(s string) (int64, error) {
 	if s == "0" {

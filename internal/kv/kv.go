@@ -67,3 +67,6 @@ type Options struct {
 	// more and acknowledges nothing more; the process has to end and start again.
 	Fatal func(error)
 }
+
+// InMemory is a file system for Options.FS that keeps nothing.
+func InMemory() vfs.FS { return vfs.NewMem() }
