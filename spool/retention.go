@@ -150,7 +150,7 @@ func (s *Spool) dropUntil(l *lane, o Outcome, reason string, keep func(*chunkMet
 	defer s.mu.Unlock()
 	for _, c := range l.cursors {
 		if c.active {
-			c.resolve(to, loss{outcome: o, reason: reason, fromMS: first.Oldest, toMS: last.Newest})
+			c.resolve(to, loss{outcome: o, reason: reason, fromMS: s.wall(&first, first.Oldest), toMS: s.wall(&last, last.Newest)})
 		}
 	}
 	if !l.waiting() {

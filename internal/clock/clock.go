@@ -102,12 +102,14 @@ const (
 	limit    = 1000 * 366 * 86400000 // ms; no row has a time beyond it
 )
 
+var discard = slog.New(slog.DiscardHandler)
+
 // Open makes the clock of a store go on, and stores that it did. A store has one Clock at a time. Without a store (nil) the clock
 // begins anew each time.
 func Open(store *kv.Store, cfg Config) (*Clock, error) {
 	c := &Clock{store: store, log: cfg.Log, src: cfg.Source.reader()}
 	if c.log == nil {
-		c.log = slog.New(slog.DiscardHandler)
+		c.log = discard
 	}
 	ops, err := c.load()
 	if err != nil {
