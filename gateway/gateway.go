@@ -207,7 +207,7 @@ func (g *Gateway) openDevices(context.Context) (err error) {
 	g.events = httpapi.NewEvents(0)
 	g.journal = &journal{spool: g.spool, lane: lane, gateway: g.cfg.Gateway.ID, clock: g.clock, watch: g.events.Publish}
 	g.devices, err = devices.OpenRegistry(g.store, devices.RegistryConfig{
-		Journal: g.journal, Roles: g.cfg.Devices.Roles, Anonymous: g.cfg.Devices.Anonymous, Log: log, Metrics: g.registry, Kick: g.kick,
+		Journal: g.journal, Roles: g.cfg.Devices.Roles, Anonymous: g.cfg.Devices.Anonymous, Log: log, Metrics: g.registry, Kick: g.kick, Now: g.clock.Time,
 	})
 	if err != nil {
 		return err
@@ -245,7 +245,7 @@ func (g *Gateway) openBroker(context.Context) error {
 	}
 	g.downlink = newDownlink(g.devices, g.commands)
 	in.answers = g.downlink.answer
-	cfg := broker.Config{Listeners: g.cfg.Listeners, ShutdownTimeout: brokerShutdown}
+	cfg := broker.Config{Clock: g.clock, Listeners: g.cfg.Listeners, ShutdownTimeout: brokerShutdown}
 	if g.broker, err = broker.New(cfg, g.store, in, authorizer{g.devices}, g.downlink, log, g.registry); err != nil {
 		return err
 	}
@@ -263,7 +263,7 @@ func (g *Gateway) openBroker(context.Context) error {
 func (g *Gateway) openBridges(context.Context) error {
 	for _, u := range g.cfg.Upstreams {
 		u.Tuning.DrainTimeout = bridgeDrain
-		up, err := mqttup.FromConfig(u, g.cfg.Gateway.ID, g.spool.Epoch(), g.version)
+		up, err := mqttup.FromConfig(u, g.cfg.Gateway.ID, g.spool.Epoch(), g.version, g.clock.Time)
 		if err != nil {
 			return fmt.Errorf("upstream %q: %w", u.Name, err)
 		}
@@ -277,7 +277,7 @@ func (g *Gateway) openBridges(context.Context) error {
 		})
 		g.bridges = append(g.bridges, b)
 		if u.Commands {
-			g.orders[u.Name] = newOrders(g.cfg.Gateway.ID, u, g.commands, log.With("upstream", u.Name))
+			g.orders[u.Name] = newOrders(g.cfg.Gateway.ID, u, g.commands, g.clock.Time, log.With("upstream", u.Name))
 		}
 		lanes := u.Lanes
 		if lanes == nil {
@@ -295,7 +295,7 @@ func (g *Gateway) openHTTP(ctx context.Context) (err error) {
 	if g.cfg.HTTP.Address == "" {
 		return nil
 	}
-	if g.tokens, err = openTokens(g.store, g.dir.path); err != nil {
+	if g.tokens, err = openTokens(g.store, g.dir.path, g.clock.Time); err != nil {
 		return err
 	}
 	cfg := httpapi.Config{Address: g.cfg.HTTP.Address, Gateway: g.cfg.Gateway.ID, Epoch: g.spool.Epoch()}
