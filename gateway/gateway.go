@@ -439,6 +439,9 @@ func (g *Gateway) Status() httpapi.Status {
 		StartedAt: g.started,
 		UptimeS:   int64(time.Since(g.started).Seconds()),
 		ClockSync: now.Synced,
+		Clock: httpapi.Clock{
+			State: wire.ClockUnsynced, Since: now.Since.UTC(), Wall: now.Wall.UTC(), Doubt: now.Doubt, Settled: now.Settled, Boot: now.Boot,
+		},
 		Store:     httpapi.Store{Bytes: g.store.DiskBytes(), FreeBytes: diskFree(g.dir.path)},
 		Broker:    httpapi.Broker{Listeners: []httpapi.Listener{}},
 		Lanes:     g.spool.Lanes(),
@@ -446,6 +449,9 @@ func (g *Gateway) Status() httpapi.Status {
 		Ledger:    httpapi.NewLedger(g.spool.Accounts()),
 		Devices:   g.devices.Counts(),
 		Commands:  g.commands.Counts(),
+	}
+	if now.Synced {
+		st.Clock.State = wire.ClockSynced
 	}
 	if err := g.Ready(); err != nil {
 		st.NotReady = err.Error()

@@ -210,6 +210,9 @@ type State struct {
 	Since  time.Time // from when on it is so, by the wall clock as it is now
 	Boot   uint32
 	Doubt  bool // it jumped while it was vouched for, and is not believed for a while
+	Wall   time.Time
+	// Settled: the last look has found it as it is now. Else it was set a moment ago.
+	Settled bool
 }
 
 // State says what is known of the wall clock now.
@@ -217,7 +220,8 @@ func (c *Clock) State() State {
 	m := c.Read()
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	st := State{Synced: !m.Unsynced, Boot: c.boot, Doubt: c.synced && m.T < c.doubt, Since: time.UnixMilli(m.Wall)}
+	st := State{Synced: !m.Unsynced, Boot: c.boot, Doubt: c.synced && m.T < c.doubt, Since: time.UnixMilli(m.Wall), Wall: time.UnixMilli(m.Wall)}
+	st.Settled = st.Synced == c.synced && !c.jumped(m)
 	if st.Synced == c.synced {
 		st.Since = time.UnixMilli(m.Wall - c.between(c.since, m.T))
 	}
