@@ -18,16 +18,23 @@ import (
 
 // NewFakeClock makes a wall clock that shows the machine's time, for which the kernel vouches.
 func NewFakeClock(t T) *FakeClock {
-	return &FakeClock{
+	c := &FakeClock{
 		t: t, synced: true,
 		SyncedFunc: "holdfast/internal/clock.kernelSynced", BootFunc: "holdfast/internal/clock.systemBoot",
 	}
+	t.Cleanup(func() {
+		if c.live != nil {
+			_ = c.live.mem.Close()
+		}
+	})
+	return c
 }
 
 // fakedProcess is a child whose vDSO was written over.
 type fakedProcess struct {
 	pid          int
-	offset, flag uint64 // addresses
+	mem          *os.File // its memory, and nobody else's: a process that gets the number later has another
+	offset, flag uint64   // addresses
 }
 
 // clockGettime is what stands in the place of __vdso_clock_gettime: the system call, and for the wall clock the offset is
@@ -54,13 +61,21 @@ func (c *FakeClock) start(cmd *exec.Cmd) error {
 	if _, err := syscall.Wait4(pid, &ws, 0, nil); err != nil {
 		return fmt.Errorf("wait for the stopped child: %w", err)
 	}
-	p := &fakedProcess{pid: pid}
-	err := errors.Join(p.patch(cmd.Path, c), p.set(c.offset, c.synced), syscall.PtraceDetach(pid))
+	mem, err := os.OpenFile(fmt.Sprintf("/proc/%d/mem", pid), os.O_RDWR, 0)
+	if err != nil {
+		_ = cmd.Process.Kill()
+		return err
+	}
+	if c.live != nil {
+		_ = c.live.mem.Close() // of the life before
+	}
+	p := &fakedProcess{pid: pid, mem: mem}
+	c.live = p
+	err = errors.Join(p.patch(cmd.Path, c), p.set(c.offset, c.synced), syscall.PtraceDetach(pid))
 	if err != nil {
 		_ = cmd.Process.Kill()
 		return fmt.Errorf("fake the clock of %s: %w", cmd.Path, err)
 	}
-	c.live = p
 	return nil
 }
 
@@ -127,13 +142,8 @@ func (p *fakedProcess) vdso() (base uint64, image []byte, err error) {
 		if err != nil {
 			return 0, nil, err
 		}
-		mem, err := os.Open(fmt.Sprintf("/proc/%d/mem", p.pid))
-		if err != nil {
-			return 0, nil, err
-		}
-		defer mem.Close()
 		image = make([]byte, hi-lo)
-		_, err = mem.ReadAt(image, int64(lo))
+		_, err = p.mem.ReadAt(image, int64(lo))
 		return lo, image, err
 	}
 	return 0, nil, errors.New("the child has no vDSO")
@@ -179,11 +189,6 @@ func (p *fakedProcess) set(offset time.Duration, synced bool) error {
 
 // write goes through the page protections, as a debugger does.
 func (p *fakedProcess) write(at uint64, b []byte) error {
-	mem, err := os.OpenFile(fmt.Sprintf("/proc/%d/mem", p.pid), os.O_WRONLY, 0)
-	if err != nil {
-		return err
-	}
-	defer mem.Close()
-	_, err = mem.WriteAt(b, int64(at))
+	_, err := p.mem.WriteAt(b, int64(at))
 	return err
 }
