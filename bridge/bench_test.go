@@ -174,7 +174,7 @@ func BenchmarkDrainSpool(b *testing.B) {
 			}
 			d.wg.Wait()
 			cfg := bridge.Config{Name: "cloud", URL: "mqtt://" + addr, Format: format}
-			up, err := mqttup.FromConfig(cfg, "bench", sp.Epoch(), "bench")
+			up, err := mqttup.FromConfig(cfg, "bench", sp.Epoch(), "bench", nil)
 			if err != nil {
 				b.Fatal(err)
 			}

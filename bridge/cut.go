@@ -24,9 +24,10 @@ type lane struct {
 	raw   []byte
 	buf   []byte
 	count int
-	held  spool.Run // was read, but does not follow the stage without a hole
-	dry   bool      // nothing to read until the source says so
-	left  bool      // the stage is what a cut left over: it has waited long enough
+	times spool.Times // of the stage
+	held  spool.Run   // was read, but does not follow the stage without a hole, or has other times
+	dry   bool        // nothing to read until the source says so
+	left  bool        // the stage is what a cut left over: it has waited long enough
 
 	sentUpTo uint64 // sequences below were sent before
 	singleTo uint64 // sequences below are sent one by one
@@ -68,13 +69,13 @@ func (l *lane) fill(want int) error {
 				return nil
 			}
 		}
-		if l.count > 0 && run.Pos != l.end() {
+		if l.count > 0 && (run.Pos != l.end() || !l.times.Same(run.Times)) {
 			l.held = run
 			return nil
 		}
 		l.held = spool.Run{}
 		if l.count == 0 {
-			l.pos, l.left = run.Pos, false
+			l.pos, l.times, l.left = run.Pos, run.Times, false
 		}
 		l.count += run.Count
 		if l.format != FormatBatch {
@@ -123,7 +124,7 @@ func (b *Bridge) judge(l *lane, r *spool.Record, nowMS int64) verdict {
 	if r.Props == nil {
 		return toSend
 	}
-	if r.Props.Expiry > 0 && nowMS >= r.Received+int64(r.Props.Expiry)*1000 {
+	if r.Props.Expiry > 0 && l.times.Age(r.Received, nowMS) >= int64(r.Props.Expiry)*1000 {
 		return tooOld
 	}
 	if r.Props.Upstream != "" && r.Props.Upstream != b.cfg.Name {
@@ -148,6 +149,7 @@ func (b *Bridge) cut(l *lane, maxRaw int) piece {
 	}
 	r := &b.record
 	size, n := 0, 0
+	unsynced := false // one of them was received when nobody vouched for the clock
 	for n < l.count && n < maxRecords {
 		k, err := spool.ParseRecord(l.raw[size:], r)
 		v := toSend
@@ -157,6 +159,7 @@ func (b *Bridge) cut(l *lane, maxRaw int) piece {
 		if err == nil && v == toSend && (n == 0 || size+k <= maxRaw) {
 			size += k
 			n++
+			unsynced = unsynced || r.Flags&spool.FlagClockUnsynced != 0
 			continue
 		}
 		if n > 0 {
@@ -182,6 +185,11 @@ func (b *Bridge) cut(l *lane, maxRaw int) piece {
 	p.message = Message{Lane: l.name, Seq: first, Count: n}
 	m := &p.message
 	replayed := first < l.sentUpTo
+	var correction int64
+	corrected := false
+	if unsynced {
+		correction, corrected = l.times.Correction()
+	}
 	switch l.format {
 	case FormatBatch:
 		if n == 1 {
@@ -189,13 +197,18 @@ func (b *Bridge) cut(l *lane, maxRaw int) piece {
 		}
 		b.scratch = b.batch.Append(b.scratch[:0], wire.BatchHeader{
 			Gateway: b.gateway, Epoch: l.epoch, Lane: l.name, First: first, Count: n, Sent: nowMS, Replayed: replayed,
+			Corrected: corrected, Correction: correction,
 		}, raw)
 		m.Topic, m.Payload = l.topic, bytes.Clone(b.scratch)
 		l.ratio += (float64(size)/float64(len(m.Payload)) - l.ratio) / 8
 	case FormatCloudEvents:
 		p.flight.record = raw
+		event := wireMessage(r)
+		if corrected {
+			event.Correct(correction)
+		}
 		var err error
-		b.scratch, err = wire.AppendCloudEvent(b.scratch[:0], b.gateway, l.epoch, l.name, first, wireMessage(r), replayed)
+		b.scratch, err = wire.AppendCloudEvent(b.scratch[:0], b.gateway, l.epoch, l.name, first, event, replayed)
 		if err != nil {
 			p.flight.reason = err.Error()
 			return piece{flight: p.flight, outcome: spool.Parked}
@@ -206,6 +219,9 @@ func (b *Bridge) cut(l *lane, maxRaw int) piece {
 		m.Payload, m.Retain = r.Payload, r.Flags&spool.FlagRetain != 0
 		if l.name == spool.SystemLane {
 			m.Topic = b.systemTopics.get(r.Topic)
+			if corrected {
+				m.Payload = wire.CorrectEvent(m.Payload, correction)
+			}
 		} else {
 			m.Topic = b.topics.get(r.Topic)
 		}

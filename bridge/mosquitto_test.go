@@ -90,7 +90,7 @@ func (r *receiver) has(lane string) int {
 func drain(t *testing.T, src bridge.Source, cfg bridge.Config, addr string) *bridge.Bridge {
 	t.Helper()
 	cfg.Name, cfg.URL = "cloud", "mqtt://"+addr
-	up, err := mqttup.FromConfig(cfg, gateway, epoch, "test")
+	up, err := mqttup.FromConfig(cfg, gateway, epoch, "test", nil)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -54,12 +54,7 @@ func WithFS(o Options, fs vfs.FS) Options {
 
 // OpenTokens opens the tokens in store and dir as a gateway does, with a clock that a test holds.
 func OpenTokens(store *kv.Store, dir string, now func() time.Time) (httpapi.Tokens, error) {
-	t, err := openTokens(store, dir)
-	if err != nil {
-		return nil, err
-	}
-	t.now = now
-	return t, nil
+	return openTokens(store, dir, now)
 }
 
 // MaxTokens bounds how many there are.

@@ -260,7 +260,7 @@ func (g *Gateway) openDevices(context.Context) (err error) {
 	g.events = httpapi.NewEvents(0)
 	g.journal = &journal{spool: g.spool, lane: lane, gateway: g.cfg.Gateway.ID, clock: g.clock, watch: g.events.Publish}
 	g.devices, err = devices.OpenRegistry(g.store, devices.RegistryConfig{
-		Journal: g.journal, Roles: g.cfg.Devices.Roles, Anonymous: g.cfg.Devices.Anonymous, Log: log, Metrics: g.registry, Kick: g.kick,
+		Journal: g.journal, Roles: g.cfg.Devices.Roles, Anonymous: g.cfg.Devices.Anonymous, Log: log, Metrics: g.registry, Kick: g.kick, Now: g.clock.Time,
 	})
 	if err != nil {
 		return err
@@ -298,7 +298,7 @@ func (g *Gateway) openBroker(context.Context) error {
 	}
 	g.downlink = newDownlink(g.devices, g.commands)
 	in.answers = g.downlink.answer
-	cfg := broker.Config{Listeners: g.cfg.Listeners, ShutdownTimeout: brokerShutdown, MaxConnections: g.share.connections}
+	cfg := broker.Config{Clock: g.clock, Listeners: g.cfg.Listeners, ShutdownTimeout: brokerShutdown, MaxConnections: g.share.connections}
 	bounds(&cfg, g.memory)
 	if g.broker, err = broker.New(cfg, g.store, in, authorizer{g.devices}, g.downlink, log, g.registry); err != nil {
 		return err
@@ -317,7 +317,7 @@ func (g *Gateway) openBroker(context.Context) error {
 func (g *Gateway) openBridges(context.Context) error {
 	for _, u := range g.cfg.Upstreams {
 		u.Tuning.DrainTimeout = bridgeDrain
-		up, err := mqttup.FromConfig(u, g.cfg.Gateway.ID, g.spool.Epoch(), g.version)
+		up, err := mqttup.FromConfig(u, g.cfg.Gateway.ID, g.spool.Epoch(), g.version, g.clock.Time)
 		if err != nil {
 			return fmt.Errorf("upstream %q: %w", u.Name, err)
 		}
@@ -331,7 +331,7 @@ func (g *Gateway) openBridges(context.Context) error {
 		})
 		g.bridges = append(g.bridges, b)
 		if u.Commands {
-			g.orders[u.Name] = newOrders(g.cfg.Gateway.ID, u, g.commands, log.With("upstream", u.Name))
+			g.orders[u.Name] = newOrders(g.cfg.Gateway.ID, u, g.commands, g.clock.Time, log.With("upstream", u.Name))
 		}
 		lanes := u.Lanes
 		if lanes == nil {
@@ -349,7 +349,7 @@ func (g *Gateway) openHTTP(ctx context.Context) (err error) {
 	if g.cfg.HTTP.Address == "" {
 		return nil
 	}
-	if g.tokens, err = openTokens(g.store, g.dir.path); err != nil {
+	if g.tokens, err = openTokens(g.store, g.dir.path, g.clock.Time); err != nil {
 		return err
 	}
 	cfg := httpapi.Config{Address: g.cfg.HTTP.Address, Gateway: g.cfg.Gateway.ID, MaxConnections: g.share.http}
@@ -493,6 +493,9 @@ func (g *Gateway) Status() httpapi.Status {
 		StartedAt: g.started,
 		UptimeS:   int64(time.Since(g.started).Seconds()),
 		ClockSync: now.Synced,
+		Clock: httpapi.Clock{
+			State: wire.ClockUnsynced, Since: now.Since.UTC(), Wall: now.Wall.UTC(), Doubt: now.Doubt, Settled: now.Settled, Boot: now.Boot,
+		},
 		Store:     httpapi.Store{Bytes: g.store.DiskBytes(), FreeBytes: diskFree(g.dir.path)},
 		Broker:    httpapi.Broker{Listeners: []httpapi.Listener{}},
 		Lanes:     g.spool.Lanes(),
@@ -500,6 +503,9 @@ func (g *Gateway) Status() httpapi.Status {
 		Ledger:    httpapi.NewLedger(g.spool.Accounts()),
 		Devices:   g.devices.Counts(),
 		Commands:  g.commands.Counts(),
+	}
+	if now.Synced {
+		st.Clock.State = wire.ClockSynced
 	}
 	if err := g.Ready(); err != nil {
 		st.NotReady = err.Error()

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"sync"
+	"time"
 
 	"holdfast/bridge"
 	"holdfast/bridge/mqttup"
@@ -21,6 +22,7 @@ type orders struct {
 	gateway  string
 	upstream bridge.Config
 	queue    *devices.Queue
+	now      func() time.Time // for certificates
 	log      *slog.Logger
 
 	mu  sync.Mutex
@@ -28,14 +30,14 @@ type orders struct {
 	err string
 }
 
-func newOrders(gateway string, u bridge.Config, q *devices.Queue, log *slog.Logger) *orders {
-	return &orders{gateway: gateway, upstream: u, queue: q, log: log}
+func newOrders(gateway string, u bridge.Config, q *devices.Queue, now func() time.Time, log *slog.Logger) *orders {
+	return &orders{gateway: gateway, upstream: u, queue: q, now: now, log: log}
 }
 
 // Run takes commands until ctx ends.
 func (o *orders) Run(ctx context.Context) error {
 	opts := mqttup.CommandsFromConfig(o.upstream, o.gateway)
-	opts.Log = o.log
+	opts.Log, opts.Now = o.log, o.now
 	opts.OnState = o.link
 	return mqttup.TakeCommands(ctx, opts, wire.CommandFilter(o.gateway), o.take)
 }

@@ -63,8 +63,8 @@ func newSecret() string {
 
 // openTokens reads the tokens, and makes the administrator's if dir has none: the first start does, and whoever removes
 // the file has the next start make another one.
-func openTokens(store *kv.Store, dir string) (t *tokens, err error) {
-	t = &tokens{store: store, now: time.Now, rows: map[string]tokenRow{}, byHash: map[[sha256.Size]byte]string{}}
+func openTokens(store *kv.Store, dir string, now func() time.Time) (t *tokens, err error) {
+	t = &tokens{store: store, now: now, rows: map[string]tokenRow{}, byHash: map[[sha256.Size]byte]string{}}
 	path := filepath.Join(dir, adminFile)
 	secret, err := os.ReadFile(path)
 	switch {

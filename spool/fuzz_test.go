@@ -8,6 +8,7 @@ import (
 
 	"github.com/fxamacker/cbor/v2"
 	"github.com/google/go-cmp/cmp"
+	"pgregory.net/rapid"
 )
 
 func FuzzRecord(f *testing.F) {
@@ -78,6 +79,9 @@ func FuzzChunk(f *testing.F) {
 	f.Add(appendChunk(nil, &m, raw, true))
 	m.Count, m.RawLen = 1, len(raw)/50
 	f.Add(appendChunk(nil, &m, raw[:len(raw)/50], true))
+	m.Boot, m.Booted, m.Service = 3, -5, 1<<40
+	f.Add(appendChunk(nil, &m, raw[:len(raw)/50], true))
+	f.Add(v1Chunk(&m, raw[:len(raw)/50]))
 	f.Add([]byte(chunkMagic))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		if len(b) >= chunkTrailer { // else the checksum would turn everything away
@@ -92,6 +96,39 @@ func FuzzChunk(f *testing.F) {
 		m2, raw2, err := decodeChunk(nil, again)
 		if err != nil || m2 != m || !bytes.Equal(raw, raw2) {
 			t.Fatalf("%+v came back as %+v, %v", m, m2, err)
+		}
+	})
+}
+
+// v1Chunk is a plain chunk of version 1.
+func v1Chunk(m *chunkMeta, raw []byte) []byte {
+	b := appendChunk(nil, m, raw, false)
+	b = append(b[:chunkHeaderV1:chunkHeaderV1], raw...)
+	b[4] = chunkV1
+	return binary.BigEndian.AppendUint32(b, crc32.Checksum(b, castagnoli))
+}
+
+func TestChunkIsReadBack(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		var raw []byte
+		n := rapid.IntRange(1, 50).Draw(t, "records")
+		for i := range n {
+			raw = AppendRecord(raw, &Record{Received: int64(i), Payload: rapid.SliceOfN(rapid.Byte(), 0, 100).Draw(t, "payload")})
+		}
+		m := chunkMeta{
+			Lane: rapid.Byte().Draw(t, "lane"), Count: n, RawLen: len(raw),
+			First:  Position{rapid.Uint64Range(1, 1<<63).Draw(t, "seq"), rapid.Uint64().Draw(t, "bytes")},
+			Oldest: rapid.Int64().Draw(t, "oldest"), Newest: rapid.Int64().Draw(t, "newest"),
+			Boot: rapid.Uint32().Draw(t, "boot"), Booted: rapid.Int64().Draw(t, "booted"), Service: rapid.Int64().Draw(t, "service"),
+		}
+		got, back, err := decodeChunk(nil, appendChunk(nil, &m, raw, rapid.Bool().Draw(t, "compress")))
+		if err != nil || got != m || !bytes.Equal(back, raw) {
+			t.Fatalf("%+v came back as %+v, %v", m, got, err)
+		}
+		m.Boot, m.Booted, m.Service = 0, 0, 0
+		got, back, err = decodeChunk(nil, v1Chunk(&m, raw))
+		if err != nil || got != m || !bytes.Equal(back, raw) {
+			t.Fatalf("version 1: %+v came back as %+v, %v", m, got, err)
 		}
 	})
 }

@@ -151,7 +151,7 @@ func (s *Spool) dropUntil(l *lane, o Outcome, reason string, keep func(*chunkMet
 			lo, last, to = m.End().Seq, m, m.End()
 		}
 	}
-	fromMS, toMS := first.Oldest, last.Newest
+	fromMS, toMS := s.wall(&first, first.Oldest), s.wall(&last, last.Newest)
 	if within != nil && to.Seq < end.Seq {
 		if to, toMS, err = dropWithin(it, l, to, toMS, within); err != nil {
 			return gone, err

@@ -54,6 +54,14 @@ func (t Times) Correction() (ms int64, known bool) {
 	return t.clock.Correction(t.boot, t.booted)
 }
 
+// wall is a receive time of a chunk as it is known to have been by now.
+func (s *Spool) wall(m *chunkMeta, ms int64) int64 {
+	if d, known := s.times(m).Correction(); known {
+		return ms + d
+	}
+	return ms
+}
+
 // sawTimes tells the clock how late it was when each lane's last chunk was written, should its own row be older, or lost.
 func (s *Spool) sawTimes() error {
 	for _, l := range s.lanes {

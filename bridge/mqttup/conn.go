@@ -48,8 +48,8 @@ type conn struct {
 	over    chan struct{} // closed with err
 	flushed chan struct{} // flush has returned
 
-	reading  atomic.Int64  // Unix ns since when paho waits for bytes; 0: it does not, its handler may be busy
-	pingSent atomic.Int64  // Unix ns of an unanswered PINGREQ; 0: none
+	reading  atomic.Int64  // ticks since when paho waits for bytes; 0: it does not, its handler may be busy
+	pingSent atomic.Int64  // ticks of an unanswered PINGREQ; 0: none
 	unacked  atomic.Int64  // PUBLISHes without a PUBACK
 	sentTo   atomic.Uint64 // where on the transport the last PUBLISH ends; without limit while one is being written
 }
@@ -138,7 +138,7 @@ func (c *conn) await() error {
 	if c.in.Buffered() > 0 {
 		return nil
 	}
-	c.reading.Store(time.Now().UnixNano())
+	c.reading.Store(ticks())
 	_, err := c.in.Peek(1)
 	c.reading.Store(0)
 	return err
@@ -278,7 +278,7 @@ func (c *conn) Write(p []byte) (int, error) {
 		c.sends = true
 		c.unacked.Add(1)
 	case p[0] == 0xC0:
-		c.pingSent.CompareAndSwap(0, time.Now().UnixNano())
+		c.pingSent.CompareAndSwap(0, ticks())
 	}
 	c.mu.Unlock()
 	if idle {
@@ -371,11 +371,11 @@ func (c *conn) flush(stall time.Duration) {
 		select {
 		case <-c.wake:
 		case <-c.over:
-		case now := <-watch.C:
+		case <-watch.C:
 			// While messages wait for acks the answer to a ping waits behind them, and the bridge watches.
 			if sent, reading := c.pingSent.Load(), c.reading.Load(); sent != 0 && reading != 0 && c.unacked.Load() <= 0 {
 				last := max(sent, reading, c.tcp.lastMove())
-				if quiet := now.Sub(time.Unix(0, last)); quiet > stall {
+				if quiet := time.Duration(ticks() - last); quiet > stall {
 					_ = c.fail(fmt.Errorf("%w: ping not answered for %v", bridge.ErrStalled, quiet.Round(time.Millisecond)))
 				}
 			}

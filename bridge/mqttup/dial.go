@@ -18,12 +18,12 @@ import (
 
 // openTransport connects to u's host, by TLS if it says so. Files are read anew each time, so that a
 // certificate that was renewed is taken with the next connection.
-func openTransport(ctx context.Context, u *url.URL, o TLS, stall time.Duration) (net.Conn, *progressConn, error) {
+func openTransport(ctx context.Context, u *url.URL, o TLS, stall time.Duration, now func() time.Time) (net.Conn, *progressConn, error) {
 	secure := u.Scheme == "mqtts"
 	var config *tls.Config
 	if secure {
 		var err error
-		if config, err = tlsConfig(o, u.Hostname()); err != nil {
+		if config, err = tlsConfig(o, u.Hostname(), now); err != nil {
 			return nil, nil, err
 		}
 	}
@@ -46,7 +46,7 @@ func openTransport(ctx context.Context, u *url.URL, o TLS, stall time.Duration) 
 		return nil, nil, fmt.Errorf("connect: %w", err)
 	}
 	pc := &progressConn{Conn: raw, stall: stall}
-	pc.moved.Store(time.Now().UnixNano())
+	pc.moved.Store(ticks())
 	if sc, ok := raw.(syscall.Conn); ok {
 		pc.raw, _ = sc.SyscallConn()
 	}
@@ -62,8 +62,8 @@ func openTransport(ctx context.Context, u *url.URL, o TLS, stall time.Duration) 
 }
 
 // tlsConfig reads the files. There is no way to skip verification.
-func tlsConfig(o TLS, server string) (*tls.Config, error) {
-	c := &tls.Config{MinVersion: tls.VersionTLS12, ServerName: server}
+func tlsConfig(o TLS, server string, now func() time.Time) (*tls.Config, error) {
+	c := &tls.Config{Time: now, MinVersion: tls.VersionTLS12, ServerName: server}
 	if o.CA != "" {
 		pem, err := os.ReadFile(o.CA)
 		if err != nil {
@@ -100,6 +100,11 @@ func password(file string) (string, error) {
 	return p, nil
 }
 
+var began = time.Now()
+
+// ticks is a time in ns that no jump of the wall clock moves, and that is never 0.
+func ticks() int64 { return int64(time.Since(began)) + 1 }
+
 // progressConn is a TCP connection whose writes end when nothing moves for stall, however long the
 // whole takes. It lies below TLS, which a write that ran out of time half way would break.
 type progressConn struct {
@@ -108,14 +113,14 @@ type progressConn struct {
 	stall   time.Duration
 	written atomic.Uint64 // bytes that the kernel has taken
 	taken   atomic.Uint64 // bytes that the peer's kernel had taken when looked at last
-	moved   atomic.Int64  // Unix ns of the last time that either changed
+	moved   atomic.Int64  // ticks when either changed last
 
 	mu   sync.Mutex
 	last time.Time // after this nothing is written; zero: not set
 }
 
 func (c *progressConn) Write(p []byte) (n int, err error) {
-	c.moved.Store(time.Now().UnixNano())
+	c.moved.Store(ticks())
 	for {
 		c.mu.Lock()
 		// A look from time to time: the deadline of one write says nothing about when it last moved.
@@ -133,12 +138,12 @@ func (c *progressConn) Write(p []byte) (n int, err error) {
 		n += m
 		if m > 0 {
 			c.written.Add(uint64(m))
-			c.moved.Store(time.Now().UnixNano())
+			c.moved.Store(ticks())
 		}
 		if err == nil || hurried || !errors.Is(err, os.ErrDeadlineExceeded) {
 			return n, err
 		}
-		if time.Since(time.Unix(0, c.lastMove())) > c.stall {
+		if time.Duration(ticks()-c.lastMove()) > c.stall {
 			return n, err
 		}
 	}
@@ -162,11 +167,11 @@ func (c *progressConn) look() {
 		taken -= min(unsentBytes(c.raw), taken)
 	}
 	if c.taken.Swap(taken) != taken {
-		c.moved.Store(time.Now().UnixNano())
+		c.moved.Store(ticks())
 	}
 }
 
-// lastMove is when bytes last moved, in Unix ns.
+// lastMove is when bytes last moved, in ticks.
 func (c *progressConn) lastMove() int64 {
 	c.look()
 	return c.moved.Load()

@@ -41,6 +41,8 @@ type Options struct {
 	Username     string
 	PasswordFile string // read at each connection
 	TLS          TLS
+	// Now is what time it is for certificates; nil: time.Now.
+	Now func() time.Time
 
 	// Gateway, Epoch and Version make the birth and death messages. No Gateway: none are sent.
 	Gateway, Epoch, Version string
@@ -94,8 +96,11 @@ func New(o Options) (*Upstream, error) {
 }
 
 // FromConfig makes the upstream of a configured bridge. epoch is the spool's, version the program's.
-func FromConfig(c bridge.Config, gateway, epoch, version string) (*Upstream, error) {
+//
+// Certificates are held against now; nil: time.Now.
+func FromConfig(c bridge.Config, gateway, epoch, version string, now func() time.Time) (*Upstream, error) {
 	return New(Options{
+		Now: now,
 		URL: c.URL, ClientID: ClientID(gateway, c.Name), Username: c.Username, PasswordFile: c.PasswordFile, TLS: c.TLS,
 		Gateway: gateway, Epoch: epoch, Version: version,
 	})
@@ -161,7 +166,7 @@ func client(ctx context.Context, o Options, g guard, acks bridge.Acks, configure
 	if err != nil {
 		return nil, nil, nil, err
 	}
-	transport, tcp, err := openTransport(ctx, u, o.TLS, o.Stall)
+	transport, tcp, err := openTransport(ctx, u, o.TLS, o.Stall, o.Now)
 	if err != nil {
 		return nil, nil, nil, dialError(err)
 	}

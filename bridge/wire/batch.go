@@ -19,6 +19,10 @@ const Version = 1
 //	3 lane       text             4 first    uint       5 count  uint
 //	6 sent       int, Unix ms     7 flags    uint, left out when 0
 //	8 raw size   uint             9 body     bytes: one zstd frame with a checksum
+//	10 correction int, ms, left out when not known
+//
+// The correction is for the records with FlagClockUnsynced, and theirs alone: added to their receive times it makes them right.
+// The gateway has learned the time since, and the records travel as they were stored.
 //
 // The body holds count records back to back (a CBOR sequence, RFC 8742), as they lie in the spool.
 // Readers skip keys and flags that they do not know; what they must not skip gets a new version.
@@ -34,6 +38,7 @@ const (
 	keyFlags
 	keyRawSize
 	keyBody
+	keyCorrection
 
 	batchReplayed = 1 << 0 // header flag
 )
@@ -49,6 +54,10 @@ type BatchHeader struct {
 	// Replayed: these records were sent before, or may have been. A receiver that was told so
 	// looks closer; one that was not must still look, for a gateway that lost power does not know.
 	Replayed bool
+	// Corrected: the gateway knows by now what its clock was wrong by when it received the messages with FlagClockUnsynced.
+	// Decoders have added Correction (ms) to their Received, and taken the flag away.
+	Corrected  bool
+	Correction int64
 }
 
 // BatchEncoder makes batches. It holds about 700 KiB. One goroutine at a time may use it.
@@ -84,6 +93,9 @@ func (e *BatchEncoder) Append(dst []byte, h BatchHeader, records []byte) []byte 
 	if h.Replayed {
 		pairs++
 	}
+	if h.Corrected {
+		pairs++
+	}
 	dst = appendHead(dst, cborMap, pairs)
 	dst = append(dst, keyVersion, Version, keyGateway)
 	dst = appendText(dst, h.Gateway)
@@ -111,7 +123,11 @@ func (e *BatchEncoder) Append(dst []byte, h BatchHeader, records []byte) []byte 
 	dst = e.zstd.EncodeAll(records, dst)
 	body := dst[start+maxHead:]
 	dst = appendHead(dst[:start], cborBytes, uint64(len(body)))
-	return append(dst, body...) // moves down within the same array: append copies like memmove
+	dst = append(dst, body...) // moves down within the same array: append copies like memmove
+	if h.Corrected {
+		dst = appendInt(append(dst, keyCorrection), h.Correction)
+	}
+	return dst
 }
 
 // Batch is a decoded batch: message i has sequence First+i.
@@ -147,6 +163,9 @@ func DecodeBatchLimit(b []byte, maxRaw int) (*Batch, error) {
 		},
 		RawSize: int(h.RawSize),
 	}
+	if h.Correction != nil {
+		batch.Corrected, batch.Correction = true, *h.Correction
+	}
 	raw, err := decompress(h.Body, h.RawSize, maxRaw)
 	if err != nil {
 		return nil, fmt.Errorf("batch %s/%s/%s/%d: %w", h.Gateway, h.Epoch, h.Lane, h.First, err)
@@ -157,6 +176,9 @@ func DecodeBatchLimit(b []byte, maxRaw int) (*Batch, error) {
 		if m, raw, err = DecodeMessage(raw); err != nil {
 			return nil, fmt.Errorf("batch %s/%s/%s/%d: message %d of %d: %w",
 				h.Gateway, h.Epoch, h.Lane, h.First, len(batch.Messages)+1, h.Count, err)
+		}
+		if batch.Corrected {
+			m.Correct(batch.Correction)
 		}
 		batch.Messages = append(batch.Messages, m)
 	}
@@ -179,7 +201,12 @@ type header struct {
 	Flags   uint64 `cbor:"7,keyasint"`
 	RawSize uint64 `cbor:"8,keyasint"`
 	Body    []byte `cbor:"9,keyasint"`
+
+	Correction *int64 `cbor:"10,keyasint"`
 }
+
+// maxCorrection is far more than any clock is wrong by, ms.
+const maxCorrection = 1 << 53
 
 // minRecord is the size of the smallest record: an array head and five elements of one byte each.
 const minRecord = 6
@@ -208,6 +235,8 @@ func decodeHeader(b []byte) (*header, error) {
 		return nil, fmt.Errorf("%w: gateway, epoch or lane is missing", ErrFormat)
 	case h.First == 0 || h.Count == 0 || h.First > math.MaxUint64-h.Count:
 		return nil, fmt.Errorf("%w: %d messages from sequence %d", ErrFormat, h.Count, h.First)
+	case h.Correction != nil && (*h.Correction > maxCorrection || *h.Correction < -maxCorrection):
+		return nil, fmt.Errorf("%w: a clock that was wrong by %d ms", ErrFormat, *h.Correction)
 	case h.Count > h.RawSize/minRecord:
 		return nil, fmt.Errorf("%w: %d messages in %d bytes", ErrFormat, h.Count, h.RawSize)
 	}

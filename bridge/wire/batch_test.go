@@ -52,6 +52,9 @@ func TestBatchIsReadBack(t *testing.T) {
 			First: rapid.Uint64Range(1, 1<<63).Draw(t, "first"), Count: len(messages),
 			Sent: rapid.Int64().Draw(t, "sent"), Replayed: rapid.Bool().Draw(t, "replayed"),
 		}
+		if h.Corrected = rapid.Bool().Draw(t, "corrected"); h.Corrected {
+			h.Correction = rapid.Int64Range(-1<<53, 1<<53).Draw(t, "correction")
+		}
 		var raw []byte
 		for _, m := range messages {
 			raw = append(raw, encodeRecord(t, m)...)
@@ -64,6 +67,13 @@ func TestBatchIsReadBack(t *testing.T) {
 		got, err := wire.DecodeBatch(b[len(prefix):])
 		if err != nil {
 			t.Fatal(err)
+		}
+		if h.Corrected {
+			for i := range messages {
+				if m := &messages[i]; m.Flags&wire.FlagClockUnsynced != 0 {
+					m.Received, m.Corrected, m.Flags = m.Received+h.Correction, h.Correction, m.Flags&^wire.FlagClockUnsynced
+				}
+			}
 		}
 		want := &wire.Batch{BatchHeader: h, RawSize: len(raw), Messages: messages}
 		if diff := cmp.Diff(want, got, equateEmpty); diff != "" {
@@ -148,7 +158,7 @@ func TestDecodeBatchSkipsWhatALaterVersionAdds(t *testing.T) {
 	}
 	f := fields(t, append(raw, later...), 3)
 	f[7] = 1 | 1<<40
-	f[10], f[1000] = "new", map[string]any{"a": []int{1, 2}}
+	f[11], f[1000] = "new", map[string]any{"a": []int{1, 2}}
 	b, err := wire.DecodeBatch(encode(t, f))
 	if err != nil {
 		t.Fatal(err)

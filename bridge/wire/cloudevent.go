@@ -18,7 +18,7 @@ const CloudEventType = "holdfast.message.v1"
 // The values of the clockstate extension.
 const (
 	ClockSynced   = "synced"
-	ClockUnsynced = "unsynced" // the gateway did not know the time when it received the message
+	ClockUnsynced = "unsynced" // the gateway did not know the time when it received the message, and does not know it yet
 )
 
 // maxTime is the last time that RFC 3339 can write: the end of the year 9999, Unix ms.
@@ -58,6 +58,10 @@ func AppendCloudEvent(dst []byte, gateway, epoch, lane string, seq uint64, m Mes
 		dst = append(dst, ClockUnsynced...)
 	} else {
 		dst = append(dst, ClockSynced...)
+	}
+	if at := m.Received - m.Corrected; m.Corrected != 0 && at >= 0 && at <= maxTime {
+		dst = append(dst, `","uncorrectedtime":"`...)
+		dst = time.UnixMilli(at).UTC().AppendFormat(dst, "2006-01-02T15:04:05.000Z07:00")
 	}
 	dst = append(dst, `","replayed":`...)
 	dst = strconv.AppendBool(dst, replayed)
@@ -243,6 +247,7 @@ type eventJSON struct {
 	Sequence      string          `json:"sequence"`
 	Lane          string          `json:"lane"`
 	ClockState    string          `json:"clockstate"`
+	Uncorrected   *time.Time      `json:"uncorrectedtime"`
 	Replayed      *bool           `json:"replayed"`
 	QoS           *int            `json:"qos"`
 	Retain        bool            `json:"retain"`
@@ -304,6 +309,8 @@ func (j *eventJSON) event() (*CloudEvent, error) {
 		return nil, fmt.Errorf("sequence %.40q does not agree with the id", j.Sequence)
 	case j.Lane != id.Lane:
 		return nil, fmt.Errorf("lane %.80q does not agree with the id", j.Lane)
+	case j.Uncorrected != nil && j.ClockState == ClockUnsynced:
+		return nil, errors.New("uncorrectedtime stands beside a time that was not put right")
 	case j.ClockState != ClockSynced && j.ClockState != ClockUnsynced:
 		return nil, fmt.Errorf("clockstate %.40q is neither %s nor %s", j.ClockState, ClockSynced, ClockUnsynced)
 	case j.Replayed == nil:
@@ -318,6 +325,9 @@ func (j *eventJSON) event() (*CloudEvent, error) {
 		if set {
 			ev.Message.Flags |= flag
 		}
+	}
+	if j.Uncorrected != nil {
+		ev.Message.Corrected = ev.Message.Received - j.Uncorrected.UnixMilli()
 	}
 	if ev.Message.Props, err = j.props(ev.Message.Received); err != nil {
 		return nil, err

@@ -54,6 +54,20 @@ func TestCloudEventHasTheDocumentedAttributes(t *testing.T) {
 		t.Error(diff)
 	}
 
+	m.Received = 20_123 // twenty seconds after the beginning of 1970
+	m.Correct(1764000000123 - 20_123)
+	got = nil
+	if err := json.Unmarshal(cloudEvent(t, m, true), &got); err != nil {
+		t.Fatal(err)
+	}
+	want["clockstate"], want["uncorrectedtime"] = "synced", "1970-01-01T00:00:20.123Z"
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Error(diff)
+	}
+	if back, err := wire.DecodeCloudEvent(cloudEvent(t, m, true)); err != nil || back.Message.Corrected != m.Corrected || back.Message.Received != m.Received || back.Message.Flags != m.Flags {
+		t.Errorf("read back as %+v, %v", back, err)
+	}
+
 	m = wire.Message{Received: 0, Device: "d", Topic: "t"}
 	got = nil
 	if err := json.Unmarshal(cloudEvent(t, m, false), &got); err != nil {

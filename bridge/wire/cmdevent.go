@@ -1,10 +1,12 @@
 package wire
 
 import (
+	"bytes"
 	"encoding/base64"
 	"encoding/json"
 	"fmt"
 	"strconv"
+	"time"
 	"unicode/utf8"
 )
 
@@ -166,6 +168,22 @@ func (e *DeviceEvent) Encode() []byte {
 	b = appendMember(b, "protocol", e.Protocol)
 	b = appendMember(b, "reason", e.Reason)
 	return append(b, '}')
+}
+
+// CorrectEvent returns an event of a command or a device, as Encode made it, with its time put right by ms, if the clock was not
+// synchronised then. It does not change b; what is no such event comes back as it is.
+func CorrectEvent(b []byte, ms int64) []byte {
+	const layout, before, after, state = "2006-01-02T15:04:05.000Z", `"at":"`, `","clockstate":"`, ClockUnsynced + `"`
+	// Quotes within strings are escaped, so what stands here stands nowhere else, and before all that a device may have sent.
+	end := bytes.Index(b, []byte(after))
+	if start := end - len(layout); start >= len(before) && string(b[start-len(before):start]) == before && bytes.HasPrefix(b[end+len(after):], []byte(state)) {
+		if at, err := time.Parse(layout, string(b[start:end])); err == nil {
+			out := Time{at.Add(time.Duration(ms) * time.Millisecond)}.append(bytes.Clone(b[:start]))
+			out = append(out, after+ClockSynced+`"`...)
+			return append(out, b[end+len(after)+len(state):]...)
+		}
+	}
+	return b
 }
 
 // DecodeDeviceEvent reads JSON. Fields it does not know are skipped.

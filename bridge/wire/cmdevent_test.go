@@ -1,6 +1,7 @@
 package wire_test
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"testing"
@@ -57,6 +58,35 @@ func TestEventIsWhatJSONMakesOfIt(t *testing.T) {
 			t.Fatalf("%v %s", err, diff)
 		}
 	})
+}
+
+func TestEventsArePutRight(t *testing.T) {
+	const shown, wrongBy = 20_123, 1764000000000
+	trap := `","at":"1970-01-01T00:00:20.123Z","clockstate":"unsynced"`
+	step := wire.CommandEvent{
+		Gateway: trap, Device: "d", ID: "i", State: "FAILED", ClockState: wire.ClockUnsynced, At: wire.Time{Time: time.UnixMilli(shown)}, Reason: trap,
+		Result: json.RawMessage(`{"at":"1970-01-01T00:00:20.123Z","clockstate":"unsynced"}`),
+	}
+	presence := wire.DeviceEvent{Gateway: "g", Device: trap, State: wire.StateOnline, ClockState: wire.ClockUnsynced, At: step.At, Reason: trap}
+	wrongStep, wrongPresence := step.Encode(), presence.Encode()
+	kept := bytes.Clone(wrongStep)
+	step.ClockState, presence.ClockState = wire.ClockSynced, wire.ClockSynced
+	step.At = wire.Time{Time: time.UnixMilli(shown + wrongBy)}
+	presence.At = step.At
+	if got := wire.CorrectEvent(wrongStep, wrongBy); string(got) != string(step.Encode()) {
+		t.Errorf("%s", got)
+	}
+	if !bytes.Equal(kept, wrongStep) {
+		t.Error("what was given has changed")
+	}
+	if got := wire.CorrectEvent(wrongPresence, wrongBy); string(got) != string(presence.Encode()) {
+		t.Errorf("%s", got)
+	}
+	for _, other := range []string{"", "{}", `{"clockstate":"unsynced"}`, `","clockstate":"unsynced"`, string(step.Encode()), `{"at":"yesterday, at some time ","clockstate":"unsynced"`} {
+		if got := wire.CorrectEvent([]byte(other), wrongBy); string(got) != other {
+			t.Errorf("%s became %s", other, got)
+		}
+	}
 }
 
 func TestDeviceEvent(t *testing.T) {

@@ -36,15 +36,22 @@ func block(t *testing.T, section, language string) string {
 	return code + "\n"
 }
 
+// correction is a clock that stood at 1970, as it was noticed in 2025.
+const correction = 1_764_000_000_000
+
 // docBatch is a batch as the bridge sends it, and the lines that the documented decoders print for it.
-func docBatch(t *testing.T) (batch []byte, want []map[string]any) {
+func docBatch(t *testing.T, corrected bool) (batch []byte, want []map[string]any) {
 	messages := telemetry(11, 50)
 	messages[1].Props = &wire.Props{ContentType: "application/json", Correlation: []byte{1}, User: [][2]string{{"a", "b"}}}
 	messages[2].Payload, messages[2].Flags = []byte{0, 0xff}, wire.FlagQoS2|wire.FlagClockUnsynced
 	messages[3].Payload, messages[3].Device, messages[3].Topic = []byte{}, "bed ü", "t/ü"
 	h := header
 	h.Count, h.Replayed = len(messages), true
+	h.Corrected, h.Correction = corrected, correction
 	for i, m := range messages {
+		if corrected && m.Flags&wire.FlagClockUnsynced != 0 {
+			m.Received, m.Flags = m.Received+correction, m.Flags-wire.FlagClockUnsynced
+		}
 		contentType := ""
 		if m.Props != nil {
 			contentType = m.Props.ContentType
@@ -60,7 +67,6 @@ func docBatch(t *testing.T) (batch []byte, want []map[string]any) {
 // checkDecoder feeds the batch to a documented decoder, and then what it must refuse.
 func checkDecoder(t *testing.T, command ...string) {
 	t.Helper()
-	batch, want := docBatch(t)
 	decode := func(input []byte) (string, error) {
 		cmd := exec.CommandContext(t.Context(), command[0], command[1:]...)
 		cmd.Stdin = bytes.NewReader(input)
@@ -70,20 +76,24 @@ func checkDecoder(t *testing.T, command ...string) {
 		t.Logf("%s", stderr.Bytes())
 		return stdout.String(), err
 	}
-	out, err := decode(batch)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var got []map[string]any
-	for line := range strings.Lines(out) {
-		var m map[string]any
-		if err := json.Unmarshal([]byte(line), &m); err != nil {
-			t.Fatalf("%v in %s", err, line)
+	var batch []byte
+	for _, corrected := range []bool{true, false} {
+		var want, got []map[string]any
+		batch, want = docBatch(t, corrected)
+		out, err := decode(batch)
+		if err != nil {
+			t.Fatal(err)
 		}
-		got = append(got, m)
-	}
-	if diff := cmp.Diff(want, got); diff != "" {
-		t.Error(diff)
+		for line := range strings.Lines(out) {
+			var m map[string]any
+			if err := json.Unmarshal([]byte(line), &m); err != nil {
+				t.Fatalf("%v in %s", err, line)
+			}
+			got = append(got, m)
+		}
+		if diff := cmp.Diff(want, got); diff != "" {
+			t.Errorf("corrected %v: %s", corrected, diff)
+		}
 	}
 
 	damaged := bytes.Clone(batch)

@@ -8,12 +8,23 @@ import (
 
 // Message is one device message, as a cloud program sees it.
 type Message struct {
-	Received int64  // Unix ms on the gateway's clock
-	Device   string // the authenticated client id
-	Topic    string
-	Flags    Flags
-	Payload  []byte
-	Props    *Props // nil: none
+	Received int64 // Unix ms on the gateway's clock
+	// Corrected is what was added to what that clock showed, ms, because the gateway has learned the time since; 0: nothing.
+	Corrected int64
+	Device    string // the authenticated client id
+	Topic     string
+	Flags     Flags
+	Payload   []byte
+	Props     *Props // nil: none
+}
+
+// Correct adds what the gateway's clock was wrong by when it received m, if it was not synchronised then: from now on it
+// was.
+func (m *Message) Correct(ms int64) {
+	if m.Flags&FlagClockUnsynced != 0 {
+		m.Received, m.Corrected = m.Received+ms, ms
+		m.Flags &^= FlagClockUnsynced
+	}
 }
 
 // Flags of a message. The same numbers as on disk and in batches: never renumber, never reuse.
@@ -90,11 +101,11 @@ func DecodeMessage(b []byte) (m Message, rest []byte, err error) {
 	case 0x85: // an array of 5
 		var r record5
 		rest, err = decMode.UnmarshalFirst(b, &r)
-		m = Message{r.Received, r.Device, r.Topic, r.Flags, r.Payload, nil}
+		m = Message{r.Received, 0, r.Device, r.Topic, r.Flags, r.Payload, nil}
 	case 0x86: // an array of 6
 		var r record6
 		rest, err = decMode.UnmarshalFirst(b, &r)
-		m = Message{r.Received, r.Device, r.Topic, r.Flags, r.Payload, r.Props}
+		m = Message{r.Received, 0, r.Device, r.Topic, r.Flags, r.Payload, r.Props}
 	default:
 		var elems []cbor.RawMessage
 		if rest, err = decMode.UnmarshalFirst(b, &elems); err != nil {

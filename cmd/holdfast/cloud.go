@@ -321,6 +321,7 @@ type jsonLine struct {
 	Retain        bool    `json:"retain,omitempty"`
 	Will          bool    `json:"will,omitempty"`
 	ClockUnsynced bool    `json:"clock_unsynced,omitempty"`
+	CorrectedMS   int64   `json:"clock_corrected_ms,omitempty"` // what was added to received since
 	ContentType   string  `json:"content_type,omitempty"`
 	Replayed      bool    `json:"replayed,omitempty"`
 	Late          bool    `json:"late,omitempty"`
@@ -386,6 +387,7 @@ func jsonLines(w io.Writer) func(line) error {
 			j.ID, j.Seq, j.Device, j.QoS = l.ID.String(), l.ID.Seq, m.Device, &qos
 			j.Received = time.UnixMilli(m.Received).UTC().Format("2006-01-02T15:04:05.000Z07:00")
 			j.Retain, j.Will = m.Flags&wire.FlagRetain != 0, m.Flags&wire.FlagWill != 0
+			j.CorrectedMS = m.Corrected
 			j.ClockUnsynced = m.Flags&wire.FlagClockUnsynced != 0
 			j.Replayed, j.Late = l.Replayed, l.Late
 		case l.Kind == cloud.Hole:

@@ -58,7 +58,14 @@ func (p *program) printStatus(st *httpapi.Status, now time.Time) {
 	}
 	fmt.Fprintf(p.stdout, "  epoch %s\n", st.Epoch)
 	if !st.ClockSync {
-		fmt.Fprintln(p.stdout, "clock   NOT SYNCHRONISED: receive times may be wrong, and messages say so")
+		since := ""
+		if d := st.Clock.Wall.Sub(st.Clock.Since); d >= time.Second {
+			since = " for " + d.Truncate(time.Second).String()
+		}
+		fmt.Fprintf(p.stdout, "clock   NOT SYNCHRONISED%s: receive times may be wrong, and say so until they are put right\n", since)
+	}
+	if st.Clock.Doubt {
+		fmt.Fprintln(p.stdout, "clock   JUMPED ALTHOUGH SYNCHRONISED: not believed for ten minutes")
 	}
 
 	fmt.Fprintln(p.stdout)

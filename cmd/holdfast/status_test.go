@@ -37,9 +37,12 @@ func TestStatusTellsOfDevicesCommandsAndCertificates(t *testing.T) {
 		fakeReply(w, http.StatusOK, st)
 		return true
 	}
+	st.ClockSync, st.Clock = false, httpapi.Clock{State: "unsynced", Wall: now, Since: now.Add(-90 * time.Second), Doubt: true}
 	got := f.ask(t, "status")
 	for _, want := range []string{
 		"gateway gw1  ready  up 1m0s",
+		"clock   NOT SYNCHRONISED for 1m30s: ",
+		"clock   JUMPED ALTHOUGH SYNCHRONISED",
 		"devices   12 registered, 7 connected, 1 disabled\n",
 		"commands  3 queued, 1 sent, 2 delivered, 4 in progress; since the start 50 succeeded, 6 ended otherwise, 9 refused\n",
 		"CERTIFICATE OF LISTENER old ENDED on " + st.Certificates[0].NotAfter.Format(time.DateOnly) + ": CN=a (a.crt)\n",

@@ -16,6 +16,7 @@ import (
 	mochi "github.com/mochi-mqtt/server/v2"
 	"github.com/prometheus/client_golang/prometheus"
 
+	"holdfast/internal/clock"
 	"holdfast/internal/kv"
 )
 
@@ -23,6 +24,7 @@ import (
 type Broker struct {
 	cfg      Config
 	store    *kv.Store
+	clock    *clock.Clock
 	intake   Intake
 	auth     Authorizer
 	watcher  Watcher // nil: none
@@ -95,6 +97,12 @@ func New(cfg Config, store *kv.Store, intake Intake, auth Authorizer, watcher Wa
 	if err := b.server.AddHook(&hook{}, nil); err != nil {
 		return nil, fmt.Errorf("broker: %w", err)
 	}
+	if b.clock = cfg.Clock; b.clock == nil {
+		var err error
+		if b.clock, err = clock.Open(store, clock.Config{Log: log}); err != nil {
+			return nil, fmt.Errorf("broker: %w", err)
+		}
+	}
 	if err := b.restore(); err != nil {
 		return nil, fmt.Errorf("broker: restore sessions: %w", err)
 	}
@@ -105,7 +113,7 @@ func New(cfg Config, store *kv.Store, intake Intake, auth Authorizer, watcher Wa
 // Listen binds every listener. After an error none is bound.
 func (b *Broker) Listen() error {
 	for i := range b.cfg.Listeners {
-		s, err := b.cfg.Listeners[i].bind(b.cfg.SilenceTimeout)
+		s, err := b.cfg.Listeners[i].bind(b.cfg.SilenceTimeout, b.clock.Time)
 		if err != nil {
 			b.closeSockets()
 			return err

@@ -5,11 +5,16 @@ import (
 	"fmt"
 	"net"
 	"time"
+
+	"holdfast/internal/clock"
 )
 
 // Config of a broker. Zero values mean the default named at each field.
 type Config struct {
 	Listeners []Listener
+	// Clock is the gateway's, by which sessions and messages end over a restart and certificates at their date; nil: one of the store and the
+	// system.
+	Clock *clock.Clock
 
 	// Connections.
 	MaxConnections           int           // open at once, those without a CONNECT included; 10,000

@@ -197,6 +197,7 @@ type rig struct {
 	cancel context.CancelFunc
 	ended  chan error
 	bound  func(b *broker.Broker) // called between Listen and Run; nil: nothing
+	opened func(store *kv.Store)  // called before New; nil: nothing
 }
 
 // newRig starts a broker. change may be nil.
@@ -224,6 +225,9 @@ func (r *rig) start() {
 	}
 	r.store, r.in.store = store, store
 	r.reg = prometheus.NewRegistry()
+	if r.opened != nil {
+		r.opened(store)
+	}
 	r.b, err = broker.New(r.cfg, store, r.in, r.auth, r.watch, log, r.reg)
 	if err != nil {
 		r.t.Fatal(err)

@@ -35,11 +35,11 @@ type socket struct {
 	tls   *tls.Config // what it gives to handshakes
 }
 
-// bind opens the listener.
-func (l *Listener) bind(silence time.Duration) (*socket, error) {
+// bind opens the listener. now is what time it is for certificates.
+func (l *Listener) bind(silence time.Duration, now func() time.Time) (*socket, error) {
 	s := &socket{Listener: l}
 	if l.Secure() {
-		v, err := newVault(l)
+		v, err := newVault(l, now)
 		if err != nil {
 			return nil, fmt.Errorf("listener %q: %w", l.Name, err)
 		}

@@ -62,11 +62,11 @@ func (m *message) expired(now time.Time) (left uint32, over bool) {
 	return uint32((total - waited + time.Second - 1) / time.Second), false
 }
 
-// retainedOp is the row that m leaves behind. An empty payload clears (MQTT-3.3.1-6).
-func (m *message) retainedOp() kv.Op {
+// retainedOp is the row that m leaves behind, received at t. An empty payload clears (MQTT-3.3.1-6).
+func (m *message) retainedOp(t int64) kv.Op {
 	key := retainedKey(m.topic)
 	if len(m.pub.Payload) == 0 {
 		return kv.Op{Key: key, Delete: true}
 	}
-	return kv.Op{Key: key, Value: encodeMessage(m.at.UnixMilli(), m)}
+	return kv.Op{Key: key, Value: encodeRetained(t, m)}
 }

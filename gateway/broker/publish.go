@@ -31,6 +31,9 @@ type Intake interface {
 	Publish(m *Message, ops []kv.Op, done kv.Done, token uint64) error
 }
 
+// began is what moments are measured from that are only compared with each other: the wall clock may jump.
+var began = time.Now()
+
 // slot is the place of one packet in a connection's order of answers. Its number is the
 // token under which its commit is handed in.
 type slot struct {
@@ -41,7 +44,7 @@ type slot struct {
 	reason  mqtt.Reason // what the answer says
 	id      uint16
 	size    int32    // bytes counted in unacked
-	at      int64    // when it was read, Unix ns; 0 but in a few, from which latency is taken
+	at      int64    // when it was read, ns after began; 0 but in a few, from which latency is taken
 	message *message // to be fanned out after the commit; nil: nobody waits for it
 	raw     *answer  // answers other than acknowledgements
 }
@@ -107,7 +110,7 @@ func (c *conn) publish(frame []byte) error {
 		s.quota = c.sess.counts(c, p.ID)
 	}
 	if in.n++; in.n&63 == 0 && p.QoS > 0 {
-		s.at = time.Now().UnixNano()
+		s.at = int64(time.Since(began))
 	}
 
 	refused := mqtt.Success
@@ -159,7 +162,7 @@ func (c *conn) publish(frame []byte) error {
 // handIn hands the message in with ops and what its retained message needs.
 func (c *conn) handIn(in *inflow, topic []byte, m *message, token uint64, ops []kv.Op) *refusal {
 	if m != nil && m.keep {
-		ops = append(ops, m.retainedOp())
+		ops = append(ops, m.retainedOp(c.b.clock.Read().T))
 	}
 	c.fillRecord(in, topic, &in.pub)
 	err := c.b.intake.Publish(&in.msg, ops, c, token)
@@ -464,7 +467,7 @@ func (c *conn) releaseLocked() {
 			c.inflight--
 		}
 		if s.at != 0 {
-			c.b.m.ackSeconds.Observe(float64(time.Now().UnixNano()-s.at) / 1e9)
+			c.b.m.ackSeconds.Observe(float64(int64(time.Since(began))-s.at) / 1e9)
 		}
 		*s = slot{}
 		c.head++

@@ -27,7 +27,11 @@ func isSilent(err error) bool {
 // can not be read is skipped, reported and left where it is: one damaged row is no reason not
 // to start. Rows that belong to nothing are removed.
 func (b *Broker) restore() error {
-	now := time.Now()
+	now, start := time.Now(), b.clock.Read()
+	// ago is the same moment as t in the time of this process.
+	ago := func(t int64) time.Time {
+		return now.Add(-time.Duration(max(b.clock.Between(t, start.T), 0)) * time.Millisecond)
+	}
 	var ops []kv.Op
 	drop := func(key []byte) { ops = append(ops, kv.Op{Key: append([]byte{}, key...), Delete: true}) }
 	bad := 0
@@ -51,12 +55,11 @@ func (b *Broker) restore() error {
 			return err
 		}
 		id := string(key[2:])
-		from := time.UnixMilli(row.disconnected)
-		if row.disconnected == 0 || from.After(now) {
-			// It was connected when the gateway ended, so its time begins now; or the clock
-			// has gone back.
+		from := ago(row.disconnectedT)
+		if row.disconnected == 0 || row.disconnectedT == 0 {
+			// It was connected when the gateway ended, so its time begins now; or the row does not tell since when it is not.
 			from = now
-			row.disconnected = now.UnixMilli()
+			row.disconnected, row.disconnectedT = max(start.Wall, 1), start.T
 			ops = append(ops, kv.Op{Key: sessionKey(id), Value: row.encode()})
 		}
 		s := &session{b: b, id: id, stored: true, version: row.version, era: row.era, expiry: row.expiry, who: row.who}
@@ -115,12 +118,18 @@ func (b *Broker) restore() error {
 		return err
 	}
 	err = scan([]byte{kv.PrefixRetained}, func(key, value []byte) error {
-		_, m, err := decodeMessage(value)
+		m, t, known, err := decodeRetained(value)
 		if err != nil {
 			return err
 		}
 		if m.topic != string(key[1:]) {
 			return errors.New("topic is not that of the key")
+		}
+		switch {
+		case known:
+			m.at = ago(t)
+		case m.pub.HasExpiry:
+			ops = append(ops, m.retainedOp(start.T)) // else it would begin anew at each start
 		}
 		if _, over := m.expired(now); over {
 			drop(key)
@@ -133,9 +142,13 @@ func (b *Broker) restore() error {
 		return err
 	}
 	err = scan([]byte{kv.PrefixWill}, func(key, value []byte) error {
-		due, m, err := decodeMessage(value)
+		m, t, delay, known, err := decodeWill(value)
 		if err != nil {
 			return err
+		}
+		due := ago(t).Add(time.Duration(delay) * time.Second)
+		if !known { // t is when it is due, by a wall clock: let it be no later than any will can be
+			due = now.Add(time.Duration(min(max(t-start.Wall, 0), b.cfg.SessionExpiryMax.Milliseconds())) * time.Millisecond)
 		}
 		id := string(key[1:])
 		s := b.sessions[id]
@@ -143,11 +156,11 @@ func (b *Broker) restore() error {
 			// Its session is over, and with it the wait.
 			s = &session{b: b, id: id}
 			b.sessions[id] = s
-			due = now.UnixMilli()
+			due = now
 		}
 		w := &will{message: m.pub, delay: 1}
 		w.message.QoS, w.message.Retain = m.qos, m.retain
-		s.waiting = &pendingWill{will: w, due: time.UnixMilli(due)}
+		s.waiting = &pendingWill{will: w, due: due}
 		return nil
 	})
 	if err != nil {

@@ -295,7 +295,8 @@ func (s *session) detach(c *conn) {
 		ops = s.endLocked(ops)
 	default:
 		s.stored, s.left = true, now
-		row := sessionRow{version: s.version, expiry: s.expiry, era: s.era, disconnected: now.UnixMilli(), who: s.who}
+		gone := s.b.clock.Read()
+		row := sessionRow{version: s.version, expiry: s.expiry, era: s.era, disconnected: max(gone.Wall, 1), disconnectedT: gone.T, who: s.who}
 		ops = append(ops, kv.Op{Key: sessionKey(s.id), Value: row.encode()})
 		s.startTimerLocked(now)
 		if w != nil && w.delay > 0 && !stopping {

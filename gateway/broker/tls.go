@@ -21,6 +21,7 @@ import (
 // vault holds the certificates of one TLS listener. What handshakes use is replaced as a whole.
 type vault struct {
 	listener *Listener
+	today    func() time.Time // by which certificates end; other times here are only compared with each other
 	now      atomic.Pointer[material]
 
 	mu    sync.Mutex // makes loads one after the other; guards what follows
@@ -50,8 +51,8 @@ type ending struct {
 }
 
 // newVault loads the files of l.
-func newVault(l *Listener) (*vault, error) {
-	v := &vault{listener: l, told: map[ending]time.Duration{}}
+func newVault(l *Listener, today func() time.Time) (*vault, error) {
+	v := &vault{listener: l, today: today, told: map[ending]time.Duration{}}
 	v.seen = l.TLS.look()
 	m, err := l.TLS.load()
 	if err != nil {
@@ -64,8 +65,9 @@ func newVault(l *Listener) (*vault, error) {
 // use has handshakes use m.
 func (v *vault) use(m *material) {
 	// After a resumption, too, in which nothing else looks at the CRL; and with what is newest then.
+	m.config.Time = v.today
 	m.config.VerifyConnection = func(s tls.ConnectionState) error {
-		_, err := v.now.Load().verify(s.PeerCertificates, s.VerifiedChains, time.Now())
+		_, err := v.now.Load().verify(s.PeerCertificates, s.VerifiedChains, v.today())
 		return err
 	}
 	v.now.Store(m)
@@ -423,7 +425,7 @@ func (b *Broker) tellLoaded(v *vault) {
 	}
 	b.log.Info("certificates loaded", attrs...)
 	b.setExpiry(v)
-	b.warnLocked(v, time.Now())
+	b.warnLocked(v, v.today())
 }
 
 func (b *Broker) setExpiry(v *vault) {
@@ -443,7 +445,7 @@ func (b *Broker) endInvalid(v *vault, all bool) {
 	if m.roots == nil {
 		return
 	}
-	now := time.Now()
+	now := v.today()
 	var conns []*conn
 	b.connMu.Lock()
 	for c := range b.conns {
@@ -477,7 +479,7 @@ func (c *conn) checkPeer(v *vault, s *tls.ConnectionState) error {
 	}
 	c.peer.Store(&peer{certs: s.PeerCertificates, chains: s.VerifiedChains})
 	// Only now: a reload before that has not seen the connection, one after it does.
-	return c.recheckPeer(v.now.Load(), time.Now())
+	return c.recheckPeer(v.now.Load(), v.today())
 }
 
 func (c *conn) recheckPeer(m *material, now time.Time) error {
@@ -534,7 +536,7 @@ func (b *Broker) lookAt(v *vault) {
 		_ = b.reloadLocked(v) // which has told
 	}
 	b.endInvalid(v, false)
-	b.warnLocked(v, time.Now())
+	b.warnLocked(v, v.today())
 }
 
 // warnAt are the times before an end at which the log tells of it.

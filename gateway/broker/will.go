@@ -57,7 +57,7 @@ func (s *session) waitWillLocked(ops []kv.Op, w *will, from time.Time) []kv.Op {
 	s.waiting = &pendingWill{will: w, due: due}
 	s.startWillLocked()
 	m := newMessage(s.id, w.message.Topic, &w.message, w.message.Retain)
-	return append(ops, kv.Op{Key: willKey(s.id), Value: encodeMessage(due.UnixMilli(), m)})
+	return append(ops, kv.Op{Key: willKey(s.id), Value: encodeWill(s.b.clock.Read().T, uint32(w.delay/time.Second), m)})
 }
 
 func (s *session) startWillLocked() {
@@ -125,7 +125,7 @@ func (b *Broker) handInWill(id string, w *will, ops []kv.Op) bool {
 		msg.Record.Props = &props
 	}
 	if keep {
-		ops = append(ops, m.retainedOp())
+		ops = append(ops, m.retainedOp(b.clock.Read().T))
 	}
 	if err := b.intake.Publish(&msg, ops, &willDone{b, m}, 0); err != nil {
 		b.takeBack(m)

@@ -19,6 +19,7 @@ type Status struct {
 	Ready     bool             `json:"ready"`
 	NotReady  string           `json:"not_ready,omitempty"` // why
 	ClockSync bool             `json:"clock_synced"`
+	Clock     Clock            `json:"clock"`
 	Store     Store            `json:"store"`
 	Broker    Broker           `json:"broker"`
 	Lanes     []spool.LaneStat `json:"lanes"`
@@ -28,6 +29,16 @@ type Status struct {
 	Devices      devices.Counts      `json:"devices"`
 	Commands     devices.QueueCounts `json:"commands"`
 	Certificates []Certificate       `json:"certificates"` // that listeners show; the first to expire first
+}
+
+// Clock is the machine's wall clock.
+type Clock struct {
+	State   string    `json:"state"`   // synced: the kernel says that something keeps it right; unsynced
+	Since   time.Time `json:"since"`   // by the clock as it is now
+	Wall    time.Time `json:"wall"`    // what it shows
+	Doubt   bool      `json:"doubt"`   // it jumped although it was synchronised, and is not believed for ten minutes
+	Settled bool      `json:"settled"` // false: it was set a moment ago, and what follows from that is to come
+	Boot    uint32    `json:"boot"`    // number of this boot of the machine in the gateway's store
 }
 
 // Certificate is one that a listener shows.

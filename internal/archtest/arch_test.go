@@ -18,7 +18,7 @@ var arrows = map[string][]string{
 	"cmd/holdfast":           {"*"},
 	"cmd/firmware-sim":       {"*"},
 	"gateway":                {"*"},
-	"gateway/broker":         {"internal/kv", "internal/mqtt", "spool"}, // spool for the record type
+	"gateway/broker":         {"internal/clock", "internal/kv", "internal/mqtt", "spool"}, // spool for the record type
 	"gateway/httpapi":        {"bridge", "bridge/wire", "devices", "spool"},
 	"gateway/e2e":            {},
 	"bridge":                 {"bridge/wire", "spool"},

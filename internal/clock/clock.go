@@ -102,12 +102,14 @@ const (
 	limit    = 1000 * 366 * 86400000 // ms; no row has a time beyond it
 )
 
+var discard = slog.New(slog.DiscardHandler)
+
 // Open makes the clock of a store go on, and stores that it did. A store has one Clock at a time. Without a store (nil) the clock
 // begins anew each time.
 func Open(store *kv.Store, cfg Config) (*Clock, error) {
 	c := &Clock{store: store, log: cfg.Log, src: cfg.Source.reader()}
 	if c.log == nil {
-		c.log = slog.New(slog.DiscardHandler)
+		c.log = discard
 	}
 	ops, err := c.load()
 	if err != nil {
@@ -208,6 +210,9 @@ type State struct {
 	Since  time.Time // from when on it is so, by the wall clock as it is now
 	Boot   uint32
 	Doubt  bool // it jumped while it was vouched for, and is not believed for a while
+	Wall   time.Time
+	// Settled: the last look has found it as it is now. Else it was set a moment ago.
+	Settled bool
 }
 
 // State says what is known of the wall clock now.
@@ -215,7 +220,8 @@ func (c *Clock) State() State {
 	m := c.Read()
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	st := State{Synced: !m.Unsynced, Boot: c.boot, Doubt: c.synced && m.T < c.doubt, Since: time.UnixMilli(m.Wall)}
+	st := State{Synced: !m.Unsynced, Boot: c.boot, Doubt: c.synced && m.T < c.doubt, Since: time.UnixMilli(m.Wall), Wall: time.UnixMilli(m.Wall)}
+	st.Settled = st.Synced == c.synced && !c.jumped(m)
 	if st.Synced == c.synced {
 		st.Since = time.UnixMilli(m.Wall - c.between(c.since, m.T))
 	}

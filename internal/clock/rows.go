@@ -42,7 +42,7 @@ type clockRow struct {
 	Anchor   pair   `cbor:"6,keyasint"`
 	Gaps     []gap  `cbor:"7,keyasint,omitempty"`
 	First    int64  `cbor:"8,keyasint,omitempty"`
-	Believed pair   `cbor:"9,keyasint,omitempty"`
+	Believed pair   `cbor:"9,keyasint"`
 }
 
 // bootRow is what is known of one boot of the machine.

@@ -68,11 +68,17 @@ func (c *Clock) openGap(gaps []gap, t int64) []gap {
 // Saw tells the clock of a time t that stands in some row: it goes on from there, should its own row be older, or lost. It is for those
 // that read their rows right after Open, before anybody else asks for the time.
 func (c *Clock) Saw(t int64) {
+	if op, ok := c.goOnFrom(t); ok {
+		c.save(op)
+	}
+}
+
+func (c *Clock) goOnFrom(t int64) (op kv.Op, ok bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	now := c.now().T
 	if t < now || t > limit {
-		return
+		return kv.Op{}, false
 	}
 	t++
 	gaps := slices.Clone(*c.gaps.Load())
@@ -90,7 +96,7 @@ func (c *Clock) Saw(t int64) {
 	c.base.Add(t - now)
 	c.offset -= t - now
 	c.since += t - now
-	c.written = 0 // the next look stores it
+	return c.row(), true
 }
 
 // Between is the time from start to end in ms, gaps included.

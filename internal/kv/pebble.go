@@ -9,7 +9,8 @@ import (
 )
 
 // FormatVersion is the version of everything below the key prefixes. A store written by a newer
-// holdfast is refused, never treated as damaged.
+// holdfast is refused, never treated as damaged; an older one is upgraded when it is opened.
+// 2: chunks and the broker's rows tell their time by the service clock.
 // Written to disk: never renumber, never reuse.
 const FormatVersion = 2
 
@@ -23,13 +24,17 @@ func (s *Store) checkFormat() error {
 	if err != nil {
 		return err
 	}
-	if !found {
-		return s.db.Set(formatKey, binary.BigEndian.AppendUint32(nil, FormatVersion), pebble.Sync)
-	}
-	if len(v) != 4 || binary.BigEndian.Uint32(v) > FormatVersion {
+	switch {
+	case found && (len(v) != 4 || binary.BigEndian.Uint32(v) > FormatVersion):
 		return ErrVersion
+	case found && binary.BigEndian.Uint32(v) == FormatVersion:
+		return nil
+	case found:
+		// Whatever is written from now on may be of this version, and an older holdfast must not take it for damage. What is there is
+		// read as it is, and goes as it ages.
+		s.opt.Log.Info("store upgraded: an older holdfast refuses it from now on", "from", binary.BigEndian.Uint32(v), "to", FormatVersion)
 	}
-	return nil
+	return s.db.Set(formatKey, binary.BigEndian.AppendUint32(nil, FormatVersion), pebble.Sync)
 }
 
 // pebbleOptions are for a queue on a small box. Rows leave in the order in which they came, so

@@ -180,6 +180,23 @@ func TestNewerFormatIsRefused(t *testing.T) {
 	}
 }
 
+func TestOlderFormatIsUpgraded(t *testing.T) {
+	fs := vfs.NewMem()
+	key := []byte{kv.PrefixMeta, 'f', 'o', 'r', 'm', 'a', 't'}
+	s := open(t, kv.Options{FS: fs})
+	if err := s.ApplyWait([]kv.Op{{Key: key, Value: []byte{0, 0, 0, 1}}, row(1)}); err != nil {
+		t.Fatal(err)
+	}
+	s.Close()
+	s = open(t, kv.Options{FS: fs})
+	if v, found, err := s.Get(key); err != nil || !found || binary.BigEndian.Uint32(v) != kv.FormatVersion {
+		t.Errorf("format %x, %v", v, err)
+	}
+	if _, found, err := s.Get(row(1).Key); !found || err != nil {
+		t.Errorf("its row: %v, %v", found, err)
+	}
+}
+
 func TestExcise(t *testing.T) {
 	s := open(t, kv.Options{FS: vfs.NewMem()})
 	for i := range 100 {

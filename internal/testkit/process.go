@@ -25,6 +25,7 @@ type Command struct {
 	Dir   string
 	Ready string        // what its standard error says when it is ready; default "msg=ready" or "msg":"ready"
 	Grace time.Duration // most time to become ready, and to stop when asked; default 20 s
+	Clock *FakeClock    // its wall clock; nil: the machine's
 }
 
 // Process is a program under test in a process group of its own, so that it can be killed with all it
@@ -104,7 +105,11 @@ func (p *Process) launch() (*run, error) {
 	cmd.Stdout = &p.log
 	r := &run{cmd: cmd, ready: make(chan struct{}), exited: make(chan struct{})}
 	begin := time.Now()
-	if err := cmd.Start(); err != nil {
+	start := cmd.Start
+	if p.c.Clock != nil {
+		start = func() error { return p.c.Clock.start(cmd) }
+	}
+	if err := start(); err != nil {
 		return nil, err
 	}
 	go func() {
