@@ -1,0 +1,22 @@
+package spool
+
+import "time"
+
+// SetClock gives a spool the clock by which it tells how old messages are. Call it before the first append.
+func SetClock(s *Spool, now func() time.Duration) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.clock = func() time.Duration { return beforeOpen + now() }
+}
+
+// DropBefore has a lane's rule drop the chunks that begin before seq.
+func DropBefore(s *Spool, name string, seq uint64) error {
+	return s.dropUntil(s.lanes[s.names[name]], Evicted, gapMaxBytes, func(m *chunkMeta) bool { return m.First.Seq >= seq })
+}
+
+// The limits of a lane that drains live_first.
+const (
+	MaxIslands = maxIslands
+	LeapAge    = leapAge
+	LeapBytes  = leapBytes
+)
