@@ -45,7 +45,7 @@ type lane struct {
 
 	// Of a lane that drains live_first; see live.go.
 	marks      []mark        // in order
-	lastCommit time.Duration // by Spool.clock; 0: before the start
+	lastCommit time.Duration // by Spool.elapsed; 0: before the start
 }
 
 // cursor is an upstream's place in a lane.
@@ -329,7 +329,7 @@ func (c *cursor) resolveFrom(from, end Position, how loss) Position {
 		}
 		c.row.outcome(part.outcome).add(part.from, part.to)
 		c.through(part.from, part.to)
-		if part.outcome != Delivered {
+		if part.reason != "" {
 			c.lose(part)
 		}
 		at = part.to

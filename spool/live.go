@@ -119,7 +119,7 @@ func (l *lane) leap(c *cursor, at Position) (to Position, more bool) {
 		return at, false
 	}
 	islands := len(c.row.Islands) + len(c.live.leaps)
-	now := l.s.clock()
+	now := l.s.elapsed()
 	if islands+2 > maxIslands || l.ageAt(at, now) < leapAge<<(islands/4) { // what is in flight may become one, too
 		return at, false
 	}
@@ -141,7 +141,7 @@ func (l *lane) leap(c *cursor, at Position) (to Position, more bool) {
 	return to, false
 }
 
-// mark is a place in a lane: what lies before it had come by ended, what lies behind came from begun on, both by Spool.clock.
+// mark is a place in a lane: what lies before it had come by ended, what lies behind came from begun on, both by Spool.elapsed.
 type mark struct {
 	end          Position
 	ended, begun time.Duration
@@ -154,7 +154,7 @@ const (
 
 // mark notes the time of a commit, before it is taken over. The caller holds mu.
 func (l *lane) mark() {
-	now := l.s.clock()
+	now := l.s.elapsed()
 	ended := l.lastCommit
 	l.lastCommit = now
 	if n := len(l.marks); n > 0 && now-l.marks[n-1].begun < markEvery {
@@ -183,3 +183,36 @@ func (l *lane) ageAt(p Position, now time.Duration) time.Duration {
 
 // beforeOpen is how long ago everything came that was there at the start, for all that the spool knows: longer than any leap asks for.
 const beforeOpen = 365 * 24 * time.Hour
+
+// throughAll returns the stretches beyond the head that no upstream waits for. The caller holds mu.
+func (l *lane) throughAll() []island {
+	var all []island
+	first := true
+	for _, c := range l.cursors {
+		if !c.active {
+			continue
+		}
+		its := append([]island{{to: c.row.Pos}}, c.row.Islands...)
+		if first {
+			all, first = its, false
+			continue
+		}
+		var both []island
+		for _, a := range all {
+			for _, b := range its {
+				if a.from.Seq < b.from.Seq {
+					a.from = b.from
+				}
+				to := a.to
+				if b.to.Seq < to.Seq {
+					to = b.to
+				}
+				if a.from.Seq < to.Seq {
+					both = append(both, island{a.from, to})
+				}
+			}
+		}
+		all = both
+	}
+	return all
+}

@@ -123,7 +123,7 @@ func TestNoIslandsInNormalLife(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			r := open(t, vfs.NewMem(), liveFirst("telemetry"))
 			var now time.Duration
-			spool.SetClock(r.Spool, func() time.Duration { return now })
+			spool.SetElapsed(r.Spool, func() time.Duration { return now })
 			newest, backlog, _ := r.parts("cloud", "telemetry")
 			next := 1
 			for i := range 40 {
@@ -156,7 +156,7 @@ func TestIslandsAreBounded(t *testing.T) {
 	cfg := liveFirst("telemetry")
 	r := open(t, fs, cfg)
 	var now time.Duration
-	spool.SetClock(r.Spool, func() time.Duration { return now })
+	spool.SetElapsed(r.Spool, func() time.Duration { return now })
 	newest, _, c := r.parts("cloud", "telemetry")
 	written, leaps := 0, 0
 	var got []int
@@ -333,7 +333,7 @@ func TestLiveModel(t *testing.T) {
 		start := func(rt *rapid.T) {
 			cfg.Lanes[0].Drain = rapid.SampledFrom([]spool.Drain{spool.LiveFirst, spool.LiveFirst, spool.InOrder}).Draw(rt, "drain")
 			r = open(t, fs, cfg)
-			spool.SetClock(r.Spool, func() time.Duration { return now })
+			spool.SetElapsed(r.Spool, func() time.Duration { return now })
 			newest, backlog, c := r.parts("cloud", "lane")
 			consumer, parts = c, []*part{{rd: newest}}
 			if backlog != nil {
@@ -548,7 +548,7 @@ func TestCrashWithIslands(t *testing.T) {
 		cfg.TailBytes = 64 << 10
 		r := open(t, fs, cfg)
 		var now time.Duration
-		spool.SetClock(r.Spool, func() time.Duration { return now })
+		spool.SetElapsed(r.Spool, func() time.Duration { return now })
 		r.verify()
 		newest, backlog, c := r.parts("cloud", "lane")
 		a := r.account("cloud", "lane")

@@ -115,7 +115,7 @@ type Spool struct {
 	closeOnce sync.Once
 	tailMax   int64
 
-	clock func() time.Duration // since the spool was opened, and beforeOpen; only marks use it
+	elapsed func() time.Duration // since the spool was opened, and beforeOpen; only marks use it
 }
 
 // Open opens the spool in store, which it joins as the participant of the group commit. It takes
@@ -129,7 +129,7 @@ func Open(store *kv.Store, cfg Config) (*Spool, error) {
 		stop:     make(chan struct{}),
 	}
 	opened := time.Now()
-	s.clock = func() time.Duration { return beforeOpen + time.Since(opened) }
+	s.elapsed = func() time.Duration { return beforeOpen + time.Since(opened) }
 	if s.cfg.Now == nil {
 		s.cfg.Now = time.Now
 	}

@@ -173,39 +173,6 @@ func (s *Spool) Peek(name string, from uint64, limit int, fn func(seq uint64, r 
 	return it.Error()
 }
 
-// throughAll returns the stretches beyond the head that no upstream waits for. The caller holds mu.
-func (l *lane) throughAll() []island {
-	var all []island
-	first := true
-	for _, c := range l.cursors {
-		if !c.active {
-			continue
-		}
-		its := append([]island{{to: c.row.Pos}}, c.row.Islands...)
-		if first {
-			all, first = its, false
-			continue
-		}
-		var both []island
-		for _, a := range all {
-			for _, b := range its {
-				if a.from.Seq < b.from.Seq {
-					a.from = b.from
-				}
-				to := a.to
-				if b.to.Seq < to.Seq {
-					to = b.to
-				}
-				if a.from.Seq < to.Seq {
-					both = append(both, island{a.from, to})
-				}
-			}
-		}
-		all = both
-	}
-	return all
-}
-
 // ParkedMessage is a message that an upstream refused for good.
 type ParkedMessage struct {
 	Lane, Upstream string

@@ -19,6 +19,7 @@ const Version = 1
 //	3 lane       text             4 first    uint       5 count  uint
 //	6 sent       int, Unix ms     7 flags    uint, left out when 0
 //	8 raw size   uint             9 body     bytes: one zstd frame with a checksum
+//	10 behind    uint, left out when 0
 //
 // The body holds count records back to back (a CBOR sequence, RFC 8742), as they lie in the spool.
 // Readers skip keys and flags that they do not know; what they must not skip gets a new version.
@@ -34,6 +35,7 @@ const (
 	keyFlags
 	keyRawSize
 	keyBody
+	keyBehind
 
 	batchReplayed = 1 << 0 // header flag
 )
@@ -46,9 +48,13 @@ type BatchHeader struct {
 	First   uint64 // sequence of the first record; the others follow without a hole
 	Count   int
 	Sent    int64 // Unix ms, when the batch was made
-	// Replayed: these records were sent before, or may have been. A receiver that was told so
-	// looks closer; one that was not must still look, for a gateway that lost power does not know.
+	// Replayed: these records were sent before, or may have been, or come from a backlog that newer ones went ahead
+	// of. A receiver that was told so looks closer; one that was not must still look, for a gateway that lost power
+	// does not know.
 	Replayed bool
+	// Behind, if not 0: these records went ahead of a backlog. The lane's sequences from Behind up to First that have not
+	// come are still to come; those below Behind have all been sent.
+	Behind uint64
 }
 
 // BatchEncoder makes batches. It holds about 700 KiB. One goroutine at a time may use it.
@@ -84,6 +90,9 @@ func (e *BatchEncoder) Append(dst []byte, h BatchHeader, records []byte) []byte 
 	if h.Replayed {
 		pairs++
 	}
+	if h.Behind != 0 {
+		pairs++
+	}
 	dst = appendHead(dst, cborMap, pairs)
 	dst = append(dst, keyVersion, Version, keyGateway)
 	dst = appendText(dst, h.Gateway)
@@ -111,7 +120,11 @@ func (e *BatchEncoder) Append(dst []byte, h BatchHeader, records []byte) []byte 
 	dst = e.zstd.EncodeAll(records, dst)
 	body := dst[start+maxHead:]
 	dst = appendHead(dst[:start], cborBytes, uint64(len(body)))
-	return append(dst, body...) // moves down within the same array: append copies like memmove
+	dst = append(dst, body...) // moves down within the same array: append copies like memmove
+	if h.Behind != 0 {
+		dst = appendHead(append(dst, keyBehind), cborUint, h.Behind)
+	}
+	return dst
 }
 
 // Batch is a decoded batch: message i has sequence First+i.
@@ -143,7 +156,7 @@ func DecodeBatchLimit(b []byte, maxRaw int) (*Batch, error) {
 	batch := &Batch{
 		BatchHeader: BatchHeader{
 			Gateway: h.Gateway, Epoch: h.Epoch, Lane: h.Lane, First: h.First, Count: int(h.Count),
-			Sent: h.Sent, Replayed: h.Flags&batchReplayed != 0,
+			Sent: h.Sent, Replayed: h.Flags&batchReplayed != 0, Behind: h.Behind,
 		},
 		RawSize: int(h.RawSize),
 	}
@@ -179,6 +192,7 @@ type header struct {
 	Flags   uint64 `cbor:"7,keyasint"`
 	RawSize uint64 `cbor:"8,keyasint"`
 	Body    []byte `cbor:"9,keyasint"`
+	Behind  uint64 `cbor:"10,keyasint"`
 }
 
 // minRecord is the size of the smallest record: an array head and five elements of one byte each.
@@ -208,6 +222,8 @@ func decodeHeader(b []byte) (*header, error) {
 		return nil, fmt.Errorf("%w: gateway, epoch or lane is missing", ErrFormat)
 	case h.First == 0 || h.Count == 0 || h.First > math.MaxUint64-h.Count:
 		return nil, fmt.Errorf("%w: %d messages from sequence %d", ErrFormat, h.Count, h.First)
+	case h.Behind > h.First:
+		return nil, fmt.Errorf("%w: a backlog from %d on is not behind sequence %d", ErrFormat, h.Behind, h.First)
 	case h.Count > h.RawSize/minRecord:
 		return nil, fmt.Errorf("%w: %d messages in %d bytes", ErrFormat, h.Count, h.RawSize)
 	}

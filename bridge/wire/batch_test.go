@@ -52,6 +52,7 @@ func TestBatchIsReadBack(t *testing.T) {
 			First: rapid.Uint64Range(1, 1<<63).Draw(t, "first"), Count: len(messages),
 			Sent: rapid.Int64().Draw(t, "sent"), Replayed: rapid.Bool().Draw(t, "replayed"),
 		}
+		h.Behind = rapid.Uint64Range(0, h.First).Draw(t, "behind")
 		var raw []byte
 		for _, m := range messages {
 			raw = append(raw, encodeRecord(t, m)...)
@@ -125,6 +126,9 @@ func TestBatchIsDeterministicCBOR(t *testing.T) {
 			messages := telemetry(7, n)
 			h := header
 			h.Count, h.Replayed = n, replayed
+			if replayed {
+				h.Behind = 17
+			}
 			got := wire.NewBatchEncoder().Append(nil, h, records(t, messages))
 			var open map[uint64]any
 			if err := cbor.Unmarshal(got, &open); err != nil {
@@ -148,7 +152,7 @@ func TestDecodeBatchSkipsWhatALaterVersionAdds(t *testing.T) {
 	}
 	f := fields(t, append(raw, later...), 3)
 	f[7] = 1 | 1<<40
-	f[10], f[1000] = "new", map[string]any{"a": []int{1, 2}}
+	f[11], f[1000] = "new", map[string]any{"a": []int{1, 2}}
 	b, err := wire.DecodeBatch(encode(t, f))
 	if err != nil {
 		t.Fatal(err)

@@ -2,11 +2,11 @@ package spool
 
 import "time"
 
-// SetClock gives a spool the clock by which it tells how old messages are. Call it before the first append.
-func SetClock(s *Spool, now func() time.Duration) {
+// SetElapsed gives a spool the clock by which a lane that drains live_first tells how old messages are. Call it before the first append.
+func SetElapsed(s *Spool, now func() time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.clock = func() time.Duration { return beforeOpen + now() }
+	s.elapsed = func() time.Duration { return beforeOpen + now() }
 }
 
 // DropBefore has a lane's rule drop the chunks that begin before seq.
