@@ -10,13 +10,15 @@ import (
 	"holdfast/spool"
 )
 
-// lane is one lane's way from its reader to the window: what was read and not yet cut waits in
+// lane is one lane's way from its reader to the window, or that of its backlog: what was read and not yet cut waits in
 // the stage. Only Run's goroutine uses it.
 type lane struct {
 	Reader
-	name   string
-	rank   int // 0 is the first in priority, and its index in every table
-	format string
+	name    string
+	index   int  // in every table
+	rank    int  // 0 is the first in priority
+	backlog bool // newer messages of the lane go ahead
+	format  string
 
 	// The stage: count records in raw, the first at pos. In the batch format the buffer is reused, else sent
 	// payloads are slices of it and it is made anew.
@@ -24,6 +26,7 @@ type lane struct {
 	raw   []byte
 	buf   []byte
 	count int
+	since uint64    // the newest's: where the backlog begins that they go ahead of; 0: there is none
 	held  spool.Run // was read, but does not follow the stage without a hole
 	dry   bool      // nothing to read until the source says so
 	left  bool      // the stage is what a cut left over: it has waited long enough
@@ -65,6 +68,7 @@ func (l *lane) fill(want int) error {
 		if l.count == 0 {
 			l.pos, l.left = run.Pos, false
 		}
+		l.since = run.Behind
 		l.count += run.Count
 		if l.format != FormatBatch {
 			l.raw = bytes.Clone(run.Raw)
@@ -129,7 +133,7 @@ func (b *Bridge) cut(l *lane, maxRaw int) piece {
 	if l.format == FormatBatch && l.pos.Seq >= l.singleTo {
 		maxRecords = b.cfg.Tuning.BatchRecords
 	}
-	if l.count > 0 && b.suspicion.convicts(l.rank, l.pos.Seq) {
+	if l.count > 0 && b.suspicion.convicts(l.index, l.pos.Seq) {
 		return b.convict(l)
 	}
 	r := &b.record
@@ -165,21 +169,22 @@ func (b *Bridge) cut(l *lane, maxRaw int) piece {
 	p := piece{flight: l.take(size, n), send: true}
 	p.message = Message{Lane: l.name, Seq: first, Count: n}
 	m := &p.message
-	replayed := first < l.sentUpTo
+	replayed := l.backlog || first < l.sentUpTo
+	behind := min(l.since, first)
 	switch l.format {
 	case FormatBatch:
 		if n == 1 {
 			p.flight.record = bytes.Clone(raw) // the stage will be written over
 		}
 		b.scratch = b.batch.Append(b.scratch[:0], wire.BatchHeader{
-			Gateway: b.gateway, Epoch: b.epoch, Lane: l.name, First: first, Count: n, Sent: nowMS, Replayed: replayed,
+			Gateway: b.gateway, Epoch: b.epoch, Lane: l.name, First: first, Count: n, Sent: nowMS, Replayed: replayed, Behind: behind,
 		}, raw)
 		m.Topic, m.Payload = l.topic, bytes.Clone(b.scratch)
 		l.ratio += (float64(size)/float64(len(m.Payload)) - l.ratio) / 8
 	case FormatCloudEvents:
 		p.flight.record = raw
 		var err error
-		b.scratch, err = wire.AppendCloudEvent(b.scratch[:0], b.gateway, b.epoch, l.name, first, wireMessage(r), replayed)
+		b.scratch, err = wire.AppendCloudEvent(b.scratch[:0], b.gateway, b.epoch, l.name, first, wireMessage(r), replayed, behind)
 		if err != nil {
 			p.flight.reason = err.Error()
 			return piece{flight: p.flight, outcome: spool.Parked}
