@@ -454,7 +454,8 @@ func (b *Bridge) lingers(l *lane, want int, now time.Duration) time.Duration {
 }
 
 // fits tells whether a lane may send now. One that is owed its share may use the whole window. A backlog that is owed
-// nothing leaves a place for the next of the lane's newest messages.
+// nothing leaves a place for the next of the lane's newest messages, and puts half as many bytes before it on the
+// link as may be in flight: enough to fill any link whose round trip is under a second.
 func (b *Bridge) fits(i int, owed bool) bool {
 	if b.suspicion.probing() {
 		return b.window.sends == 0
@@ -465,7 +466,7 @@ func (b *Bridge) fits(i int, owed bool) bool {
 	}
 	sends, bytes := room(b.cfg.Window, rank, b.ranks), room(b.pace.limit, rank, b.ranks)
 	if b.lanes[i].backlog && !b.turns.owed(i) {
-		sends, bytes = beside(sends), beside(bytes)
+		sends, bytes = max(sends-max(sends/8, 1), 1), max(bytes/2, 1)
 	}
 	return b.window.sends < sends && b.window.bytes < bytes
 }

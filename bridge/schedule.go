@@ -144,6 +144,3 @@ func room(n, rank, ranks int) int {
 	}
 	return max(n-reserve, 1)
 }
-
-// beside is how much of a lane's room of n its backlog may fill.
-func beside(n int) int { return max(n-max(n/8, 1), 1) }

@@ -105,6 +105,8 @@ type inbox struct {
 	arrivals map[string]*firmwaresim.Arrivals // of simulated devices, by the prefix of their ids; see fleet
 	others   []cloud.Delivery                 // messages of other devices, in the order of arrival
 	errors   []error
+
+	late map[string]uint64 // by lane: the last sequence that came after a higher one; nil: nobody looks
 }
 
 func newInbox() *inbox {
@@ -145,6 +147,12 @@ func (b *inbox) take(topic string, payload []byte) {
 	for _, d := range all {
 		if d.Kind != cloud.Message {
 			continue
+		}
+		if b.late != nil && d.Late {
+			if d.ID.Seq <= b.late[d.ID.Lane] || !d.Replayed {
+				b.errors = append(b.errors, fmt.Errorf("%s came after %d of the backlog, replayed: %v", d.ID, b.late[d.ID.Lane], d.Replayed))
+			}
+			b.late[d.ID.Lane] = d.ID.Seq
 		}
 		p, err := firmwaresim.ParsePayload(d.Message.Payload)
 		if err != nil {

@@ -141,6 +141,8 @@ type Account struct {
 	Evicted   Count  `json:"evicted"`
 	Parked    Count  `json:"parked"`
 	Pending   Count  `json:"pending"`
+	Backlog   Count  `json:"backlog"` // of Pending: behind newer ones that went first
+	Islands   int    `json:"islands"`
 }
 
 // Balance returns an error if what was accepted is not what the other columns add up to.
