@@ -37,7 +37,8 @@ type Bridge struct {
 
 	// Only Run touches what follows.
 	start     time.Time
-	lanes     []*lane
+	lanes     []*lane // a lane that drains live_first is two here
+	ranks     int     // how many lanes there are
 	laneCount []laneCounters
 	window    *window
 	turns     *schedule
@@ -121,20 +122,27 @@ func NewFrom(cfg Config, gateway, epoch string, src Source, up Upstream, log *sl
 		systemTopics: newTopics(func(t string) string { return t }),
 		status:       Status{Name: cfg.Name, URL: cfg.URL, Format: cfg.Format, State: StateStopped},
 	}
-	shares := make([]int, len(readers))
+	shares, backfill := make([]int, len(readers)), make([]int, len(readers))
 	for i, r := range readers {
-		shares[i] = r.Share()
-		l := &lane{Reader: r, name: r.Lane(), rank: i, format: cfg.Format, ratio: 1, topic: wire.DataTopic(gateway, r.Lane())}
-		l.linger = cfg.Tuning.BatchLinger * time.Duration(i) / time.Duration(max(len(readers)-1, 1))
-		l.lastSend = -l.linger
-		if l.name == spool.SystemLane {
+		l := &lane{Reader: r, name: r.Lane(), index: i, rank: b.ranks, format: cfg.Format, ratio: 1, topic: wire.DataTopic(gateway, r.Lane())}
+		if backfill[i] = r.Backfill(); backfill[i] > 0 {
+			l.backlog = true
+			l.rank--
+		} else {
+			b.ranks++
+		}
+		if shares[i] = r.Share(); l.name == spool.SystemLane {
 			l.format = FormatPassthrough // announcements are for anyone to read
 			shares[i] = 0                // it goes first and is promised nothing
 		}
 		b.lanes = append(b.lanes, l)
 		b.laneCount = append(b.laneCount, m.lane(l.name))
 	}
-	b.turns = newSchedule(shares)
+	for _, l := range b.lanes {
+		l.linger = cfg.Tuning.BatchLinger * time.Duration(l.rank) / time.Duration(max(b.ranks-1, 1))
+		l.lastSend = -l.linger
+	}
+	b.turns = newSchedule(shares, backfill)
 	if cfg.Format == FormatBatch {
 		b.batch = wire.NewBatchEncoder()
 	}
@@ -450,15 +458,22 @@ func (b *Bridge) lingers(l *lane, want int, now time.Duration) time.Duration {
 	return max(l.lastSend+l.linger-now, 0)
 }
 
-// fits tells whether a lane may send now. One that is owed its share may use the whole window.
+// fits tells whether a lane may send now. One that is owed its share may use the whole window. A backlog that is owed
+// nothing leaves a place for the next of the lane's newest messages, and puts half as many bytes before it on the
+// link as may be in flight: enough to fill any link whose round trip is under a second.
 func (b *Bridge) fits(i int, owed bool) bool {
 	if b.suspicion.probing() {
 		return b.window.sends == 0
 	}
+	rank := b.lanes[i].rank
 	if owed {
-		i = 0
+		rank = 0
 	}
-	return b.window.sends < room(b.cfg.Window, i, len(b.lanes)) && b.window.bytes < room(b.pace.limit, i, len(b.lanes))
+	sends, bytes := room(b.cfg.Window, rank, b.ranks), room(b.pace.limit, rank, b.ranks)
+	if b.lanes[i].backlog && !b.turns.owed(i) {
+		sends, bytes = max(sends-max(sends/8, 1), 1), max(bytes/2, 1)
+	}
+	return b.window.sends < sends && b.window.bytes < bytes
 }
 
 func (b *Bridge) pass(i int, p piece) error {

@@ -10,13 +10,15 @@ import (
 	"holdfast/spool"
 )
 
-// lane is one lane's way from its reader to the window: what was read and not yet cut waits in
+// lane is one lane's way from its reader to the window, or that of its backlog: what was read and not yet cut waits in
 // the stage. Only Run's goroutine uses it.
 type lane struct {
 	Reader
-	name   string
-	rank   int // 0 is the first in priority, and its index in every table
-	format string
+	name    string
+	index   int  // in every table
+	rank    int  // 0 is the first in priority
+	backlog bool // newer messages of the lane go ahead
+	format  string
 
 	// The stage: count records in raw, the first at pos. In the batch format the buffer is reused, else sent
 	// payloads are slices of it and it is made anew.
@@ -25,6 +27,7 @@ type lane struct {
 	buf   []byte
 	count int
 	times spool.Times // of the stage
+	since uint64      // the newest's: where the backlog begins that they go ahead of; 0: there is none
 	held  spool.Run   // was read, but does not follow the stage without a hole, or has other times
 	dry   bool        // nothing to read until the source says so
 	left  bool        // the stage is what a cut left over: it has waited long enough
@@ -77,6 +80,7 @@ func (l *lane) fill(want int) error {
 		if l.count == 0 {
 			l.pos, l.times, l.left = run.Pos, run.Times, false
 		}
+		l.since = run.Behind
 		l.count += run.Count
 		if l.format != FormatBatch {
 			l.raw = bytes.Clone(run.Raw)
@@ -141,7 +145,7 @@ func (b *Bridge) cut(l *lane, maxRaw int) piece {
 	if l.format == FormatBatch && l.pos.Seq >= l.singleTo {
 		maxRecords = b.cfg.Tuning.BatchRecords
 	}
-	if l.count > 0 && b.suspicion.convicts(l.rank, l.pos.Seq) {
+	if l.count > 0 && b.suspicion.convicts(l.index, l.pos.Seq) {
 		return b.convict(l)
 	}
 	if left := b.inEpoch(l); uint64(maxRecords) > left {
@@ -184,12 +188,13 @@ func (b *Bridge) cut(l *lane, maxRaw int) piece {
 	p := piece{flight: l.take(size, n), send: true}
 	p.message = Message{Lane: l.name, Seq: first, Count: n}
 	m := &p.message
-	replayed := first < l.sentUpTo
 	var correction int64
 	corrected := false
 	if unsynced {
 		correction, corrected = l.times.Correction()
 	}
+	replayed := l.backlog || first < l.sentUpTo
+	behind := min(l.since, first)
 	switch l.format {
 	case FormatBatch:
 		if n == 1 {
@@ -197,7 +202,7 @@ func (b *Bridge) cut(l *lane, maxRaw int) piece {
 		}
 		b.scratch = b.batch.Append(b.scratch[:0], wire.BatchHeader{
 			Gateway: b.gateway, Epoch: l.epoch, Lane: l.name, First: first, Count: n, Sent: nowMS, Replayed: replayed,
-			Corrected: corrected, Correction: correction,
+			Corrected: corrected, Correction: correction, Behind: behind,
 		}, raw)
 		m.Topic, m.Payload = l.topic, bytes.Clone(b.scratch)
 		l.ratio += (float64(size)/float64(len(m.Payload)) - l.ratio) / 8
@@ -208,7 +213,7 @@ func (b *Bridge) cut(l *lane, maxRaw int) piece {
 			event.Correct(correction)
 		}
 		var err error
-		b.scratch, err = wire.AppendCloudEvent(b.scratch[:0], b.gateway, l.epoch, l.name, first, event, replayed)
+		b.scratch, err = wire.AppendCloudEvent(b.scratch[:0], b.gateway, l.epoch, l.name, first, event, replayed, behind)
 		if err != nil {
 			p.flight.reason = err.Error()
 			return piece{flight: p.flight, outcome: spool.Parked}

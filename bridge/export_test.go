@@ -43,7 +43,9 @@ func (w Window) Slots(lane int) int { return len(w.w.lanes[lane].ring) }
 // Schedule opens the schedule.
 type Schedule struct{ s *schedule }
 
-func NewSchedule(shares []int) Schedule { return Schedule{newSchedule(shares)} }
+func NewSchedule(shares []int) Schedule { return Schedule{newSchedule(shares, nil)} }
+
+func NewLiveSchedule(shares, backfill []int) Schedule { return Schedule{newSchedule(shares, backfill)} }
 
 func (s Schedule) Pick(waiting func(int) bool, fits func(int, bool) bool) int {
 	return s.s.pick(waiting, fits)

@@ -6,7 +6,8 @@ import "holdfast/spool"
 type Source interface {
 	// Ready has a token after each change that may have made something readable.
 	Ready() <-chan struct{}
-	// Readers are the lanes', the system lane's first, then by priority.
+	// Readers are the lanes', the system lane's first, then by priority. The reader of a lane's backlog follows that of its
+	// newest messages.
 	Readers() []Reader
 	Close()
 }
@@ -15,6 +16,7 @@ type Source interface {
 type Reader interface {
 	Lane() string
 	Share() int
+	Backfill() int
 	Next(maxBytes int) (spool.Run, error)
 	Rewind()
 	Resolve(end spool.Position, o spool.Outcome)

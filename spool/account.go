@@ -13,6 +13,11 @@ func (c *Count) add(from, to Position) {
 	c.Bytes += to.Bytes - from.Bytes
 }
 
+func (c *Count) sub(n Count) {
+	c.Messages -= n.Messages
+	c.Bytes -= n.Bytes
+}
+
 // Account is one upstream's ledger in one lane:
 // Accepted = Delivered + Expired + Evicted + Parked + Pending, in messages and in bytes.
 type Account struct {
@@ -24,12 +29,16 @@ type Account struct {
 	Evicted   Count  `json:"evicted"`
 	Parked    Count  `json:"parked"`
 	Pending   Count  `json:"pending"`
-	// Cursor is the next sequence to be delivered.
+	// Cursor is the oldest sequence that is pending, or the next to come.
 	Cursor uint64 `json:"cursor"`
+	// Backlog is what of Pending lies behind newer messages that were delivered first (drain: live_first), between
+	// Islands stretches of them.
+	Backlog Count `json:"backlog"`
+	Islands int   `json:"islands"`
 }
 
 // Balanced says whether every accepted message is in exactly one account. Pending is what lies
-// ahead of the cursor; the other accounts are counted one by one as messages end.
+// ahead of the cursor and on no island; the other accounts are counted one by one as messages end.
 func (a *Account) Balanced() bool {
 	return a.Accepted.Messages == a.Delivered.Messages+a.Expired.Messages+a.Evicted.Messages+a.Parked.Messages+a.Pending.Messages &&
 		a.Accepted.Bytes == a.Delivered.Bytes+a.Expired.Bytes+a.Evicted.Bytes+a.Parked.Bytes+a.Pending.Bytes
@@ -50,6 +59,10 @@ func (s *Spool) Accounts() []Account {
 				}
 				a.Accepted.add(c.row.Start, l.durable)
 				a.Pending.add(c.row.Pos, l.durable)
+				if a.Islands = len(c.row.Islands); a.Islands > 0 {
+					a.Pending.sub(c.row.apart())
+				}
+				a.Backlog = c.backlog()
 				all = append(all, a)
 			}
 		}
@@ -105,6 +118,10 @@ var (
 		"Messages stored that wait for an upstream. A steady rise means that the link is down or too slow.", []string{"upstream", "lane"}, nil)
 	descPendingBytes = prometheus.NewDesc("holdfast_spool_pending_bytes",
 		"Record bytes that wait for an upstream.", []string{"upstream", "lane"}, nil)
+	descBacklog = prometheus.NewDesc("holdfast_spool_backlog_messages",
+		"Pending messages behind newer ones that went first (drain: live_first). It falls while the link is up; a rise means that the link is too slow for both.", []string{"upstream", "lane"}, nil)
+	descIslands = prometheus.NewDesc("holdfast_spool_islands",
+		"Delivered stretches beyond the backlog. At 32 nothing more goes ahead of its turn until the backlog has reached one of them.", []string{"upstream", "lane"}, nil)
 	descAccepted = prometheus.NewDesc("holdfast_spool_accepted_messages_total",
 		"Messages stored.", []string{"lane"}, nil)
 	descKept = prometheus.NewDesc("holdfast_spool_kept_bytes",
@@ -117,7 +134,7 @@ var (
 
 // Describe implements prometheus.Collector.
 func (c collector) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{descEnded, descPending, descPendingBytes, descAccepted, descKept, descRefused, descBalanced} {
+	for _, d := range []*prometheus.Desc{descEnded, descPending, descPendingBytes, descBacklog, descIslands, descAccepted, descKept, descRefused, descBalanced} {
 		ch <- d
 	}
 }
@@ -134,6 +151,8 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 		}
 		send(descPending, prometheus.GaugeValue, a.Pending.Messages, a.Upstream, a.Lane)
 		send(descPendingBytes, prometheus.GaugeValue, a.Pending.Bytes, a.Upstream, a.Lane)
+		send(descBacklog, prometheus.GaugeValue, a.Backlog.Messages, a.Upstream, a.Lane)
+		send(descIslands, prometheus.GaugeValue, uint64(a.Islands), a.Upstream, a.Lane)
 		send(descEnded, prometheus.CounterValue, a.Delivered.Messages, a.Upstream, a.Lane, "delivered")
 		send(descEnded, prometheus.CounterValue, a.Expired.Messages, a.Upstream, a.Lane, "expired")
 		send(descEnded, prometheus.CounterValue, a.Evicted.Messages, a.Upstream, a.Lane, "evicted")

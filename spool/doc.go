@@ -10,7 +10,8 @@
 // message only after its fsync, in every durability mode: nothing leaves the gateway that a power
 // cut could take back, so no number ever names two messages.
 //
-// A Reader hands out records in the order of their sequences. Resolve moves its durable cursor.
+// A Reader hands out records in the order of their sequences. A lane that drains live_first has two, of the newest messages
+// and of the backlog, see live.go; what follows holds for each. Resolve moves its durable cursor.
 // After a crash a reader begins at the cursor as it was last committed, at most one second of
 // resolved messages back: those are sent again, under the same ids.
 //

@@ -57,7 +57,7 @@ func keyParked(lane byte, seq uint64, upstream string) []byte {
 	return append(binary.BigEndian.AppendUint64([]byte{kv.PrefixParked, lane}, seq), upstream...)
 }
 
-// rowV1 is the first byte of laneRow, cursorRow and parkedRow; the numbers that follow are varints.
+// rowV1 is the first byte of laneRow, of cursorRow without islands and of parkedRow; the numbers that follow are varints.
 // Written to disk: never renumber, never reuse.
 const rowV1 = 1
 
@@ -85,15 +85,28 @@ func (r *laneRow) parse(b []byte) error {
 		&r.Expired.Messages, &r.Expired.Bytes, &r.Evicted.Messages, &r.Evicted.Bytes)
 }
 
-// cursorRow is how far an upstream is in a lane, and how what lies before ended.
-// Pos - Start = Delivered + Expired + Evicted + Parked, in messages and in bytes.
+// cursorRow is how far an upstream is in a lane, and how what it is through with ended.
+// Pos - Start, and Islands, = Delivered + Expired + Evicted + Parked, in messages and in bytes.
 type cursorRow struct {
 	Start, Pos                          Position
 	Delivered, Expired, Evicted, Parked Count
+	// Islands are stretches beyond Pos that have an end already: in order, no two touch, none touches Pos.
+	Islands []island
 }
 
+// island is a stretch of messages, to exclusive.
+type island struct{ from, to Position }
+
+// rowV2 is a cursorRow with islands: how many, then the four numbers of each. A reader that knew only version 1
+// would send them once more and count them twice.
+const rowV2 = 2
+
 func (r *cursorRow) append(dst []byte) []byte {
-	dst = append(dst, rowV1)
+	version := byte(rowV1)
+	if len(r.Islands) > 0 {
+		version = rowV2
+	}
+	dst = append(dst, version)
 	for _, n := range [...]uint64{
 		r.Start.Seq, r.Start.Bytes, r.Pos.Seq, r.Pos.Bytes,
 		r.Delivered.Messages, r.Delivered.Bytes, r.Expired.Messages, r.Expired.Bytes,
@@ -101,19 +114,65 @@ func (r *cursorRow) append(dst []byte) []byte {
 	} {
 		dst = binary.AppendUvarint(dst, n)
 	}
+	if version == rowV2 {
+		dst = binary.AppendUvarint(dst, uint64(len(r.Islands)))
+		for _, i := range r.Islands {
+			for _, n := range [...]uint64{i.from.Seq, i.from.Bytes, i.to.Seq, i.to.Bytes} {
+				dst = binary.AppendUvarint(dst, n)
+			}
+		}
+	}
 	return dst
 }
 
 func (r *cursorRow) parse(b []byte) error {
-	return parseRow(b, "cursor", &r.Start.Seq, &r.Start.Bytes, &r.Pos.Seq, &r.Pos.Bytes,
+	version, b, err := rowVersion(b, "cursor", rowV2)
+	if err != nil {
+		return err
+	}
+	b, err = parseNumbers(b, "cursor", &r.Start.Seq, &r.Start.Bytes, &r.Pos.Seq, &r.Pos.Bytes,
 		&r.Delivered.Messages, &r.Delivered.Bytes, &r.Expired.Messages, &r.Expired.Bytes,
 		&r.Evicted.Messages, &r.Evicted.Bytes, &r.Parked.Messages, &r.Parked.Bytes)
+	r.Islands = nil
+	if err != nil || version == rowV1 {
+		return err
+	}
+	var count uint64
+	if b, err = parseNumbers(b, "cursor", &count); err != nil {
+		return err
+	}
+	if count > uint64(len(b)/4) {
+		return fmt.Errorf("cursor row: %w: %d islands in %d bytes", ErrCorrupt, count, len(b))
+	}
+	r.Islands = make([]island, count)
+	last := r.Pos
+	for k := range r.Islands {
+		i := &r.Islands[k]
+		if b, err = parseNumbers(b, "cursor", &i.from.Seq, &i.from.Bytes, &i.to.Seq, &i.to.Bytes); err != nil {
+			return err
+		}
+		if i.from.Seq <= last.Seq || i.from.Bytes < last.Bytes || i.to.Seq <= i.from.Seq || i.to.Bytes < i.from.Bytes {
+			return fmt.Errorf("cursor row: %w: island %d to %d behind %d", ErrCorrupt, i.from.Seq, i.to.Seq, last.Seq)
+		}
+		last = i.to
+	}
+	return nil
 }
 
-// balanced says whether everything before the cursor has exactly one end.
+// balanced says whether everything that the upstream is through with has exactly one end.
 func (r *cursorRow) balanced() bool {
-	return r.Pos.Seq-r.Start.Seq == r.Delivered.Messages+r.Expired.Messages+r.Evicted.Messages+r.Parked.Messages &&
-		r.Pos.Bytes-r.Start.Bytes == r.Delivered.Bytes+r.Expired.Bytes+r.Evicted.Bytes+r.Parked.Bytes
+	through := r.apart()
+	through.add(r.Start, r.Pos)
+	return through.Messages == r.Delivered.Messages+r.Expired.Messages+r.Evicted.Messages+r.Parked.Messages &&
+		through.Bytes == r.Delivered.Bytes+r.Expired.Bytes+r.Evicted.Bytes+r.Parked.Bytes
+}
+
+// apart is what the islands hold.
+func (r *cursorRow) apart() (n Count) {
+	for _, i := range r.Islands {
+		n.add(i.from, i.to)
+	}
+	return n
 }
 
 func (r *cursorRow) outcome(o Outcome) *Count {
@@ -131,22 +190,37 @@ func (r *cursorRow) outcome(o Outcome) *Count {
 	panic(fmt.Sprintf("spool: outcome %d", o))
 }
 
+// parseRow reads a row of version 1. More fields may follow in later versions of this program.
 func parseRow(b []byte, what string, fields ...*uint64) error {
+	_, b, err := rowVersion(b, what, rowV1)
+	if err != nil {
+		return err
+	}
+	_, err = parseNumbers(b, what, fields...)
+	return err
+}
+
+// rowVersion takes the version off a row.
+func rowVersion(b []byte, what string, newest byte) (version byte, rest []byte, err error) {
 	if len(b) == 0 {
-		return fmt.Errorf("%s row: %w: empty", what, ErrCorrupt)
+		return 0, nil, fmt.Errorf("%s row: %w: empty", what, ErrCorrupt)
 	}
-	if b[0] != rowV1 {
-		return fmt.Errorf("%s row: %w %d", what, ErrVersion, b[0])
+	if b[0] < rowV1 || b[0] > newest {
+		return 0, nil, fmt.Errorf("%s row: %w %d", what, ErrVersion, b[0])
 	}
-	b = b[1:]
+	return b[0], b[1:], nil
+}
+
+// parseNumbers takes varints off a row.
+func parseNumbers(b []byte, what string, fields ...*uint64) (rest []byte, err error) {
 	for _, f := range fields {
 		v, n := binary.Uvarint(b)
 		if n <= 0 {
-			return fmt.Errorf("%s row: %w: too short", what, ErrCorrupt)
+			return nil, fmt.Errorf("%s row: %w: too short", what, ErrCorrupt)
 		}
 		*f, b = v, b[n:]
 	}
-	return nil // more fields may follow in later versions
+	return b, nil
 }
 
 // parkedRow is a message that an upstream refused for good.

@@ -2,8 +2,10 @@ package spool
 
 import (
 	"fmt"
+	"slices"
 	"sync"
 	"sync/atomic"
+	"time"
 )
 
 // lane is one priority class.
@@ -41,6 +43,10 @@ type lane struct {
 	seen      uint64   // durable.Seq at the last tick, for quiet
 	quiet     int      // ticks since the last message
 	hurry     bool     // however little is finished with, it is wanted back
+
+	// Of a lane that drains live_first; see live.go.
+	marks      []mark        // in order
+	lastCommit time.Duration // by Spool.elapsed; 0: before the start
 }
 
 // cursor is an upstream's place in a lane.
@@ -51,6 +57,7 @@ type cursor struct {
 	row      cursorRow
 	holes    []hole // damaged stretches ahead, in order: they count as evicted once everything before is resolved
 	lost     []loss // what ended otherwise than delivered since the last commit, to be announced by the next
+	live     stream // of a lane that drains live_first; see live.go
 }
 
 type hole struct{ from, to Position }
@@ -226,6 +233,9 @@ func (l *lane) commit(b *block, end Position, memtable uint64) {
 		l.memtables = append(l.memtables, memtableMark{memtable, l.durable})
 		l.recent = nil // what an earlier memtable took is excised, not deleted
 	}
+	if l.cfg.Drain == LiveFirst {
+		l.mark()
+	}
 	l.durable = end
 	for i := range b.chunks {
 		m := &b.chunks[i]
@@ -298,24 +308,108 @@ func (l *lane) cursor(upstream string) *cursor {
 	return nil
 }
 
-// resolve moves the cursor to end. What lies between ended as how says, but for the holes in it. The caller holds mu.
-func (c *cursor) resolve(end Position, how loss) {
-	for c.row.Pos.Seq < end.Seq || c.atHole() {
+// resolve moves the cursor to end. What lies between and has no end yet ended as how says, but for the holes in it. The
+// caller holds mu.
+func (c *cursor) resolve(end Position, how loss) { c.resolveFrom(c.row.Pos, end, how) }
+
+// resolveFrom ends what has no end yet from from to end as how says, but for the holes in it, and the hole that
+// follows. It returns the place behind. The caller holds mu.
+func (c *cursor) resolveFrom(from, end Position, how loss) Position {
+	for at := c.past(from); ; at = c.past(at) {
+		h := c.hole(at)
 		part := how
-		part.from, part.to = c.row.Pos, end
-		if c.atHole() {
-			part = loss{from: c.row.Pos, to: c.holes[0].to, outcome: Evicted, reason: gapDamaged}
-			c.holes = c.holes[1:]
-		} else if len(c.holes) > 0 && c.holes[0].from.Seq < end.Seq {
-			part.to = c.holes[0].from
+		part.from, part.to = at, end
+		switch {
+		case h != nil && h.from.Seq <= at.Seq:
+			part = loss{from: at, to: h.to, outcome: Evicted, reason: gapDamaged}
+		case at.Seq >= end.Seq:
+			return at
+		case h != nil && h.from.Seq < end.Seq:
+			part.to = h.from
+		}
+		if i := c.nextIsland(at); i < len(c.row.Islands) && c.row.Islands[i].from.Seq < part.to.Seq {
+			part.to = c.row.Islands[i].from
+		}
+		// What is known of the time is that of the two ends.
+		if part.from != from {
+			part.fromMS = 0
+		}
+		if part.to != end {
+			part.toMS = 0
 		}
 		c.row.outcome(part.outcome).add(part.from, part.to)
-		c.row.Pos = part.to
-		c.dirty = true
+		c.through(part.from, part.to)
 		if part.reason != "" {
 			c.lose(part)
 		}
+		at = part.to
 	}
+}
+
+// through notes that from..to has an end.
+func (c *cursor) through(from, to Position) {
+	c.dirty = true
+	is := c.row.Islands
+	if from.Seq <= c.row.Pos.Seq {
+		c.row.Pos = to
+		for len(is) > 0 && is[0].from.Seq <= c.row.Pos.Seq {
+			c.row.Pos = is[0].to
+			is = is[1:]
+		}
+		if len(is) < len(c.row.Islands) {
+			c.row.Islands = slices.Clone(is)
+		}
+	} else {
+		i := c.nextIsland(from)
+		before, after := i > 0 && is[i-1].to == from, i < len(is) && is[i].from == to
+		switch {
+		case before && after:
+			is[i-1].to = is[i].to
+			c.row.Islands = slices.Delete(is, i, i+1)
+		case before:
+			is[i-1].to = to
+		case after:
+			is[i].from = from
+		default:
+			c.row.Islands = slices.Insert(is, i, island{from, to})
+		}
+	}
+	if len(c.holes) > 0 {
+		c.holes = slices.DeleteFunc(c.holes, func(h hole) bool { return c.past(h.from).Seq >= h.to.Seq })
+	}
+}
+
+// past returns the first place from p on that has no end yet.
+func (c *cursor) past(p Position) Position {
+	if p.Seq < c.row.Pos.Seq {
+		return c.row.Pos
+	}
+	if len(c.row.Islands) > 0 {
+		if i := c.nextIsland(p); i > 0 && p.Seq < c.row.Islands[i-1].to.Seq {
+			return c.row.Islands[i-1].to
+		}
+	}
+	return p
+}
+
+// nextIsland is the index of the first island that begins behind p.
+func (c *cursor) nextIsland(p Position) int {
+	for i := range c.row.Islands {
+		if c.row.Islands[i].from.Seq > p.Seq {
+			return i
+		}
+	}
+	return len(c.row.Islands)
+}
+
+// hole returns the first hole that ends behind p, nil if there is none.
+func (c *cursor) hole(p Position) *hole {
+	for i := range c.holes {
+		if c.holes[i].to.Seq > p.Seq {
+			return &c.holes[i]
+		}
+	}
+	return nil
 }
 
 // lose notes a loss, as one with the last if it goes on with it.
@@ -328,13 +422,6 @@ func (c *cursor) lose(part loss) {
 		}
 	}
 	c.lost = append(c.lost, part)
-}
-
-func (c *cursor) atHole() bool {
-	for len(c.holes) > 0 && c.holes[0].to.Seq <= c.row.Pos.Seq {
-		c.holes = c.holes[1:] // a rule took it together with what lay before
-	}
-	return len(c.holes) > 0 && c.holes[0].from.Seq <= c.row.Pos.Seq
 }
 
 // advanceHead moves the lane's head to the slowest upstream. The caller holds mu.

@@ -3,6 +3,7 @@ package spool
 import (
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/cockroachdb/pebble/v2"
 )
@@ -30,8 +31,16 @@ func (s *Spool) Consumer(upstream string, lanes []string) (*Consumer, error) {
 		}
 	}
 	for _, l := range s.lanes {
-		if cur := l.cursor(upstream); cur != nil && cur.active {
-			c.readers = append(c.readers, &Reader{s: s, l: l, cur: cur, pos: cur.row.Pos})
+		cur := l.cursor(upstream)
+		if cur == nil || !cur.active {
+			continue
+		}
+		cur.restart()
+		r := &Reader{s: s, l: l, cur: cur, pos: cur.row.Pos}
+		c.readers = append(c.readers, r)
+		if l.cfg.Drain == LiveFirst {
+			r.part, r.pos = newest, cur.live.done
+			c.readers = append(c.readers, &Reader{s: s, l: l, cur: cur, part: backlog, pos: cur.row.Pos})
 		}
 	}
 	s.consumers = append(s.consumers, c)
@@ -42,7 +51,8 @@ func (s *Spool) Consumer(upstream string, lanes []string) (*Consumer, error) {
 // Ready receives after a commit or a rule may have changed what there is to read.
 func (c *Consumer) Ready() <-chan struct{} { return c.ready }
 
-// Lanes returns the readers: the system lane's first, then in the order of the configuration.
+// Lanes returns the readers: the system lane's first, then in the order of the configuration. A lane that drains
+// live_first has two: that of the newest messages, then that of the backlog.
 func (c *Consumer) Lanes() []*Reader { return c.readers }
 
 // Close ends the readers. Messages go on waiting for the upstream.
@@ -61,23 +71,35 @@ func (c *Consumer) Close() {
 	}
 }
 
-// Reader reads one lane for one upstream. Next, Rewind and the consumer's Close belong to one
+// Reader reads one lane for one upstream, or a part of it: the newest messages, or the backlog. Next, Rewind and the consumer's Close belong to one
 // goroutine; Resolve, Park and Cursor may be called from any.
 type Reader struct {
-	s   *Spool
-	l   *lane
-	cur *cursor // row and holes under Spool.mu
+	s    *Spool
+	l    *lane
+	cur  *cursor // all but upstream under Spool.mu
+	part part
 
 	// Only the reading goroutine touches what follows.
 	pos  Position // of the next record
 	raw  []byte   // the current chunk's records from pos on
 	end  Position // of the current chunk
 	tms  Times    // of the current chunk
+	stop Position // of what may be read: an island begins there, or what is not this reader's
 	blk  *block   // owns raw; nil: buf does
 	buf  []byte
 	it   *pebble.Iterator
-	read int // bytes read with it
+	read int  // bytes read with it
+	seek bool // it is not near pos
 }
+
+// part is which messages of a lane a reader has.
+type part int
+
+const (
+	whole   part = iota // all, in order
+	newest              // from where the cursor's live stream is
+	backlog             // up to there
+)
 
 // maxIterBytes is how much is read with one iterator. An open iterator keeps excised tables on disk.
 const maxIterBytes = 32 << 20
@@ -89,6 +111,8 @@ type Run struct {
 	Count int
 	Raw   []byte // the records, back to back; see ParseRecord
 	Times Times
+	// Behind, if not 0, is the sequence from which on there is a backlog that these messages went ahead of.
+	Behind uint64
 }
 
 // End is the position after the run's last record.
@@ -102,6 +126,18 @@ func (r *Reader) Lane() string { return r.l.cfg.Name }
 // Share returns the percentage of the link that the lane gets at least.
 func (r *Reader) Share() int { return r.l.cfg.Share }
 
+// Backfill returns what the reader of a backlog gets of the lane's bytes while the lane's reader before it in
+// Consumer.Lanes has something, in percent; 0: this is no such reader.
+func (r *Reader) Backfill() int {
+	switch {
+	case r.part != backlog:
+		return 0
+	case r.l.cfg.BackfillShare <= 0:
+		return DefaultBackfillShare
+	}
+	return r.l.cfg.BackfillShare
+}
+
 // Cursor returns the position before which everything is resolved.
 func (r *Reader) Cursor() Position {
 	r.s.mu.Lock()
@@ -109,11 +145,20 @@ func (r *Reader) Cursor() Position {
 	return r.cur.row.Pos
 }
 
-// Rewind makes the next Next begin at the cursor again.
+// Rewind makes the next Next begin again with what the reader has not resolved.
 func (r *Reader) Rewind() {
 	r.forget()
 	r.closeIter()
-	r.pos = r.Cursor()
+	r.s.mu.Lock()
+	defer r.s.mu.Unlock()
+	r.pos = r.cur.row.Pos
+	if r.part == newest {
+		r.pos = r.cur.liveDone()
+		if len(r.cur.live.leaps) > 0 { // what was in flight between is read again
+			r.cur.live.leaps = nil
+			r.s.notify()
+		}
+	}
 }
 
 // Next returns the records that follow those it returned last, up to maxBytes of them but at
@@ -122,16 +167,28 @@ func (r *Reader) Rewind() {
 func (r *Reader) Next(maxBytes int) (Run, error) {
 	for {
 		r.s.mu.Lock()
-		if done := r.cur.row.Pos; r.pos.Seq < done.Seq { // a rule took what lay between
-			r.forget()
-			r.pos = done
-		}
+		r.advance(r.cur.past(r.pos)) // an island, or a rule took what lay between
 		durable := r.l.durable
-		if r.pos.Seq >= durable.Seq {
+		r.stop = durable
+		behind := uint64(0)
+		switch r.part {
+		case newest:
+			if len(r.raw) == 0 {
+				r.leap()
+			}
+			behind = r.cur.behind()
+		case backlog:
+			r.stop = r.cur.liveDone()
+		case whole:
+		}
+		if r.pos.Seq >= r.stop.Seq {
 			r.s.mu.Unlock()
 			r.forget()
 			r.closeIter()
 			return Run{}, nil
+		}
+		if i := r.cur.nextIsland(r.pos); i < len(r.cur.row.Islands) && r.cur.row.Islands[i].from.Seq < r.stop.Seq {
+			r.stop = r.cur.row.Islands[i].from
 		}
 		if len(r.raw) == 0 {
 			r.forget()
@@ -151,8 +208,37 @@ func (r *Reader) Next(maxBytes int) (Run, error) {
 			r.s.mu.Unlock()
 		}
 		if run, ok := r.cut(maxBytes); ok {
+			run.Behind = behind
 			return run, nil
 		}
+	}
+}
+
+// advance goes on to pos, which is not before where the reader is.
+func (r *Reader) advance(pos Position) {
+	if pos.Seq == r.pos.Seq {
+		return
+	}
+	if skip := pos.Bytes - r.pos.Bytes; skip < uint64(len(r.raw)) {
+		r.raw = r.raw[skip:]
+	} else {
+		r.forget()
+		r.seek = true
+	}
+	r.pos = pos
+}
+
+// leap goes on to the newest messages if the reader is too far behind them. The caller holds mu.
+func (r *Reader) leap() {
+	to, more := r.l.leap(r.cur, r.pos)
+	if to.Seq == r.pos.Seq {
+		return
+	}
+	r.s.cfg.Log.Info("newest messages go first, the backlog follows beside them", "upstream", r.cur.upstream, "lane", r.l.cfg.Name,
+		"first", r.pos.Seq, "last", to.Seq-1, "size_bytes", to.Bytes-r.pos.Bytes, "islands", len(r.cur.row.Islands))
+	r.pos, r.seek = to, true
+	if more {
+		r.s.notify()
 	}
 }
 
@@ -188,16 +274,22 @@ func (r *Reader) cut(maxBytes int) (Run, bool) {
 		return Run{}, false
 	}
 	run := Run{Pos: r.pos, Times: r.tms}
-	if len(r.raw) <= maxBytes {
-		run.Raw, run.Count = r.raw, int(r.end.Seq-r.pos.Seq)
+	raw, end := r.raw, r.end
+	if r.stop.Seq < end.Seq {
+		if n := r.stop.Bytes - r.pos.Bytes; n <= uint64(len(raw)) {
+			raw, end = raw[:n], r.stop
+		}
+	}
+	if len(raw) <= maxBytes {
+		run.Raw, run.Count = raw[:len(raw):len(raw)], int(end.Seq-r.pos.Seq)
 	} else {
 		n := 0
-		for n < len(r.raw) {
-			size := recordLen(r.raw[n:])
+		for n < len(raw) {
+			size := recordLen(raw[n:])
 			if size == 0 {
 				// The checksum held, so it was written like this: nothing a reader could mend.
 				r.forget()
-				r.pass(r.end, errors.New("chunk holds something that is not a record"))
+				r.pass(end, errors.New("chunk holds something that is not a record"))
 				return Run{}, false
 			}
 			if run.Count > 0 && n+size > maxBytes {
@@ -206,7 +298,7 @@ func (r *Reader) cut(maxBytes int) (Run, bool) {
 			n += size
 			run.Count++
 		}
-		run.Raw = r.raw[:n:n]
+		run.Raw = raw[:n:n]
 	}
 	r.raw = r.raw[len(run.Raw):]
 	r.pos = run.End()
@@ -216,7 +308,7 @@ func (r *Reader) cut(maxBytes int) (Run, bool) {
 // load makes the stored chunk that holds pos the current one, or the first one after it if pos is
 // missing. It may return with nothing current, and is then called again.
 func (r *Reader) load(durable Position) error {
-	fresh := r.it == nil || r.read > maxIterBytes
+	fresh := r.it == nil || r.seek || r.read > maxIterBytes
 	var ok bool
 	if fresh {
 		r.closeIter()
@@ -224,7 +316,7 @@ func (r *Reader) load(durable Position) error {
 		if err != nil {
 			return err
 		}
-		r.it, r.read = it, 0
+		r.it, r.read, r.seek = it, 0, false
 		if ok = it.SeekLT(keyData(r.l.number, r.pos.Seq+1)); !ok && it.Error() == nil {
 			ok = it.First()
 		}
@@ -277,8 +369,11 @@ func (r *Reader) passDamage(cause error, durable Position) error {
 	return nil
 }
 
-// pass goes on at to: what lies between is lost.
+// pass goes on at to, or where what this reader may read ends: what lies between is lost.
 func (r *Reader) pass(to Position, cause error) {
+	if r.stop.Seq < to.Seq {
+		to = r.stop
+	}
 	r.damaged(r.pos, to, cause)
 	r.pos = to
 	r.closeIter()
@@ -327,13 +422,22 @@ func (r *Reader) damaged(from, to Position, cause error) {
 		}
 	}
 	r.s.cfg.Log.Error("messages are damaged on disk", "lane", r.l.cfg.Name, "first", from.Seq, "last", to.Seq-1, "err", cause)
-	r.cur.holes = append(r.cur.holes, hole{from, to})
-	r.cur.resolve(r.cur.row.Pos, loss{}) // the hole may begin right at the cursor
+	i := 0
+	for i < len(r.cur.holes) && r.cur.holes[i].from.Seq <= from.Seq {
+		i++
+	}
+	r.cur.holes = slices.Insert(r.cur.holes, i, hole{from, to})
+	// The hole may begin right at the cursor.
+	if r.part == newest {
+		r.cur.resolveLive(r.cur.liveDone(), loss{})
+	} else {
+		r.cur.resolve(r.cur.row.Pos, loss{})
+	}
 	r.s.advanceHead(r.l)
 }
 
-// Resolve ends everything from the cursor up to end (exclusive) as o. An end at or before the
-// cursor changes nothing: a rule may have taken the messages meanwhile. The moved cursor is
+// Resolve ends everything that the reader has had up to end (exclusive) as o, ends being given in the order in which
+// they were read. An end before the last one changes nothing: a rule may have taken the messages meanwhile. The moved cursor is
 // durable with the next commit, within a second at most; what was not delivered is announced by it.
 func (r *Reader) Resolve(end Position, o Outcome) {
 	r.s.mu.Lock()
@@ -342,7 +446,7 @@ func (r *Reader) Resolve(end Position, o Outcome) {
 }
 
 func (r *Reader) resolve(end Position, o Outcome) {
-	if end.Seq <= r.cur.row.Pos.Seq {
+	if end.Seq <= r.cur.row.Pos.Seq || r.part == newest && end.Seq <= r.cur.live.done.Seq {
 		return
 	}
 	if end.Seq > r.l.durable.Seq {
@@ -360,11 +464,15 @@ func (r *Reader) resolve(end Position, o Outcome) {
 	case Elsewhere:
 		how.outcome, how.reason = Delivered, gapOther
 	}
-	r.cur.resolve(end, how)
+	if r.part != newest {
+		r.cur.resolve(end, how)
+	} else if more := r.cur.resolveLive(end, how); more {
+		r.s.notify()
+	}
 	r.s.advanceHead(r.l)
 }
 
-// Park ends everything from the cursor up to end as parked, and keeps record, the one just before
+// Park ends everything that the reader has had up to end as parked, and keeps record, the one just before
 // end, where an operator finds it. The two are one commit.
 func (r *Reader) Park(end Position, record []byte, reason string) error {
 	g, err := r.s.store.Begin(true)

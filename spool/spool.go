@@ -41,6 +41,9 @@ type LaneConfig struct {
 	MaxBytes int64         `yaml:"max_bytes"` // record bytes kept; 0: no limit
 	MaxAge   time.Duration `yaml:"max_age"`   // 0: no limit
 	WhenFull WhenFull      `yaml:"when_full"`
+	Drain    Drain         `yaml:"drain"` // "": in order
+	// BackfillShare is what the backlog gets of the lane's bytes while newer messages flow, in percent. 0: DefaultBackfillShare.
+	BackfillShare int `yaml:"backfill_share"`
 }
 
 // Config of a spool.
@@ -124,6 +127,8 @@ type Spool struct {
 	closeOnce sync.Once
 	tailMax   int64
 	replaying sync.Mutex // one Replay at a time: two would take the same message
+
+	elapsed func() time.Duration // since the spool was opened, and beforeOpen; only marks use it
 }
 
 // Open opens the spool in store, which it joins as the participant of the group commit. It takes
@@ -143,6 +148,8 @@ func Open(store *kv.Store, cfg Config) (*Spool, error) {
 		}
 	}
 	s.boot = s.clock.Boot()
+	opened := time.Now()
+	s.elapsed = func() time.Duration { return beforeOpen + time.Since(opened) }
 	if s.cfg.TailBytes <= 0 {
 		s.cfg.TailBytes = 4 << 20
 	}
@@ -251,6 +258,9 @@ func (s *Spool) openLanes() error {
 		l.expired, l.evicted = row.Expired, row.Evicted
 		l.setHead(row.Head)
 		l.safeHead, l.reclaimed = row.Head, row.Head
+		if c.Drain == LiveFirst {
+			l.marks = []mark{{end: l.durable}}
+		}
 		s.names[c.Name] = Lane(len(s.lanes))
 		s.lanes = append(s.lanes, l)
 	}
@@ -269,6 +279,7 @@ func (s *Spool) openCursors() error {
 				return fmt.Errorf("lane %q, upstream %q: %w", l.cfg.Name, c.upstream, err)
 			}
 			c.active = s.cfg.Upstreams == nil
+			c.restart()
 			l.cursors = append(l.cursors, c)
 			return nil
 		})
@@ -287,7 +298,7 @@ func (s *Spool) openCursors() error {
 		for _, c := range l.cursors {
 			if !c.active && c.row.Pos.Seq < l.durable.Seq {
 				s.cfg.Log.Warn("upstream is no longer configured, its messages no longer wait for it",
-					"upstream", c.upstream, "lane", l.cfg.Name, "pending", l.durable.Seq-c.row.Pos.Seq)
+					"upstream", c.upstream, "lane", l.cfg.Name, "pending", l.durable.Seq-c.row.Pos.Seq-c.row.apart().Messages)
 			}
 		}
 		s.advanceHead(l)

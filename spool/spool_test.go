@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -199,8 +200,9 @@ func numbers(t testing.TB, raw []byte, count int) (got []int) {
 			t.Fatal(err)
 		}
 		raw = raw[n:]
-		i := -1
-		if _, err := fmt.Sscanf(string(r.Payload), `{"n":%d,`, &i); err != nil {
+		number, _, _ := strings.Cut(strings.TrimPrefix(string(r.Payload), `{"n":`), ",")
+		i, err := strconv.Atoi(number)
+		if err != nil {
 			t.Fatalf("payload %q: %v", r.Payload, err)
 		}
 		if want := rec(i); !bytes.Equal(want.Payload, r.Payload) || r.Received != want.Received || !bytes.Equal(r.Topic, want.Topic) {

@@ -36,6 +36,9 @@ func (s *Spool) Verify(progress func(messages uint64)) (Report, error) {
 			if c.row.Pos.Seq > end.Seq || c.row.Pos.Bytes > end.Bytes {
 				problem("%s: cursor at %d is beyond the lane's end %d", name, c.row.Pos.Seq, end.Seq)
 			}
+			if n := len(c.row.Islands); n > 0 && (c.row.Islands[n-1].to.Seq > end.Seq || c.row.Islands[n-1].to.Bytes > end.Bytes) {
+				problem("%s: what was delivered ahead of the cursor ends at %d, beyond the lane's end %d", name, c.row.Islands[n-1].to.Seq, end.Seq)
+			}
 		}
 		s.mu.Unlock()
 		lr := LaneReport{Lane: l.cfg.Name}
@@ -126,6 +129,7 @@ func (s *Spool) Peek(name string, from uint64, limit int, fn func(seq uint64, r 
 	l := s.lanes[number]
 	s.mu.Lock()
 	pos, end := max(from, l.head.Seq), l.durable.Seq
+	through := l.throughAll()
 	s.mu.Unlock()
 	it, err := s.store.Iter(dataBounds(l.number))
 	if err != nil {
@@ -149,7 +153,10 @@ func (s *Spool) Peek(name string, from uint64, limit int, fn func(seq uint64, r 
 				return fmt.Errorf("lane %q, message %d: %w", name, seq, err)
 			}
 			raw = raw[n:]
-			if seq < pos {
+			for len(through) > 0 && through[0].to.Seq <= seq {
+				through = through[1:]
+			}
+			if seq < pos || len(through) > 0 && through[0].from.Seq <= seq {
 				continue
 			}
 			if err := fn(seq, &rec); err != nil {

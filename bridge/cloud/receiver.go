@@ -31,7 +31,7 @@ type Kind int
 const (
 	Message   Kind = iota // a device message, for the first time
 	Duplicate             // a message that came before: do not use it
-	Hole                  // sequences that were passed over and that no gap explains, so far
+	Hole                  // sequences that were passed over and that neither a gap nor a backlog explains, so far
 	Gap                   // a gateway announced that messages will not come
 	State                 // a gateway's birth or death
 	Event                 // something else on a gateway's topics
@@ -49,7 +49,7 @@ type Delivery struct {
 	// Message, Duplicate:
 	ID       wire.MessageID // zero for passthrough, which has no ids
 	Message  wire.Message   // for passthrough Topic and Payload only
-	Replayed bool           // the gateway says that it sent it before, or may have
+	Replayed bool           // the gateway says that it sent it before, or may have, or that it comes from a backlog
 	Late     bool           // a higher sequence of the lane came first
 
 	// Hole and Gap:
@@ -73,7 +73,7 @@ type Stats struct {
 	MessageBytes uint64 `json:"message_bytes"` // of their topics and payloads, as the devices sent them
 	Duplicates   uint64 `json:"duplicates"`
 	Passthrough  uint64 `json:"passthrough"` // of Messages: those without an id
-	Late         uint64 `json:"late"`        // of Messages: those that filled a hole or came before the first
+	Late         uint64 `json:"late"`        // of Messages: those that filled a hole, came from a backlog or before the first
 	Holes        uint64 `json:"holes"`       // holes seen, whether filled or explained later or not
 	Gaps         uint64 `json:"gaps"`        // announcements
 	Missing      uint64 `json:"missing"`     // now: sequences of all lanes that neither came nor were explained
@@ -84,10 +84,11 @@ type LaneStat struct {
 	Gateway string  `json:"gateway"`
 	Epoch   string  `json:"epoch"`
 	Lane    string  `json:"lane"`
-	First   uint64  `json:"first"` // the first sequence that ever came
+	First   uint64  `json:"first"` // the first sequence that ever came, or the one before a backlog that it went ahead of
 	Last    uint64  `json:"last"`  // the highest
 	Missing uint64  `json:"missing"`
-	Holes   []Range `json:"holes"` // where they are
+	Holes   []Range `json:"holes"`   // where they are
+	Awaited uint64  `json:"awaited"` // still to come from a backlog that newer messages went ahead of
 }
 
 // Receiver turns publishes into deliveries. All its methods may be called by many goroutines at once;
@@ -145,7 +146,7 @@ func (r *Receiver) receive(topic string, payload []byte) ([]Delivery, error) {
 		if b.Gateway != t.Gateway || b.Lane != t.Name {
 			return nil, fmt.Errorf("%s: batch of gateway %q, lane %q: %w", topic, b.Gateway, b.Lane, wire.ErrFormat)
 		}
-		return r.messages(topic, laneKey{b.Gateway, b.Epoch, b.Lane}, b.First, b.Messages, b.Replayed), nil
+		return r.messages(topic, laneKey{b.Gateway, b.Epoch, b.Lane}, b.First, b.Messages, b.Replayed, b.Behind), nil
 
 	case wire.KindMessage:
 		ev, err := wire.DecodeCloudEvent(payload)
@@ -155,7 +156,7 @@ func (r *Receiver) receive(topic string, payload []byte) ([]Delivery, error) {
 		if ev.ID.Gateway != t.Gateway || ev.Message.Device != t.Name {
 			return nil, fmt.Errorf("%s: event of gateway %q, device %q: %w", topic, ev.ID.Gateway, ev.Message.Device, wire.ErrFormat)
 		}
-		return r.messages(topic, laneKey{ev.ID.Gateway, ev.ID.Epoch, ev.ID.Lane}, ev.ID.Seq, []wire.Message{ev.Message}, ev.Replayed), nil
+		return r.messages(topic, laneKey{ev.ID.Gateway, ev.ID.Epoch, ev.ID.Lane}, ev.ID.Seq, []wire.Message{ev.Message}, ev.Replayed, ev.Behind), nil
 
 	case wire.KindGap:
 		g, err := wire.DecodeGap(payload)
@@ -201,7 +202,7 @@ func (r *Receiver) receive(topic string, payload []byte) ([]Delivery, error) {
 	}
 }
 
-func (r *Receiver) messages(topic string, key laneKey, first uint64, messages []wire.Message, replayed bool) []Delivery {
+func (r *Receiver) messages(topic string, key laneKey, first uint64, messages []wire.Message, replayed bool, behind uint64) []Delivery {
 	out := make([]Delivery, 0, len(messages)+1)
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -213,7 +214,7 @@ func (r *Receiver) messages(topic string, key laneKey, first uint64, messages []
 			ID: wire.MessageID{Gateway: key.gateway, Epoch: key.epoch, Lane: key.lane, Seq: first + uint64(i)},
 		}
 		var v verdict
-		v, holes = t.come(d.ID.Seq, holes[:0])
+		v, holes = t.come(d.ID.Seq, behind, holes[:0])
 		for _, h := range holes {
 			r.stats.Holes++
 			out = append(out, Delivery{Kind: Hole, Gateway: key.gateway, Topic: topic, Epoch: key.epoch, Lane: key.lane, Missing: h})
@@ -289,7 +290,7 @@ func (r *Receiver) Lanes() []LaneStat {
 	out := make([]LaneStat, 0, len(r.lanes))
 	for e := r.recent.Front(); e != nil; e = e.Next() {
 		t := e.Value.(*track)
-		out = append(out, LaneStat{t.key.gateway, t.key.epoch, t.key.lane, t.base, t.max, t.missing, t.holes()})
+		out = append(out, LaneStat{t.key.gateway, t.key.epoch, t.key.lane, t.base, t.max, t.missing, t.holes(), t.awaited()})
 	}
 	slices.SortFunc(out, func(a, b LaneStat) int {
 		return strings.Compare(a.Gateway+"\x00"+a.Lane+"\x00"+a.Epoch, b.Gateway+"\x00"+b.Lane+"\x00"+b.Epoch)

@@ -37,6 +37,12 @@ func message(lane string, seq uint64) wire.Message {
 // batch is a publish of the batch format with the messages of lane from first to last.
 func batch(t fataler, gateway, lane string, first, last uint64) (topic string, payload []byte) {
 	t.Helper()
+	return batchBehind(t, gateway, lane, first, last, 0)
+}
+
+// batchBehind is batch of messages that went ahead of a backlog from behind on.
+func batchBehind(t fataler, gateway, lane string, first, last, behind uint64) (topic string, payload []byte) {
+	t.Helper()
 	var raw []byte
 	for seq := first; seq <= last; seq++ {
 		m := message(lane, seq)
@@ -46,14 +52,20 @@ func batch(t fataler, gateway, lane string, first, last uint64) (topic string, p
 		}
 		raw = append(raw, b...)
 	}
-	h := wire.BatchHeader{Gateway: gateway, Epoch: epoch, Lane: lane, First: first, Count: int(last - first + 1)}
+	h := wire.BatchHeader{Gateway: gateway, Epoch: epoch, Lane: lane, First: first, Count: int(last - first + 1), Behind: behind}
 	return wire.DataTopic(gateway, lane), wire.NewBatchEncoder().Append(nil, h, raw)
 }
 
 // event is the same message in the cloudevents format.
 func event(t fataler, gateway, lane string, seq uint64) (topic string, payload []byte) {
 	t.Helper()
-	b, err := wire.AppendCloudEvent(nil, gateway, epoch, lane, seq, message(lane, seq), false)
+	return eventBehind(t, gateway, lane, seq, 0)
+}
+
+// eventBehind is event of a message that went ahead of a backlog from behind on.
+func eventBehind(t fataler, gateway, lane string, seq, behind uint64) (topic string, payload []byte) {
+	t.Helper()
+	b, err := wire.AppendCloudEvent(nil, gateway, epoch, lane, seq, message(lane, seq), false, behind)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -134,7 +146,7 @@ func TestReceiverTellsAStory(t *testing.T) {
 	// Lanes, gateways and epochs are apart.
 	step("10")(batch(t, "g", "alarm", 10, 10))
 	step("10")(batch(t, "h", "telemetry", 10, 10))
-	other, err := wire.AppendCloudEvent(nil, "g", "0190163d-8694-739b-aea5-966c26f8ad92", "telemetry", 1, message("telemetry", 1), false)
+	other, err := wire.AppendCloudEvent(nil, "g", "0190163d-8694-739b-aea5-966c26f8ad92", "telemetry", 1, message("telemetry", 1), false, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -213,11 +225,12 @@ func TestReceiverRefusesWithoutNotingAnything(t *testing.T) {
 // model is a receiver's lane as a map, with all it was told.
 type model struct {
 	seen, announced map[uint64]bool
-	base, max       uint64
+	base, sent, max uint64
 }
 
-func (m *model) missing() (holes []cloud.Range) {
-	for seq := m.base + 1; m.base > 0 && seq < m.max; seq++ {
+// open are the sequences after one and up to another that neither came nor were announced.
+func (m *model) open(after, last uint64) (holes []cloud.Range) {
+	for seq := after + 1; seq <= last; seq++ {
 		if m.seen[seq] || m.announced[seq] {
 			continue
 		}
@@ -229,6 +242,8 @@ func (m *model) missing() (holes []cloud.Range) {
 	}
 	return holes
 }
+
+func (m *model) missing() []cloud.Range { return m.open(m.base, m.sent) }
 
 func TestReceiverMatchesAMap(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
@@ -243,33 +258,31 @@ func TestReceiverMatchesAMap(t *testing.T) {
 			first = rapid.Uint64Range(1, 150).Draw(t, "first")
 			return lanes[name], gateway, lane, first, first + rapid.Uint64Range(0, 12).Draw(t, "more")
 		}
-		// expect is what the receiver must say when first..last come.
-		expect := func(m *model, first, last uint64) string {
+		// expect is what the receiver must say when first..last come, ahead of a backlog from behind on.
+		expect := func(m *model, first, last, behind uint64) string {
 			var out []string
 			for seq := first; seq <= last; seq++ {
-				switch {
-				case m.seen[seq]:
+				if m.seen[seq] {
 					out = append(out, fmt.Sprint("again ", seq))
-				case seq < m.max:
-					out = append(out, fmt.Sprint("late ", seq))
-				default:
-					before := m.missing()
-					if m.base == 0 {
-						m.base = seq
-					}
-					oldMax := m.max
-					m.max = seq
-					m.seen[seq] = true
-					for _, h := range m.missing() {
-						if h.First > oldMax && oldMax > 0 {
-							out = append(out, fmt.Sprintf("hole %d-%d", h.First, h.Last))
-						} else if len(before) == 0 {
-							t.Fatalf("the model is wrong: %v appeared below %d", h, oldMax)
-						}
-					}
-					out = append(out, fmt.Sprint(seq))
+					continue
+				}
+				sent := seq
+				if behind > 0 && behind < seq {
+					sent = behind - 1
+				}
+				if m.max == 0 {
+					m.base, m.sent = sent, sent
 				}
 				m.seen[seq] = true
+				for _, h := range m.open(max(m.base, m.sent), sent) {
+					out = append(out, fmt.Sprintf("hole %d-%d", h.First, h.Last))
+				}
+				if seq < m.max {
+					out = append(out, fmt.Sprint("late ", seq))
+				} else {
+					out = append(out, fmt.Sprint(seq))
+				}
+				m.sent, m.max = max(m.sent, sent), max(m.max, seq)
 			}
 			return strings.Join(out, ", ")
 		}
@@ -282,18 +295,24 @@ func TestReceiverMatchesAMap(t *testing.T) {
 			"batch": func(t *rapid.T) {
 				m, gateway, lane, first, last := draw(t)
 				topic, payload := batch(t, gateway, lane, first, last)
-				check(told(t, r, topic, payload), expect(m, first, last))
+				check(told(t, r, topic, payload), expect(m, first, last, 0))
+			},
+			"batch ahead of a backlog": func(t *rapid.T) {
+				m, gateway, lane, first, last := draw(t)
+				behind := rapid.Uint64Range(1, first).Draw(t, "behind")
+				topic, payload := batchBehind(t, gateway, lane, first, last, behind)
+				check(told(t, r, topic, payload), expect(m, first, last, behind))
 			},
 			"next batch": func(t *rapid.T) {
 				m, gateway, lane, first, last := draw(t)
 				first, last = m.max+1, m.max+1+last-first
 				topic, payload := batch(t, gateway, lane, first, last)
-				check(told(t, r, topic, payload), expect(m, first, last))
+				check(told(t, r, topic, payload), expect(m, first, last, 0))
 			},
 			"event": func(t *rapid.T) {
 				m, gateway, lane, seq, _ := draw(t)
 				topic, payload := event(t, gateway, lane, seq)
-				check(told(t, r, topic, payload), expect(m, seq, seq))
+				check(told(t, r, topic, payload), expect(m, seq, seq, 0))
 			},
 			"gap": func(t *rapid.T) {
 				m, gateway, lane, first, last := draw(t)
@@ -319,7 +338,7 @@ func TestReceiverMatchesAMap(t *testing.T) {
 				missing := uint64(0)
 				for _, l := range r.Lanes() {
 					m := lanes[l.Gateway+"/"+l.Lane]
-					want := cloud.LaneStat{Gateway: l.Gateway, Epoch: epoch, Lane: l.Lane, First: m.base, Last: m.max, Missing: total(m.missing()), Holes: m.missing()}
+					want := cloud.LaneStat{Gateway: l.Gateway, Epoch: epoch, Lane: l.Lane, First: m.base, Last: m.max, Missing: total(m.missing()), Holes: m.missing(), Awaited: total(m.open(max(m.base, m.sent), m.max))}
 					if diff := cmp.Diff(want, l); diff != "" {
 						t.Fatal(diff)
 					}
@@ -359,6 +378,9 @@ func TestReceiverStaysWithinItsBounds(t *testing.T) {
 				told(t, r, topic, payload)
 			} else {
 				topic, payload := event(t, "g", "alarm", seq)
+				if behind := rapid.Uint64Range(0, seq).Draw(t, "behind"); rapid.Bool().Draw(t, "ahead of a backlog") {
+					topic, payload = eventBehind(t, "g", "alarm", seq, behind)
+				}
 				deliveries, err := r.Receive(topic, payload)
 				if err != nil {
 					t.Fatal(err)
@@ -450,7 +472,7 @@ func TestLoadRefusesWhatSaveDidNotWrite(t *testing.T) {
 		t.Fatal(err)
 	}
 	good := string(b)
-	const want = `{"version":1,"lanes":[{"gateway":"g","epoch":"` + epoch + `","lane":"telemetry","floor":0,"base":10,"max":22,"missing":5,` +
+	const want = `{"version":2,"lanes":[{"gateway":"g","epoch":"` + epoch + `","lane":"telemetry","floor":0,"base":10,"max":22,"sent":22,"missing":5,` +
 		`"seen":[{"first":10,"last":12},{"first":20,"last":22}],"announced":[{"first":14,"last":15}]}]}`
 	if diff := cmp.Diff(want, good); diff != "" {
 		t.Fatal(diff) // written to disk
@@ -462,8 +484,8 @@ func TestLoadRefusesWhatSaveDidNotWrite(t *testing.T) {
 	}{
 		"empty":              {"", wire.ErrFormat},
 		"cut":                {good[:30], wire.ErrFormat},
-		"newer":              {`{"version":2,"lanes":"other"}`, wire.ErrVersion},
-		"no version":         {swap(`"version":1,`, ``), wire.ErrFormat},
+		"newer":              {`{"version":3,"lanes":"other"}`, wire.ErrVersion},
+		"no version":         {swap(`"version":2,`, ``), wire.ErrFormat},
 		"unknown field":      {swap(`"floor"`, `"flour"`), wire.ErrFormat},
 		"seen not rising":    {swap(`"first":20,"last":22`, `"first":5,"last":6`), wire.ErrFormat},
 		"seen touching":      {swap(`"first":20,"last":22`, `"first":13,"last":22`), wire.ErrFormat},
@@ -474,6 +496,8 @@ func TestLoadRefusesWhatSaveDidNotWrite(t *testing.T) {
 		"nothing seen":       {swap(`{"first":10,"last":12},{"first":20,"last":22}`, ``), wire.ErrFormat},
 		"base above max":     {swap(`"base":10`, `"base":23`), wire.ErrFormat},
 		"no base":            {swap(`"base":10`, `"base":0`), wire.ErrFormat},
+		"sent above max":     {swap(`"sent":22`, `"sent":23`), wire.ErrFormat},
+		"sent below base":    {swap(`"sent":22`, `"sent":9`), wire.ErrFormat},
 		"missing wrong":      {swap(`"missing":5`, `"missing":4`), wire.ErrFormat},
 		"missing from where": {swap(`"missing":5`, `"missing":6`), wire.ErrFormat},
 	} {
@@ -488,6 +512,57 @@ func TestLoadRefusesWhatSaveDidNotWrite(t *testing.T) {
 			t.Errorf("%s: the receiver is now %s", name, after)
 		}
 	}
+}
+
+// TestStateOfVersion1IsRead: that version knew no backlog, so that all up to the highest had been sent.
+func TestStateOfVersion1IsRead(t *testing.T) {
+	r := cloud.New(cloud.Config{})
+	const state = `{"version":1,"lanes":[{"gateway":"g","epoch":"` + epoch + `","lane":"telemetry","floor":0,"base":10,"max":22,"missing":5,` +
+		`"seen":[{"first":10,"last":12},{"first":20,"last":22}],"announced":[{"first":14,"last":15}]}]}`
+	if err := json.Unmarshal([]byte(state), r); err != nil {
+		t.Fatal(err)
+	}
+	topic, payload := batch(t, "g", "telemetry", 24, 24)
+	if got := told(t, r, topic, payload); got != "hole 23-23, 24" {
+		t.Error(got)
+	}
+}
+
+// TestBacklogIsAwaited: what newer messages go ahead of is no hole while the gateway still has it to send, and becomes one
+// when its turn is over and it has not come.
+func TestBacklogIsAwaited(t *testing.T) {
+	r := cloud.New(cloud.Config{})
+	step := func(want string, first, last, behind uint64) {
+		t.Helper()
+		topic, payload := batchBehind(t, "g", "telemetry", first, last, behind)
+		if got := told(t, r, topic, payload); got != want {
+			t.Fatalf("got  %s\nwant %s", got, want)
+		}
+	}
+	awaits := func(missing, awaited uint64) {
+		t.Helper()
+		if l := r.Lanes()[0]; l.Missing != missing || l.Awaited != awaited {
+			t.Fatalf("%+v, want %d missing and %d awaited", l, missing, awaited)
+		}
+	}
+	step("1, 2", 1, 2, 0)
+	step("100, 101", 100, 101, 3)
+	awaits(0, 97)
+	step("late 3, late 4", 3, 4, 0)
+	step("102, 103", 102, 103, 5)
+	step("hole 5-5, late 6, late 7", 6, 7, 0)
+	awaits(1, 92)
+	step("late 5", 5, 5, 0)
+	topic, payload := gap(t, "g", "telemetry", 8, 90)
+	if got := told(t, r, topic, payload); got != "gap 8-90 explains 0" {
+		t.Fatal(got)
+	}
+	awaits(0, 9)
+	step("200", 200, 200, 91) // another outage
+	awaits(0, 9+96)
+	step("late 91, late 92, late 93, late 94, late 95, late 96", 91, 96, 0)
+	step("hole 97-99, hole 104-199, 201", 201, 201, 0) // in its turn: all before it was sent
+	awaits(99, 0)
 }
 
 func TestReceiverIsSafeForManyGoroutines(t *testing.T) {

@@ -14,7 +14,9 @@ import (
 
 // stateVersion is the newest version of a receiver's state that this package reads.
 // Written to disk: never renumber, never reuse.
-const stateVersion = 1
+//
+//	2  sent, which in version 1 is max
+const stateVersion = 2
 
 type stateJSON struct {
 	Version int         `json:"version"`
@@ -28,6 +30,7 @@ type trackJSON struct {
 	Floor     uint64 `json:"floor"`
 	Base      uint64 `json:"base"`
 	Max       uint64 `json:"max"`
+	Sent      uint64 `json:"sent"` // from version 2 on
 	Missing   uint64 `json:"missing"`
 	Seen      ranges `json:"seen"`
 	Announced ranges `json:"announced"`
@@ -42,7 +45,7 @@ func (r *Receiver) MarshalJSON() ([]byte, error) {
 	for e := r.recent.Front(); e != nil; e = e.Next() {
 		t := e.Value.(*track)
 		s.Lanes = append(s.Lanes, trackJSON{
-			t.key.gateway, t.key.epoch, t.key.lane, t.floor, t.base, t.max, t.missing, t.seen, t.announced,
+			t.key.gateway, t.key.epoch, t.key.lane, t.floor, t.base, t.max, t.sent, t.missing, t.seen, t.announced,
 		})
 	}
 	return json.Marshal(s)
@@ -66,13 +69,16 @@ func (r *Receiver) UnmarshalJSON(b []byte) error {
 	if err := dec.Decode(&s); err != nil {
 		return fmt.Errorf("receiver's state: %w: %v", wire.ErrFormat, err)
 	}
-	if s.Version != stateVersion {
+	if s.Version < 1 {
 		return fmt.Errorf("receiver's state: %w: version %d", wire.ErrFormat, s.Version)
 	}
 	fresh := New(Config{r.maxRaw, r.maxRanges, r.maxLanes})
 	for i := len(s.Lanes) - 1; i >= 0; i-- {
 		l := s.Lanes[i]
-		t := track{laneKey{l.Gateway, l.Epoch, l.Lane}, l.Floor, l.Base, l.Max, l.Seen, l.Announced, l.Missing}
+		t := track{laneKey{l.Gateway, l.Epoch, l.Lane}, l.Floor, l.Base, l.Max, l.Sent, l.Seen, l.Announced, l.Missing}
+		if s.Version == 1 {
+			t.sent = t.max
+		}
 		if err := t.check(); err != nil {
 			return fmt.Errorf("receiver's state: lane %s of %s: %w: %v", l.Lane, l.Gateway, wire.ErrFormat, err)
 		}
@@ -101,8 +107,8 @@ func (t *track) check() error {
 	if n := len(t.seen); n > 0 && t.seen[n-1].Last != t.max || n == 0 && t.floor < t.max {
 		return fmt.Errorf("max is %d, but the highest that was seen is not", t.max)
 	}
-	if t.floor > t.max || t.base > t.max || (t.base == 0) != (t.max == 0) {
-		return fmt.Errorf("floor %d, base %d and max %d do not fit", t.floor, t.base, t.max)
+	if t.sent > t.max || t.sent < max(t.base, t.floor) || t.base > t.max {
+		return fmt.Errorf("floor %d, base %d, sent %d and max %d do not fit", t.floor, t.base, t.sent, t.max)
 	}
 	var open uint64
 	for _, h := range t.holes() {

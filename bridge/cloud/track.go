@@ -6,11 +6,14 @@ type track struct {
 
 	// Sequences up to floor are settled: they count as seen. It is 0 until the bound is reached.
 	floor uint64
-	// base is the first sequence that ever came; what lies below it is not expected.
+	// What lies up to base is not expected: the first sequence that ever came, or what was sent before a backlog that it
+	// went ahead of. max is 0 until one has come.
 	base, max uint64
+	// sent: the gateway has sent all sequences up to it. It is max but where newer ones went ahead of a backlog.
+	sent      uint64
 	seen      ranges // above floor
 	announced ranges // above floor: named by gap announcements
-	missing   uint64 // sequences between base and max, not seen and not announced
+	missing   uint64 // sequences after base up to sent, not seen and not announced
 }
 
 type laneKey struct{ gateway, epoch, lane string }
@@ -24,31 +27,52 @@ const (
 	duplicate                // not for the first time
 )
 
-// come notes that seq came and appends to holes what it passed over.
-func (t *track) come(seq uint64, holes []Range) (verdict, []Range) {
+// come notes that seq came and appends to holes what is missing now. behind is what the gateway said with it: 0, or from
+// where on a backlog is still to come (wire.BatchHeader).
+func (t *track) come(seq, behind uint64, holes []Range) (verdict, []Range) {
 	if seq <= t.floor || seq <= t.max && t.seen.has(seq) {
 		return duplicate, holes
 	}
 	t.seen = t.seen.add(Range{seq, seq})
-	if t.base == 0 {
-		t.base, t.max = seq, seq
+	sent := seq // in its turn: then so were all before it
+	if behind != 0 && behind < seq {
+		sent = behind - 1
+	}
+	if t.max == 0 {
+		t.base, t.max, t.sent = sent, seq, sent
 		return fresh, holes
 	}
+	v := fresh
 	if seq < t.max {
-		if seq > t.base && !t.announced.has(seq) {
+		v = late
+		if seq > t.base && seq <= t.sent && !t.announced.has(seq) {
 			t.missing--
 		}
-		return late, holes
 	}
-	if seq > t.max+1 {
+	t.max = max(t.max, seq)
+	if sent <= t.sent {
+		return v, holes
+	}
+	if seq != t.sent+1 { // else the usual one: the next sequence
 		before := len(holes)
-		holes = t.announced.without(holes, Range{t.max + 1, seq - 1})
+		holes = t.unseen(holes, max(t.sent, t.base), sent)
 		for _, h := range holes[before:] {
 			t.missing += h.Count()
 		}
 	}
-	t.max = seq
-	return fresh, holes
+	t.sent = sent
+	return v, holes
+}
+
+// unseen appends to dst what neither came nor was announced from after+1 up to last.
+func (t *track) unseen(dst []Range, after, last uint64) []Range {
+	if after >= last {
+		return dst
+	}
+	for _, open := range t.announced.without(nil, Range{after + 1, last}) {
+		dst = t.seen.without(dst, open)
+	}
+	return dst
 }
 
 // announce notes that r will not come, and returns how many of those were missing.
@@ -57,16 +81,9 @@ func (t *track) announce(r Range) (explained uint64) {
 		return 0
 	}
 	r.First = max(r.First, t.floor+1)
-	if t.base < t.max {
-		// Count only what counts as missing: between base and max, not seen, not announced before.
-		within := Range{max(r.First, t.base+1), min(r.Last, t.max)}
-		if within.First <= within.Last {
-			for _, open := range t.announced.without(nil, within) {
-				for _, hole := range t.seen.without(nil, open) {
-					explained += hole.Count()
-				}
-			}
-		}
+	// Count only what counts as missing: from base up to what was sent, not seen, not announced before.
+	for _, hole := range t.unseen(nil, max(r.First-1, t.base), min(r.Last, t.sent)) {
+		explained += hole.Count()
 	}
 	t.missing -= explained
 	t.announced = t.announced.add(r)
@@ -89,19 +106,24 @@ func (t *track) bound(limit int) {
 }
 
 func (t *track) settle(seq uint64) {
+	if seq > t.sent { // nothing below is waited for any more
+		for _, h := range t.unseen(nil, max(t.sent, t.base, t.floor), seq) {
+			t.missing += h.Count()
+		}
+		t.sent = seq
+	}
 	t.floor = seq
 	t.seen = t.seen.cut(seq)
 	t.announced = t.announced.cut(seq)
 }
 
 // holes are the ranges that are missing above floor.
-func (t *track) holes() (holes []Range) {
-	from := max(t.base, t.floor)
-	if from >= t.max {
-		return nil
+func (t *track) holes() []Range { return t.unseen(nil, max(t.base, t.floor), t.sent) }
+
+// awaited is how many sequences a gateway has still to send of a backlog that newer ones went ahead of.
+func (t *track) awaited() (n uint64) {
+	for _, r := range t.unseen(nil, max(t.sent, t.base, t.floor), t.max) {
+		n += r.Count()
 	}
-	for _, open := range t.announced.without(nil, Range{from + 1, t.max}) {
-		holes = t.seen.without(holes, open)
-	}
-	return holes
+	return n
 }

@@ -20,6 +20,7 @@ const Version = 1
 //	6 sent       int, Unix ms     7 flags    uint, left out when 0
 //	8 raw size   uint             9 body     bytes: one zstd frame with a checksum
 //	10 correction int, ms, left out when not known
+//	11 behind    uint, left out when 0
 //
 // The correction is for the records with FlagClockUnsynced, and theirs alone: added to their receive times it makes them right.
 // The gateway has learned the time since, and the records travel as they were stored.
@@ -39,6 +40,7 @@ const (
 	keyRawSize
 	keyBody
 	keyCorrection
+	keyBehind
 
 	batchReplayed = 1 << 0 // header flag
 )
@@ -51,13 +53,17 @@ type BatchHeader struct {
 	First   uint64 // sequence of the first record; the others follow without a hole
 	Count   int
 	Sent    int64 // Unix ms, when the batch was made
-	// Replayed: these records were sent before, or may have been. A receiver that was told so
-	// looks closer; one that was not must still look, for a gateway that lost power does not know.
+	// Replayed: these records were sent before, or may have been, or come from a backlog that newer ones went ahead
+	// of. A receiver that was told so looks closer; one that was not must still look, for a gateway that lost power
+	// does not know.
 	Replayed bool
 	// Corrected: the gateway knows by now what its clock was wrong by when it received the messages with FlagClockUnsynced.
 	// Decoders have added Correction (ms) to their Received, and taken the flag away.
 	Corrected  bool
 	Correction int64
+	// Behind, if not 0: these records went ahead of a backlog. The lane's sequences from Behind up to First that have not
+	// come are still to come; those below Behind have all been sent.
+	Behind uint64
 }
 
 // BatchEncoder makes batches. It holds about 700 KiB. One goroutine at a time may use it.
@@ -96,6 +102,9 @@ func (e *BatchEncoder) Append(dst []byte, h BatchHeader, records []byte) []byte 
 	if h.Corrected {
 		pairs++
 	}
+	if h.Behind != 0 {
+		pairs++
+	}
 	dst = appendHead(dst, cborMap, pairs)
 	dst = append(dst, keyVersion, Version, keyGateway)
 	dst = appendText(dst, h.Gateway)
@@ -126,6 +135,9 @@ func (e *BatchEncoder) Append(dst []byte, h BatchHeader, records []byte) []byte 
 	dst = append(dst, body...) // moves down within the same array: append copies like memmove
 	if h.Corrected {
 		dst = appendInt(append(dst, keyCorrection), h.Correction)
+	}
+	if h.Behind != 0 {
+		dst = appendHead(append(dst, keyBehind), cborUint, h.Behind)
 	}
 	return dst
 }
@@ -159,7 +171,7 @@ func DecodeBatchLimit(b []byte, maxRaw int) (*Batch, error) {
 	batch := &Batch{
 		BatchHeader: BatchHeader{
 			Gateway: h.Gateway, Epoch: h.Epoch, Lane: h.Lane, First: h.First, Count: int(h.Count),
-			Sent: h.Sent, Replayed: h.Flags&batchReplayed != 0,
+			Sent: h.Sent, Replayed: h.Flags&batchReplayed != 0, Behind: h.Behind,
 		},
 		RawSize: int(h.RawSize),
 	}
@@ -203,6 +215,7 @@ type header struct {
 	Body    []byte `cbor:"9,keyasint"`
 
 	Correction *int64 `cbor:"10,keyasint"`
+	Behind     uint64 `cbor:"11,keyasint"`
 }
 
 // maxCorrection is far more than any clock is wrong by, ms.
@@ -237,6 +250,8 @@ func decodeHeader(b []byte) (*header, error) {
 		return nil, fmt.Errorf("%w: %d messages from sequence %d", ErrFormat, h.Count, h.First)
 	case h.Correction != nil && (*h.Correction > maxCorrection || *h.Correction < -maxCorrection):
 		return nil, fmt.Errorf("%w: a clock that was wrong by %d ms", ErrFormat, *h.Correction)
+	case h.Behind > h.First:
+		return nil, fmt.Errorf("%w: a backlog from %d on is not behind sequence %d", ErrFormat, h.Behind, h.First)
 	case h.Count > h.RawSize/minRecord:
 		return nil, fmt.Errorf("%w: %d messages in %d bytes", ErrFormat, h.Count, h.RawSize)
 	}

@@ -55,6 +55,7 @@ func TestBatchIsReadBack(t *testing.T) {
 		if h.Corrected = rapid.Bool().Draw(t, "corrected"); h.Corrected {
 			h.Correction = rapid.Int64Range(-1<<53, 1<<53).Draw(t, "correction")
 		}
+		h.Behind = rapid.Uint64Range(0, h.First).Draw(t, "behind")
 		var raw []byte
 		for _, m := range messages {
 			raw = append(raw, encodeRecord(t, m)...)
@@ -135,6 +136,9 @@ func TestBatchIsDeterministicCBOR(t *testing.T) {
 			messages := telemetry(7, n)
 			h := header
 			h.Count, h.Replayed = n, replayed
+			if replayed {
+				h.Behind = 17
+			}
 			got := wire.NewBatchEncoder().Append(nil, h, records(t, messages))
 			var open map[uint64]any
 			if err := cbor.Unmarshal(got, &open); err != nil {
@@ -158,7 +162,7 @@ func TestDecodeBatchSkipsWhatALaterVersionAdds(t *testing.T) {
 	}
 	f := fields(t, append(raw, later...), 3)
 	f[7] = 1 | 1<<40
-	f[11], f[1000] = "new", map[string]any{"a": []int{1, 2}}
+	f[20], f[1000] = "new", map[string]any{"a": []int{1, 2}}
 	b, err := wire.DecodeBatch(encode(t, f))
 	if err != nil {
 		t.Fatal(err)

@@ -127,7 +127,7 @@ func BenchmarkAppendCloudEvent(b *testing.B) {
 	b.ReportAllocs()
 	for b.Loop() {
 		var err error
-		if dst, err = wire.AppendCloudEvent(dst[:0], header.Gateway, header.Epoch, header.Lane, 100001, m, false); err != nil {
+		if dst, err = wire.AppendCloudEvent(dst[:0], header.Gateway, header.Epoch, header.Lane, 100001, m, false, 0); err != nil {
 			b.Fatal(err)
 		}
 	}
@@ -135,7 +135,7 @@ func BenchmarkAppendCloudEvent(b *testing.B) {
 }
 
 func BenchmarkDecodeCloudEvent(b *testing.B) {
-	ev, err := wire.AppendCloudEvent(nil, header.Gateway, header.Epoch, header.Lane, 100001, telemetry(1, 1)[0], false)
+	ev, err := wire.AppendCloudEvent(nil, header.Gateway, header.Epoch, header.Lane, 100001, telemetry(1, 1)[0], false, 0)
 	if err != nil {
 		b.Fatal(err)
 	}

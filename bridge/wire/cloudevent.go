@@ -25,11 +25,11 @@ const (
 const maxTime = 253402300799999
 
 // AppendCloudEvent appends m as a CloudEvents 1.0 structured JSON event to dst, in one line.
-// replayed: it was sent before, or may have been. It keeps nothing of m.
+// replayed and behind are as in BatchHeader. It keeps nothing of m.
 //
 // The payload becomes data if it is declared as JSON, or not declared at all, and is JSON;
 // else data_base64. An error means that m cannot be written as an event, now or later.
-func AppendCloudEvent(dst []byte, gateway, epoch, lane string, seq uint64, m Message, replayed bool) ([]byte, error) {
+func AppendCloudEvent(dst []byte, gateway, epoch, lane string, seq uint64, m Message, replayed bool, behind uint64) ([]byte, error) {
 	if m.Received < 0 || m.Received > maxTime {
 		return dst, fmt.Errorf("cloudevent %s: received %d ms is not within the years 1970 to 9999", ID(gateway, epoch, lane, seq), m.Received)
 	}
@@ -65,6 +65,11 @@ func AppendCloudEvent(dst []byte, gateway, epoch, lane string, seq uint64, m Mes
 	}
 	dst = append(dst, `","replayed":`...)
 	dst = strconv.AppendBool(dst, replayed)
+	if behind != 0 {
+		dst = append(dst, `,"behind":"`...)
+		dst = appendSequence(dst, behind)
+		dst = append(dst, '"')
+	}
 	dst = append(dst, `,"qos":`...)
 	dst = strconv.AppendInt(dst, int64(m.Flags.QoS()), 10)
 	if m.Flags&FlagRetain != 0 {
@@ -234,6 +239,7 @@ type CloudEvent struct {
 	ID       MessageID
 	Message  Message
 	Replayed bool
+	Behind   uint64 // as in BatchHeader
 }
 
 // eventJSON is an event as its bytes say it; nil and "" stand for what is missing.
@@ -249,6 +255,7 @@ type eventJSON struct {
 	ClockState    string          `json:"clockstate"`
 	Uncorrected   *time.Time      `json:"uncorrectedtime"`
 	Replayed      *bool           `json:"replayed"`
+	Behind        string          `json:"behind"`
 	QoS           *int            `json:"qos"`
 	Retain        bool            `json:"retain"`
 	Dup           bool            `json:"dup"`
@@ -318,7 +325,14 @@ func (j *eventJSON) event() (*CloudEvent, error) {
 	case j.QoS == nil || *j.QoS < 0 || *j.QoS > 2:
 		return nil, errors.New("qos is not 0, 1 or 2")
 	}
-	ev := &CloudEvent{ID: id, Replayed: *j.Replayed, Message: Message{
+	behind := uint64(0)
+	if j.Behind != "" {
+		behind, err = strconv.ParseUint(j.Behind, 10, 64)
+		if err != nil || behind == 0 || behind > id.Seq || j.Behind != string(appendSequence(nil, behind)) {
+			return nil, fmt.Errorf("behind %.40q is not a sequence up to that of the id", j.Behind)
+		}
+	}
+	ev := &CloudEvent{ID: id, Replayed: *j.Replayed, Behind: behind, Message: Message{
 		Received: j.Time.UnixMilli(), Device: device, Topic: j.Subject, Flags: Flags(*j.QoS),
 	}}
 	for flag, set := range map[Flags]bool{FlagRetain: j.Retain, FlagDup: j.Dup, FlagWill: j.Will, FlagClockUnsynced: j.ClockState == ClockUnsynced} {

@@ -21,7 +21,7 @@ func cloudEvent(tb interface {
 	Fatal(...any)
 }, m wire.Message, replayed bool,
 ) []byte {
-	b, err := wire.AppendCloudEvent(nil, "ward-3/east", epoch, "telemetry", 42, m, replayed)
+	b, err := wire.AppendCloudEvent(nil, "ward-3/east", epoch, "telemetry", 42, m, replayed, 0)
 	if err != nil {
 		tb.Fatal(err)
 	}
@@ -151,7 +151,8 @@ func TestCloudEventIsReadBack(t *testing.T) {
 			Seq: rapid.Uint64Min(1).Draw(t, "seq"),
 		}
 		replayed := rapid.Bool().Draw(t, "replayed")
-		b, err := wire.AppendCloudEvent([]byte("before"), id.Gateway, id.Epoch, id.Lane, id.Seq, m, replayed)
+		behind := rapid.Uint64Range(0, id.Seq).Draw(t, "behind")
+		b, err := wire.AppendCloudEvent([]byte("before"), id.Gateway, id.Epoch, id.Lane, id.Seq, m, replayed, behind)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -177,7 +178,7 @@ func TestCloudEventIsReadBack(t *testing.T) {
 		if m.Props != nil && cmp.Equal(*m.Props, wire.Props{}) {
 			m.Props = nil
 		}
-		want := &wire.CloudEvent{ID: id, Message: m, Replayed: replayed}
+		want := &wire.CloudEvent{ID: id, Message: m, Replayed: replayed, Behind: behind}
 		if diff := cmp.Diff(want, got, equateEmpty); diff != "" {
 			t.Fatal(diff)
 		}
@@ -208,11 +209,11 @@ func TestCloudEventEscapesLikeEncodingJSON(t *testing.T) {
 
 func TestCloudEventRefusesATimeThatCannotBeWritten(t *testing.T) {
 	for _, at := range []int64{-1, 253402300800000} {
-		if b, err := wire.AppendCloudEvent(nil, "g", epoch, "l", 1, wire.Message{Received: at, Topic: "t"}, false); err == nil {
+		if b, err := wire.AppendCloudEvent(nil, "g", epoch, "l", 1, wire.Message{Received: at, Topic: "t"}, false, 0); err == nil {
 			t.Errorf("%d: %s", at, b)
 		}
 	}
-	b, err := wire.AppendCloudEvent(nil, "g", epoch, "l", 1, wire.Message{Received: 253402300799999, Topic: "t"}, false)
+	b, err := wire.AppendCloudEvent(nil, "g", epoch, "l", 1, wire.Message{Received: 253402300799999, Topic: "t"}, false, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -269,6 +270,9 @@ func TestDecodeCloudEventRefuses(t *testing.T) {
 		"lane of another":       {swap(`"lane":"telemetry"`, `"lane":"bulk"`), wire.ErrFormat},
 		"clockstate unknown":    {swap(`"synced"`, `"late"`), wire.ErrFormat},
 		"replayed missing":      {swap(`"replayed":false,`, ``), wire.ErrFormat},
+		"behind is a number":    {swap(`"replayed":false`, `"replayed":false,"behind":41`), wire.ErrFormat},
+		"behind is short":       {swap(`"replayed":false`, `"replayed":false,"behind":"41"`), wire.ErrFormat},
+		"behind is ahead":       {swap(`"replayed":false`, `"replayed":false,"behind":"00000000000000000043"`), wire.ErrFormat},
 		"replayed is text":      {swap(`"replayed":false`, `"replayed":"no"`), wire.ErrFormat},
 		"qos 3":                 {swap(`"qos":1`, `"qos":3`), wire.ErrFormat},
 		"qos negative":          {swap(`"qos":1`, `"qos":-1`), wire.ErrFormat},
@@ -320,7 +324,7 @@ func FuzzDecodeCloudEvent(f *testing.F) {
 		if err != nil {
 			return
 		}
-		again, err := wire.AppendCloudEvent(nil, ev.ID.Gateway, ev.ID.Epoch, ev.ID.Lane, ev.ID.Seq, ev.Message, ev.Replayed)
+		again, err := wire.AppendCloudEvent(nil, ev.ID.Gateway, ev.ID.Epoch, ev.ID.Lane, ev.ID.Seq, ev.Message, ev.Replayed, ev.Behind)
 		if err != nil {
 			return // a time that we do not write
 		}

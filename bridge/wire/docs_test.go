@@ -142,7 +142,7 @@ func TestDocumentedExamplesAreReal(t *testing.T) {
 	m := wire.Message{
 		Received: 1764000000123, Device: "bed-07", Topic: "dt/icu/bed-07/vitals", Flags: wire.FlagQoS1, Payload: []byte(`{"hr":72,"spo2":98}`),
 	}
-	event, err := wire.AppendCloudEvent(nil, "ward-3-east", epoch, "telemetry", 42, m, false)
+	event, err := wire.AppendCloudEvent(nil, "ward-3-east", epoch, "telemetry", 42, m, false, 0)
 	if err != nil {
 		t.Fatal(err)
 	}

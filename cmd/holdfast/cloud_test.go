@@ -89,7 +89,7 @@ func (p *publisher) send(topic string, payload []byte, retain bool) {
 func (p *publisher) event(seq uint64, topic, payload string) {
 	p.t.Helper()
 	m := wire.Message{Received: 1764000000000, Device: "bed-07", Topic: topic, Flags: wire.FlagQoS1, Payload: []byte(payload)}
-	b, err := wire.AppendCloudEvent(nil, "ward-3", testEpoch, "telemetry", seq, m, false)
+	b, err := wire.AppendCloudEvent(nil, "ward-3", testEpoch, "telemetry", seq, m, false, 0)
 	if err != nil {
 		p.t.Fatal(err)
 	}

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"regexp"
+	"slices"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -90,13 +91,22 @@ func (p *program) printLanes(lanes []spool.LaneStat, live bool) {
 // printAccounts shows where the messages are, for each upstream and lane.
 func (p *program) printAccounts(accounts []spool.Account, balanced bool) {
 	rows := [][]string{{"UPSTREAM", "LANE", "ACCEPTED", "DELIVERED", "EXPIRED", "EVICTED", "PARKED", "PENDING"}}
+	// Only while newer messages go ahead of a backlog: what of the pending lies behind them.
+	backlog := slices.ContainsFunc(accounts, func(a spool.Account) bool { return a.Islands > 0 || a.Backlog.Messages > 0 })
+	if backlog {
+		rows[0] = append(rows[0], "BACKLOG")
+	}
 	for _, a := range accounts {
 		up := a.Upstream
 		if up == "" {
 			up = "(none)"
 		}
 		n := func(c spool.Count) string { return fmt.Sprint(c.Messages) }
-		rows = append(rows, []string{up, a.Lane, n(a.Accepted), n(a.Delivered), n(a.Expired), n(a.Evicted), n(a.Parked), n(a.Pending)})
+		row := []string{up, a.Lane, n(a.Accepted), n(a.Delivered), n(a.Expired), n(a.Evicted), n(a.Parked), n(a.Pending)}
+		if backlog {
+			row = append(row, n(a.Backlog))
+		}
+		rows = append(rows, row)
 	}
 	p.table(rows...)
 	if balanced {

@@ -147,6 +147,9 @@ func (c *Config) fill() {
 			{Name: "telemetry", Share: 40, MaxBytes: 8 << 30, MaxAge: 168 * time.Hour, WhenFull: spool.DropOldest},
 			{Name: "bulk", Share: 10, MaxBytes: 2 << 30, MaxAge: 72 * time.Hour, WhenFull: spool.DropOldest},
 		}
+		for i := range c.Spool.Lanes {
+			c.Spool.Lanes[i].Drain, c.Spool.Lanes[i].BackfillShare = spool.InOrder, spool.DefaultBackfillShare
+		}
 	}
 	if c.Routes == nil {
 		c.Routes = []Route{}
@@ -246,6 +249,7 @@ func decode(name string, data []byte) (*Config, *decoder) {
 	d := newDecoder(name)
 	d.elements[reflect.TypeFor[spool.LaneConfig]()] = reflect.ValueOf(spool.LaneConfig{
 		MaxBytes: defaultLaneSize, MaxAge: defaultLaneAge, WhenFull: spool.DropOldest,
+		Drain: spool.InOrder, BackfillShare: spool.DefaultBackfillShare,
 	})
 	d.elements[reflect.TypeFor[bridge.Config]()] = reflect.ValueOf(bridge.Config{Format: bridge.FormatBatch, Window: bridge.DefaultWindow, Commands: true})
 	doc, ok := d.parse(data)

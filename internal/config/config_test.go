@@ -69,9 +69,9 @@ func TestDefaultsAreThoseOfTheManual(t *testing.T) {
 		Spool: config.Spool{
 			Durability: "fsync", SyncInterval: 100 * time.Millisecond, DiskReserve: 64 << 20,
 			Lanes: []spool.LaneConfig{
-				{Name: "alarm", Share: 50, MaxBytes: 256 << 20, MaxAge: 720 * time.Hour, WhenFull: spool.Reject},
-				{Name: "telemetry", Share: 40, MaxBytes: 8 << 30, MaxAge: 168 * time.Hour, WhenFull: spool.DropOldest},
-				{Name: "bulk", Share: 10, MaxBytes: 2 << 30, MaxAge: 72 * time.Hour, WhenFull: spool.DropOldest},
+				{Name: "alarm", Share: 50, MaxBytes: 256 << 20, MaxAge: 720 * time.Hour, WhenFull: spool.Reject, Drain: spool.InOrder, BackfillShare: 30},
+				{Name: "telemetry", Share: 40, MaxBytes: 8 << 30, MaxAge: 168 * time.Hour, WhenFull: spool.DropOldest, Drain: spool.InOrder, BackfillShare: 30},
+				{Name: "bulk", Share: 10, MaxBytes: 2 << 30, MaxAge: 72 * time.Hour, WhenFull: spool.DropOldest, Drain: spool.InOrder, BackfillShare: 30},
 			},
 		},
 		Routes:    []config.Route{{Match: "alarm/#", Lane: "alarm"}, {Match: "local/#", Lane: "none"}},
@@ -126,7 +126,7 @@ spool:
   lanes:
     - { name: vitals, share: 70, max_bytes: 1GiB, max_age: 30d, when_full: reject }
     - { name: telemetry }
-    - { name: logs, max_bytes: 0, max_age: 0 }
+    - { name: logs, max_bytes: 0, max_age: 0, drain: live_first, backfill_share: 50 }
 routes:
   - { match: "vitals/+/#", lane: vitals }
   - { match: "local/#", lane: none }
@@ -169,9 +169,9 @@ log: { level: debug, format: json }
 		Spool: config.Spool{
 			Durability: "interval", SyncInterval: 250 * time.Millisecond, DiskReserve: 3 << 29,
 			Lanes: []spool.LaneConfig{
-				{Name: "vitals", Share: 70, MaxBytes: 1 << 30, MaxAge: 720 * time.Hour, WhenFull: spool.Reject},
-				{Name: "telemetry", Share: 15, MaxBytes: 1 << 30, MaxAge: 168 * time.Hour, WhenFull: spool.DropOldest},
-				{Name: "logs", Share: 15, WhenFull: spool.DropOldest},
+				{Name: "vitals", Share: 70, MaxBytes: 1 << 30, MaxAge: 720 * time.Hour, WhenFull: spool.Reject, Drain: spool.InOrder, BackfillShare: 30},
+				{Name: "telemetry", Share: 15, MaxBytes: 1 << 30, MaxAge: 168 * time.Hour, WhenFull: spool.DropOldest, Drain: spool.InOrder, BackfillShare: 30},
+				{Name: "logs", Share: 15, WhenFull: spool.DropOldest, Drain: spool.LiveFirst, BackfillShare: 50},
 			},
 		},
 		Routes: []config.Route{{Match: "vitals/+/#", Lane: "vitals"}, {Match: "local/#", Lane: "none"}},
@@ -356,6 +356,14 @@ func TestProblems(t *testing.T) {
 		"when_full": {
 			ok + "spool: { lanes: [{ name: telemetry, when_full: drop-oldest }] }\n",
 			[]string{`g.yaml:3:48: spool.lanes[0].when_full: is "drop-oldest": did you mean "drop_oldest"? It has to be one of drop_oldest, reject`},
+		},
+		"drain": {
+			ok + "spool: { lanes: [{ name: telemetry, drain: newest_first }, { name: b, backfill_share: 0 }, { name: c, backfill_share: 91 }] }\n",
+			[]string{
+				`g.yaml:3:44: spool.lanes[0].drain: is "newest_first": has to be one of in_order, live_first`,
+				`g.yaml:3:87: spool.lanes[1].backfill_share: has to be 1 to 90: the percentage of the lane's bytes that a backlog gets while newer messages flow`,
+				`g.yaml:3:119: spool.lanes[2].backfill_share: has to be 1 to 90: the percentage of the lane's bytes that a backlog gets while newer messages flow`,
+			},
 		},
 		"no lane for the rest": {
 			ok + "spool: { lanes: [{ name: a }] }\n",

@@ -398,6 +398,10 @@ func (d *decoder) checkSpool(c *Config) {
 			d.problem(path+".max_age", "%sis less than 1s; 0 means no limit", showDuration(l.MaxAge))
 		}
 		d.oneOf(path+".when_full", string(l.WhenFull), string(spool.DropOldest), string(spool.Reject))
+		d.oneOf(path+".drain", string(l.Drain), string(spool.InOrder), string(spool.LiveFirst))
+		if l.BackfillShare < 1 || l.BackfillShare > 90 {
+			d.problem(path+".backfill_share", "has to be 1 to 90: the percentage of the lane's bytes that a backlog gets while newer messages flow")
+		}
 	}
 	if sum > 100 {
 		d.problem("spool.lanes", "the shares add up to %d percent: at most 100 can be promised", sum)

@@ -27,6 +27,8 @@ type Account struct {
 	Evicted   Count  `json:"evicted"`
 	Parked    Count  `json:"parked"`
 	Pending   Count  `json:"pending"`
+	Backlog   Count  `json:"backlog"` // of Pending: behind newer ones that went first
+	Islands   int    `json:"islands"`
 }
 
 // systemLane is where a gateway puts what it has to say itself.

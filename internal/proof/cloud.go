@@ -37,6 +37,7 @@ type lane struct {
 	count     uint64
 	announced []cloud.Range // gaps
 	taken     bits          // of those that did not come: explained a message, see Check
+	backlog   uint64        // the last sequence that came after a newer one
 }
 
 // trace is where the messages of one stream lie: places[n-1] is that of message n, 0 if it did not come with an id.
@@ -109,6 +110,12 @@ func (c *Cloud) message(d *cloud.Delivery) {
 		l := c.lane(d.Epoch, d.Lane)
 		l.came.set(d.ID.Seq)
 		l.count++
+		if d.Late {
+			if d.ID.Seq <= l.backlog || !d.Replayed {
+				c.errors = append(c.errors, fmt.Errorf("%s came after %d of the same backlog, marked as replayed: %v", d.ID, l.backlog, d.Replayed))
+			}
+			l.backlog = max(l.backlog, d.ID.Seq)
+		}
 	}
 	p, err := firmwaresim.ParsePayload(d.Message.Payload)
 	if err != nil {

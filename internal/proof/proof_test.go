@@ -72,8 +72,10 @@ func books(n, gone int) *proof.Books {
 func (g *toy) up(t *testing.T, all []sent, gaps ...wire.Gap) *proof.Cloud {
 	t.Helper()
 	c := proof.NewCloud()
+	highest := uint64(0)
 	for _, m := range all {
-		b, err := wire.AppendCloudEvent(nil, "toy", epoch, "telemetry", m.seq, m.Message, false)
+		b, err := wire.AppendCloudEvent(nil, "toy", epoch, "telemetry", m.seq, m.Message, m.seq < highest, 0)
+		highest = max(highest, m.seq)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -143,7 +145,9 @@ func TestCheckFinds(t *testing.T) {
 	laterFirst := func() []sent {
 		left := slices.Clone(all)
 		i, k := 100, next(100)
-		left[i], left[k] = left[k], left[i]
+		m := left[k]
+		copy(left[i+1:k+1], left[i:k])
+		left[i] = m
 		return left
 	}
 	type counts struct{ Lost, Unexplained, OutOfOrder uint64 }
