@@ -274,7 +274,7 @@ func (b *Bridge) session(ctx context.Context, sess Session) (healthy time.Durati
 		healthy = b.lastAck - since
 	}
 	if errors.Is(err, ErrPeerClosed) {
-		b.kicked(b.lastAck > since)
+		b.kicked(since)
 	}
 	b.takeBack()
 	return healthy, err
@@ -289,8 +289,9 @@ func (b *Bridge) takeBack() {
 	b.counted()
 }
 
-// kicked notes which send an upstream left unacked when it ended the connection.
-func (b *Bridge) kicked(acked bool) {
+// kicked notes which send an upstream left unacked when it ended the connection, which it had since then. Of a backlog only
+// its own acks count: the newest messages beside it are acked in every session, whatever stands at its front.
+func (b *Bridge) kicked(since time.Duration) {
 	f, lane := b.window.head()
 	if f == nil {
 		return
@@ -300,6 +301,10 @@ func (b *Bridge) kicked(acked bool) {
 		sent[i] = l.sentUpTo
 	}
 	alone := b.suspicion.probing()
+	acked := b.lastAck > since
+	if l := b.lanes[lane]; l.backlog {
+		acked = l.lastAck > since
+	}
 	b.suspicion.kicked(lane, f.end.Seq-uint64(f.records), acked, sent)
 	if alone {
 		l := b.lanes[lane]
@@ -553,6 +558,7 @@ func (b *Bridge) takeAcks() error {
 			b.counts.acked.Add(uint64(f.records))
 			b.window.land(i, f, spool.Delivered)
 			b.lastAck, b.newestAcked = now, max(b.newestAcked, f.order)
+			b.lanes[i].lastAck = now
 		case IsPermanent(a.err):
 			b.lastAck = now
 			if err := b.refused(i, f, a.err); err != nil {

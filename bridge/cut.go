@@ -35,6 +35,7 @@ type lane struct {
 	sentUpTo uint64 // sequences below were sent before
 	singleTo uint64 // sequences below are sent one by one
 	lastSend time.Duration
+	lastAck  time.Duration // of this lane
 	linger   time.Duration // how long after lastSend it collects for a batch
 	ratio    float64       // bytes of records for a byte sent, in the batch format
 	topic    string        // of batches

@@ -65,8 +65,8 @@ func readOn(t testing.TB, rd *spool.Reader, maxBytes int) (seqs []int, end spool
 	}
 }
 
-// away is a spool with a backlog of some 200 KiB, opened again. It ends at sequence 1001.
-func away(t *testing.T, cfg spool.Config) (*rig, *vfs.MemFS) {
+// away is a spool with a backlog of some 200 KiB, opened again, for which no time passes. It ends at sequence 1001.
+func away(t *testing.T, cfg spool.Config) *rig {
 	fs := vfs.NewMem()
 	cfg.Upstreams = map[string][]string{"cloud": nil}
 	r := open(t, fs, cfg)
@@ -74,12 +74,14 @@ func away(t *testing.T, cfg spool.Config) (*rig, *vfs.MemFS) {
 		r.put("telemetry", i*100, i*100+100)
 	}
 	r.close()
-	return open(t, fs, cfg), fs
+	r = open(t, fs, cfg)
+	spool.SetElapsed(r.Spool, func() time.Duration { return 0 })
+	return r
 }
 
 // TestNewestGoFirst is the life of a backlog: what is new goes past it, and when it is through there is one reader again.
 func TestNewestGoFirst(t *testing.T) {
-	r, _ := away(t, liveFirst("telemetry"))
+	r := away(t, liveFirst("telemetry"))
 	newest, backlog, _ := r.parts("cloud", "telemetry")
 	r.put("telemetry", 1000, 1010)
 	run, err := newest.Next(1 << 20)
@@ -225,6 +227,7 @@ func TestDamageBesideIslands(t *testing.T) {
 	}
 	r.close()
 	r = open(t, fs, cfg)
+	spool.SetElapsed(r.Spool, func() time.Duration { return 0 })
 	for i := 100; i < 110; i++ {
 		r.put("telemetry", i*10, i*10+10)
 	}

@@ -1,7 +1,7 @@
 package e2e_test
 
 import (
-	"fmt"
+	"errors"
 	"testing"
 	"time"
 
@@ -24,21 +24,23 @@ func TestLiveFirst(t *testing.T) {
 				"spool: { lanes: [ { name: alarm, share: 50 }, { name: telemetry, share: 50, drain: live_first } ] }\n"+
 				"upstreams:\n"+upstreamYAML("cloud", up.link.Addr(), format, ""))
 			f := startFleet(t, g.Addr, seed, 10, 100)
-			<-time.After(7 * time.Second) // a backlog from 5 s on
-			// The newest fit through, and a part of the backlog.
-			slow := testkit.Faults{BytesPerSecond: map[string]int{"batch": 120 << 10, "cloudevents": 700 << 10}[format]}
-			up.link.Set(slow)
-			ahead := func() error {
-				for _, a := range balanced(t, g).Ledger.Accounts {
-					if a.Lane == "telemetry" && a.Islands > 0 {
-						return nil
+			telemetry := func(want string, ok func(a testkit.Account) bool) {
+				testkit.EventuallyNil(t, 60*time.Second, want, func() error {
+					for _, a := range balanced(t, g).Ledger.Accounts {
+						if a.Lane == "telemetry" && ok(a) {
+							return nil
+						}
 					}
-				}
-				return fmt.Errorf("no island")
+					return errors.New("not yet")
+				})
 			}
+			<-time.After(6 * time.Second) // what is older counts as behind
+			telemetry("there is a backlog", func(a testkit.Account) bool { return a.Pending.Bytes > 300<<10 })
+			// Too slow for both.
+			up.link.Set(testkit.Faults{BytesPerSecond: map[string]int{"batch": 40 << 10, "cloudevents": 300 << 10}[format]})
+			telemetry("the newest go first", func(a testkit.Account) bool { return a.Islands > 0 })
 			for n := range cycles() {
-				testkit.EventuallyNil(t, 40*time.Second, "the newest go first", ahead)
-				<-time.After(time.Duration(100+rng.IntN(400)) * time.Millisecond)
+				<-time.After(time.Duration(200+rng.IntN(600)) * time.Millisecond)
 				if n%2 == 0 {
 					g.Kill()
 					if n == 0 {
