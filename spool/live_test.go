@@ -223,13 +223,13 @@ func TestDamageBesideIslands(t *testing.T) {
 	cfg.Upstreams = map[string][]string{"cloud": nil}
 	r := open(t, fs, cfg)
 	for i := range 100 {
-		r.put("telemetry", i*10, i*10+10)
+		r.putChunk("telemetry", i*10, i*10+10)
 	}
 	r.close()
 	r = open(t, fs, cfg)
 	spool.SetElapsed(r.Spool, func() time.Duration { return 0 })
 	for i := 100; i < 110; i++ {
-		r.put("telemetry", i*10, i*10+10)
+		r.putChunk("telemetry", i*10, i*10+10)
 	}
 	var ops []kv.Op
 	for _, seq := range []uint64{1, 501, 511, 991, 1001, 1051, 1091} {
