@@ -254,6 +254,18 @@ func TestChunksTellTheirTime(t *testing.T) {
 		if n != 20 {
 			t.Errorf("%s: %d messages", when, n)
 		}
+		if !known {
+			return
+		}
+		err := r.Peek("telemetry", 1, 100, func(seq uint64, m *spool.Record) error {
+			if want := right.Add(time.Minute * time.Duration((seq-1)/10)); m.Received != want.UnixMilli() || m.Flags&spool.FlagClockUnsynced != 0 {
+				t.Errorf("%s: peeked at message %d of %d, flags %x", when, seq, m.Received, m.Flags)
+			}
+			return nil
+		})
+		if err != nil {
+			t.Error(err)
+		}
 	}
 	check(r, "by the wrong clock", false)
 	h.set(right.Add(2*time.Minute), true)

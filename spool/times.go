@@ -54,6 +54,17 @@ func (t Times) Correction() (ms int64, known bool) {
 	return t.clock.Correction(t.boot, t.booted)
 }
 
+// correct puts the receive time of r right, if it was wrong and that is known.
+func (t Times) correct(r *Record) {
+	if r.Flags&FlagClockUnsynced == 0 {
+		return
+	}
+	if ms, known := t.Correction(); known {
+		r.Received += ms
+		r.Flags &^= FlagClockUnsynced
+	}
+}
+
 // wall is a receive time of a chunk as it is known to have been by now.
 func (s *Spool) wall(m *chunkMeta, ms int64) int64 {
 	if d, known := s.times(m).Correction(); known {

@@ -120,7 +120,7 @@ func countRecords(raw []byte) (n int) {
 }
 
 // Peek calls fn for up to limit messages of a lane that some upstream still waits for, from sequence
-// from on. r is valid during the call.
+// from on. r is valid during the call. Its time is as it would be sent now: put right, if it was wrong and that is known.
 func (s *Spool) Peek(name string, from uint64, limit int, fn func(seq uint64, r *Record) error) error {
 	number, ok := s.names[name]
 	if !ok {
@@ -159,6 +159,7 @@ func (s *Spool) Peek(name string, from uint64, limit int, fn func(seq uint64, r 
 			if seq < pos || len(through) > 0 && through[0].from.Seq <= seq {
 				continue
 			}
+			s.times(&m).correct(&rec)
 			if err := fn(seq, &rec); err != nil {
 				return err
 			}

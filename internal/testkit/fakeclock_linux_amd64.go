@@ -155,7 +155,7 @@ func functions(path, first, second string) (a, b uint64, err error) {
 	if err != nil {
 		return 0, 0, err
 	}
-	defer f.Close()
+	defer func() { _ = f.Close() }()
 	text, lines := f.Section(".text"), f.Section(".gopclntab")
 	if f.Type != elf.ET_EXEC || text == nil || lines == nil {
 		return 0, 0, fmt.Errorf("%s is no static Go program", path)
