@@ -62,7 +62,10 @@ type Options struct {
 	SyncInterval time.Duration
 	Log          *slog.Logger
 	Metrics      prometheus.Registerer // nil: none
-	// Fatal is called when a write or sync of the log failed. The store takes nothing
+	Guard        *Guard                // how the disk is watched; nil: it is not
+	// Fatal is called when a write or sync failed in a way that leaves open what the disk has. The store takes nothing
 	// more and acknowledges nothing more; the process has to end and start again.
 	Fatal func(error)
+
+	fullWait time.Duration // for tests; 0: fullWait
 }
