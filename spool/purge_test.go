@@ -1,8 +1,10 @@
 package spool_test
 
 import (
+	"encoding/binary"
 	"errors"
 	"math"
+	"math/rand/v2"
 	"strings"
 	"testing"
 	"time"
@@ -122,19 +124,24 @@ func TestPurgeGivesSpaceBackAtOnce(t *testing.T) {
 // fill appends n bytes that do not compress.
 func (r *rig) fill(lane string, n int) {
 	r.t.Helper()
-	payload := make([]byte, 8<<10)
-	for i := range payload {
-		payload[i] = byte(i*i*7 + i>>3*13)
-	}
 	for i := 0; n > 0; i++ {
-		b := rec(i)
-		b.Payload = payload
+		b := noise(i)
 		if err := r.Append(r.lane(lane), b, nil, nil, 0, false); err != nil {
 			r.t.Fatal(err)
 		}
-		n -= len(payload)
+		n -= len(b.Payload)
 	}
 	if err := r.store.Flush(); err != nil {
 		r.t.Fatal(err)
 	}
+}
+
+// noise is a record of 8 KiB that does not compress.
+func noise(i int) *spool.Record {
+	r := rec(i)
+	r.Payload = make([]byte, 8<<10)
+	var seed [32]byte
+	binary.BigEndian.PutUint64(seed[:], uint64(i))
+	_, _ = rand.NewChaCha8(seed).Read(r.Payload)
+	return r
 }

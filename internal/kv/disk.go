@@ -75,10 +75,11 @@ type DiskState struct {
 	Total   uint64    // bytes of the file system; 0: not known
 	Reserve int64     // bytes
 	Ballast int64     // bytes of the reserve that the ballast holds now
-	Resume  int64     // bytes that have to become free before LevelFull is left; 0: it is not full
+	Resume  int64     // bytes that have to become free before LevelFull is left; 0: it is not full, or for a moment only
 }
 
-// lookBytes is how much the store writes between two looks at the disk; there is one each second, too.
+// lookBytes is how much the store writes between two looks at the disk; there is one each second, too. The look comes before
+// the next commit, not beside it, so that whoever fills the disk through here never gets further than that.
 const lookBytes = 1 << 20
 
 // guard watches the disk. Nil watches nothing.
@@ -89,7 +90,7 @@ type guard struct {
 	look    bool
 	ballast *ballast // nil: none
 	level   atomic.Int32
-	written atomic.Int64 // since the last look was asked for
+	written atomic.Int64 // since the last look before a commit
 	refused atomic.Int64 // when a write last found no space, Unix ns
 	wake    chan struct{}
 
@@ -137,9 +138,20 @@ func (g *guard) memTable() uint64 {
 
 // wrote counts bytes written by the store.
 func (g *guard) wrote(n int) {
-	if g != nil && g.written.Add(int64(n)) >= lookBytes {
-		g.written.Store(0)
-		g.poke()
+	if g != nil {
+		g.written.Add(int64(n))
+	}
+}
+
+// beforeCommit looks at the disk if enough was written since the last time.
+func (g *guard) beforeCommit() {
+	if g == nil || g.written.Load() < lookBytes {
+		return
+	}
+	g.written.Store(0)
+	was := Level(g.level.Load())
+	if g.check().Level != was {
+		g.poke() // who tells of it has the time
 	}
 }
 
@@ -171,7 +183,17 @@ func (g *guard) noSpace() (again bool) {
 // afterRefusal is how long the level stays full after a write found no space, whatever the file system says of itself.
 const afterRefusal = 2 * time.Second
 
-// check looks at the disk, sets the level, and takes the ballast back if there is room.
+// takeBallast takes it, or back what was given up of it, if there is room.
+func (g *guard) takeBallast() {
+	if g.ballast == nil || g.look || Level(g.level.Load()) == LevelFull || g.ballast.size() >= g.reserve/2 {
+		return
+	}
+	if err := g.ballast.take(g.reserve / 2); err != nil {
+		g.log.Debug("disk reserve cannot be taken yet", "err", err)
+	}
+}
+
+// check looks at the disk and sets the level.
 func (g *guard) check() DiskState {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -197,13 +219,6 @@ func (g *guard) check() DiskState {
 	if g.look {
 		return g.stateLocked()
 	}
-	if missing := r/2 - g.ballast.size(); g.ballast != nil && missing > 0 && is < LevelFull {
-		if err := g.ballast.take(r / 2); err != nil {
-			g.log.Debug("disk reserve cannot be taken yet", "err", err)
-		} else if u, err := g.usage(); err == nil {
-			g.last = u
-		}
-	}
 	g.level.Store(int32(is))
 	return g.stateLocked()
 }
@@ -211,6 +226,7 @@ func (g *guard) check() DiskState {
 // tell logs a level that is new, and tells it to who wants to know.
 func (g *guard) tell(told Level) Level {
 	d := g.check()
+	g.takeBallast()
 	if d.Level == told {
 		return told
 	}
@@ -256,7 +272,7 @@ func (g *guard) stateLocked() DiskState {
 		Level: Level(g.level.Load()), Since: g.since, Free: g.last.Free, Total: g.last.Total, Reserve: g.reserve, Ballast: g.ballast.size(),
 	}
 	if d.Level == LevelFull {
-		d.Resume = max(d.Reserve+d.Reserve/4-d.Ballast-int64(min(d.Free, 1<<62)), 1)
+		d.Resume = max(d.Reserve+d.Reserve/4-d.Ballast-int64(min(d.Free, 1<<62)), 0)
 	}
 	return d
 }
@@ -296,6 +312,26 @@ func (s *Store) OnLevel(fn func(Level)) {
 	s.guard.mu.Lock()
 	defer s.guard.mu.Unlock()
 	s.guard.onLevel = append(s.guard.onLevel[:len(s.guard.onLevel):len(s.guard.onLevel)], fn)
+}
+
+// WaitRemoved waits until tables that nobody needs any more have left the disk, for a second at most, or until stop is
+// closed. Those that an open iterator holds are not waited for.
+func (s *Store) WaitRemoved(stop <-chan struct{}) error {
+	tick := time.NewTicker(2 * time.Millisecond)
+	defer tick.Stop()
+	for range 500 {
+		if s.db.Metrics().Table.ObsoleteCount == 0 {
+			break
+		}
+		select {
+		case <-tick.C:
+		case <-stop:
+			return ErrClosed
+		case <-s.dead:
+			return s.failure()
+		}
+	}
+	return nil
 }
 
 // isFull says whether err is about missing space.

@@ -73,9 +73,19 @@ func TestLevelsHaveHysteresis(t *testing.T) {
 		free  uint64
 		level kv.Level
 	}{
-		{200, kv.LevelOK}, {199, kv.LevelHigh}, {224, kv.LevelHigh}, {225, kv.LevelOK},
-		{199, kv.LevelHigh}, {100, kv.LevelHigh}, {99, kv.LevelFull}, {0, kv.LevelFull}, {124, kv.LevelFull}, {125, kv.LevelHigh},
-		{100, kv.LevelHigh}, {99, kv.LevelFull}, {1000, kv.LevelOK},
+		{200, kv.LevelOK},
+		{199, kv.LevelHigh},
+		{224, kv.LevelHigh},
+		{225, kv.LevelOK},
+		{199, kv.LevelHigh},
+		{100, kv.LevelHigh},
+		{99, kv.LevelFull},
+		{0, kv.LevelFull},
+		{124, kv.LevelFull},
+		{125, kv.LevelHigh},
+		{100, kv.LevelHigh},
+		{99, kv.LevelFull},
+		{1000, kv.LevelOK},
 	} {
 		disk.free.Store(step.free * mib)
 		was := s.Level()

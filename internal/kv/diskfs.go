@@ -108,7 +108,14 @@ func (d *diskFS) wrap(f vfs.File, name string) vfs.File {
 	return &diskFile{File: f, d: d, name: name}
 }
 
+// Create makes a file. Before the one that names a manifest the folder is synced: else a power cut could keep that name
+// and not the manifest's.
 func (d *diskFS) Create(name string, c vfs.DiskWriteCategory) (f vfs.File, err error) {
+	if d.ours(name) && strings.HasPrefix(d.PathBase(name), "marker.manifest") {
+		if err := d.syncFolder(d.PathDir(name)); err != nil {
+			return nil, err
+		}
+	}
 	err = d.again("create", name, func() (err error) { f, err = d.FS.Create(name, c); return err })
 	if err != nil {
 		return nil, err
@@ -122,6 +129,14 @@ func (d *diskFS) OpenReadWrite(name string, c vfs.DiskWriteCategory, o ...vfs.Op
 		return nil, err
 	}
 	return d.wrap(f, name), nil
+}
+
+func (d *diskFS) syncFolder(name string) error {
+	f, err := d.OpenDir(name)
+	if err != nil {
+		return err
+	}
+	return errors.Join(f.Sync(), f.Close())
 }
 
 // OpenDir is for syncing names.

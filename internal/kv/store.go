@@ -447,6 +447,7 @@ func (s *Store) seal() (*Group, bool) {
 
 func (s *Store) write(g *Group) {
 	g.began = time.Now()
+	s.guard.beforeCommit()
 	err := s.failure()
 	if err == nil && g.sealed != nil {
 		err = s.part.Stage(g.sealed, writer{g.batch})
