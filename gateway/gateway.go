@@ -140,9 +140,8 @@ func (g *Gateway) openStore(context.Context) (err error) {
 	if g.dir, err = openDataDir(g.cfg.Gateway.DataDir, true); err != nil {
 		return err
 	}
-	// Told before the store is opened: on a full disk that may take for ever.
-	if free := diskFree(g.dir.path); free != 0 && free < uint64(g.cfg.Spool.DiskReserve) {
-		g.log.Warn("disk has less space than spool.disk_reserve: free some", "free_bytes", free, "reserve_bytes", g.cfg.Spool.DiskReserve)
+	for _, w := range DiskWarnings(g.cfg) {
+		g.log.Warn("configuration", "key", w.Key, "warning", w.Text)
 	}
 	begin := time.Now()
 	durability := kv.Fsync
@@ -155,6 +154,7 @@ func (g *Gateway) openStore(context.Context) (err error) {
 		Log:          g.log.With("part", "store"),
 		Metrics:      g.registry,
 		Fatal:        g.storeFailed,
+		Guard:        &kv.Guard{Reserve: g.cfg.Spool.DiskReserve, Ballast: g.dir.ballast()},
 	}
 	if g.storeOptions != nil {
 		g.storeOptions(&opts)
@@ -212,6 +212,12 @@ func (g *Gateway) openDevices(context.Context) (err error) {
 	g.commands, err = devices.OpenQueue(g.store, devices.QueueConfig{
 		Journal: g.journal, Known: g.devices.Known, Window: c.Window, AckTimeout: c.AckTimeout, MaxPending: c.MaxPending, History: c.History,
 		Log: log, Metrics: g.registry,
+		Room: func() error {
+			if g.store.Level() == kv.LevelFull {
+				return fmt.Errorf("the gateway's disk is full (%w): free space there, then send it again", kv.ErrDiskFull)
+			}
+			return nil
+		},
 		Clock: devices.ClockSource{Synced: func() bool { _, unsynced := g.clock.read(); return !unsynced }},
 	})
 	if err != nil {
@@ -241,7 +247,11 @@ func (g *Gateway) openBroker(context.Context) error {
 	}
 	g.downlink = newDownlink(g.devices, g.commands)
 	in.answers = g.downlink.answer
-	cfg := broker.Config{Listeners: g.cfg.Listeners, ShutdownTimeout: brokerShutdown}
+	in.level = g.store.Level
+	cfg := broker.Config{
+		Listeners: g.cfg.Listeners, ShutdownTimeout: brokerShutdown,
+		Slow: func() bool { return g.store.Level() >= kv.LevelHigh },
+	}
 	if g.broker, err = broker.New(cfg, g.store, in, authorizer{g.devices}, g.downlink, log, g.registry); err != nil {
 		return err
 	}
@@ -434,7 +444,7 @@ func (g *Gateway) Status() httpapi.Status {
 		StartedAt: g.started,
 		UptimeS:   int64(time.Since(g.started).Seconds()),
 		ClockSync: !unsynced,
-		Store:     httpapi.Store{Bytes: g.store.DiskBytes(), FreeBytes: diskFree(g.dir.path)},
+		Store:     g.storeStatus(),
 		Broker:    httpapi.Broker{Listeners: []httpapi.Listener{}},
 		Lanes:     g.spool.Lanes(),
 		Upstreams: []httpapi.Upstream{},
@@ -472,6 +482,13 @@ func (g *Gateway) Status() httpapi.Status {
 		st.Upstreams = append(st.Upstreams, u)
 	}
 	return st
+}
+
+func (g *Gateway) storeStatus() httpapi.Store {
+	d := g.store.Disk()
+	return httpapi.Store{
+		Bytes: g.store.DiskBytes(), FreeBytes: d.Free, ReserveBytes: d.Reserve, BallastBytes: d.Ballast, Level: d.Level.String(), Since: d.Since,
+	}
 }
 
 // watchLedger holds the accounts against themselves once a minute. They cannot be out of balance

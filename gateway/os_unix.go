@@ -22,12 +22,3 @@ func lock(f *os.File) error {
 
 // openToOthers says whether anybody but its owner may do something with a file.
 func openToOthers(fi os.FileInfo) bool { return fi.Mode().Perm()&0o077 != 0 }
-
-// diskFree gives the bytes that this user can still write on the file system of path, 0 if unknown.
-func diskFree(path string) uint64 {
-	var st unix.Statfs_t
-	if err := unix.Statfs(path, &st); err != nil {
-		return 0
-	}
-	return uint64(st.Bavail) * uint64(st.Bsize) //nolint:unconvert // their types differ between systems
-}

@@ -32,9 +32,9 @@ const SystemLane = "system"
 // systemNumber is the system lane's.
 const systemNumber = 0
 
-// systemMaxBytes bounds the system lane; its oldest go first. It holds the events of some 800,000 steps of commands, which
+// SystemMaxBytes bounds the system lane; its oldest go first. It holds the events of some 800,000 steps of commands, which
 // have to wait for days without a link.
-const systemMaxBytes = 256 << 20
+const SystemMaxBytes = 256 << 20
 
 // LaneConfig is one lane's limits.
 type LaneConfig struct {
@@ -190,7 +190,7 @@ func (s *Spool) openLanes() error {
 	if err != nil {
 		return err
 	}
-	configs := append([]LaneConfig{{Name: SystemLane, Share: 100, MaxBytes: systemMaxBytes, WhenFull: DropOldest}}, s.cfg.Lanes...)
+	configs := append([]LaneConfig{{Name: SystemLane, Share: 100, MaxBytes: SystemMaxBytes, WhenFull: DropOldest}}, s.cfg.Lanes...)
 	configured := len(configs)
 	for _, name := range slices.Sorted(maps.Keys(numbers)) {
 		if !slices.ContainsFunc(configs, func(c LaneConfig) bool { return c.Name == name }) {

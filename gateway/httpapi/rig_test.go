@@ -46,7 +46,7 @@ func newRig(t *testing.T) *rig { return newRigWith(t, 0) }
 func newRigWith(t *testing.T, events int) *rig {
 	t.Helper()
 	r := &rig{
-		t: t, source: &source{}, tokens: newTokens(), lanes: &lanes{}, hub: httpapi.NewEvents(events), log: &lockedBuffer{},
+		t: t, source: &source{status: httpapi.Status{Store: httpapi.Store{Level: "ok"}}}, tokens: newTokens(), lanes: &lanes{}, hub: httpapi.NewEvents(events), log: &lockedBuffer{},
 		metrics: prometheus.NewRegistry(),
 		registry: &registry{known: map[string]devices.Device{
 			"pump": {ID: "pump", Role: "device", Enabled: true, Created: then, Updated: then, Credentials: []devices.Credential{{ID: "k1", Kind: "token", Created: then}}},

@@ -15,7 +15,7 @@ import (
 // How a full disk stays usable. The reserve is what only deletes, acknowledgements, cursors and command
 // states may use. One half of it is kept as free space: messages are refused before it is touched, and
 // what the store still owes for those it has taken (memtables to be flushed, logs to be made) fits in.
-// The other half is a file of allocated blocks, the ballast. It stands against everybody else who writes
+// The other half, but no more than ballastMax, is a file of allocated blocks, the ballast. It stands against everybody else who writes
 // to this file system: when a write of the store finds no space, a quarter of the ballast is given up and
 // the write is done again. It is taken back when there is room.
 
@@ -77,6 +77,9 @@ type DiskState struct {
 	Ballast int64     // bytes of the reserve that the ballast holds now
 	Resume  int64     // bytes that have to become free before LevelFull is left; 0: it is not full, or for a moment only
 }
+
+// ballastMax is as much as the store may need to get its memtables into tables, at the start and at work.
+const ballastMax = 4 * memTableMax
 
 // lookBytes is how much the store writes between two looks at the disk; there is one each second, too. The look comes before
 // the next commit, not beside it, so that whoever fills the disk through here never gets further than that.
@@ -185,10 +188,11 @@ const afterRefusal = 2 * time.Second
 
 // takeBallast takes it, or back what was given up of it, if there is room.
 func (g *guard) takeBallast() {
-	if g.ballast == nil || g.look || Level(g.level.Load()) == LevelFull || g.ballast.size() >= g.reserve/2 {
+	size := min(g.reserve/2, ballastMax)
+	if g.ballast == nil || g.look || Level(g.level.Load()) == LevelFull || g.ballast.size() >= size {
 		return
 	}
-	if err := g.ballast.take(g.reserve / 2); err != nil {
+	if err := g.ballast.take(size); err != nil {
 		g.log.Debug("disk reserve cannot be taken yet", "err", err)
 	}
 }
@@ -294,6 +298,9 @@ func (s *Store) Disk() DiskState {
 	defer s.guard.mu.Unlock()
 	return s.guard.stateLocked()
 }
+
+// DiskUsage tells what the file system of a folder has.
+func DiskUsage(dir string) (Usage, error) { return usage(dir) }
 
 // CheckDisk looks at the disk now.
 func (s *Store) CheckDisk() DiskState {

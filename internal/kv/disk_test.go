@@ -417,13 +417,14 @@ func (f *fault) judge(t *testing.T, mem *vfs.MemFS, acked, excised int, failed e
 	if failed != nil {
 		end = "failed"
 		said := ""
+		wait := 10 * time.Second
+		if f.opening.Load() { // Open itself says it, too
+			wait, said = 0, failed.Error()
+		}
 		select {
 		case err := <-fatal:
 			said = err.Error()
-		default:
-			if f.opening.Load() { // Open itself says it
-				said = failed.Error()
-			}
+		case <-time.After(wait):
 		}
 		if said == "" || strings.Contains(said, "\n") {
 			t.Errorf("%v: %v, and what is told is %q", f, failed, said)
