@@ -19,8 +19,8 @@ import (
 // Excise is durable at once, so it never passes the head that the last commit wrote, and it stays
 // below the first sequence that is not in tables yet: a range in a memtable would force its flush.
 
-// exciseBytes is how much finished data a lane holds before it is excised.
-const exciseBytes = 16 << 20
+// exciseBytes is how much finished data a lane holds before it is excised: two tables, 16 MiB but on a small disk.
+func (s *Spool) exciseBytes() uint64 { return 2 * s.store.MemTableSize() }
 
 // quietTicks is after how many looks without new messages a lane is excised however little it is.
 const quietTicks = 3
@@ -40,7 +40,7 @@ func (s *Spool) reclaim(l *lane, ticked bool) error {
 		}
 	}
 	hurry := l.hurry || ticked && s.store.Level() != kv.LevelOK
-	worth := finished >= exciseBytes || (finished > 0 && (l.quiet >= quietTicks || hurry))
+	worth := finished >= s.exciseBytes() || (finished > 0 && (l.quiet >= quietTicks || hurry))
 	if finished == 0 {
 		l.hurry = false
 	}

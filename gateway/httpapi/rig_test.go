@@ -46,14 +46,14 @@ func newRig(t *testing.T) *rig { return newRigWith(t, 0) }
 func newRigWith(t *testing.T, events int) *rig {
 	t.Helper()
 	r := &rig{
-		t: t, source: &source{status: httpapi.Status{Store: httpapi.Store{Level: "ok"}}}, tokens: newTokens(), lanes: &lanes{}, hub: httpapi.NewEvents(events), log: &lockedBuffer{},
+		t: t, source: &source{}, tokens: newTokens(), lanes: &lanes{}, hub: httpapi.NewEvents(events), log: &lockedBuffer{},
 		metrics: prometheus.NewRegistry(),
 		registry: &registry{known: map[string]devices.Device{
 			"pump": {ID: "pump", Role: "device", Enabled: true, Created: then, Updated: then, Credentials: []devices.Credential{{ID: "k1", Kind: "token", Created: then}}},
 			"off":  {ID: "off", Role: "device", Created: then, Updated: then},
 		}},
 	}
-	r.source.status = httpapi.Status{Version: "1", Gateway: "gw", StartedAt: then, Ledger: httpapi.NewLedger([]spool.Account{{
+	r.source.status = httpapi.Status{Version: "1", Gateway: "gw", StartedAt: then, Store: httpapi.Store{Level: "ok"}, Ledger: httpapi.NewLedger([]spool.Account{{
 		Lane: "telemetry", Accepted: spool.Count{Messages: 3, Bytes: 30}, Pending: spool.Count{Messages: 3, Bytes: 30},
 	}})}
 	r.queue = &queue{reg: r.registry, hub: r.hub}

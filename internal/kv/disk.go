@@ -281,6 +281,9 @@ func (g *guard) stateLocked() DiskState {
 	return d
 }
 
+// MemTableSize is about how much one table takes at most, bytes.
+func (s *Store) MemTableSize() uint64 { return s.guard.memTable() }
+
 // Level says how full the disk is: an atomic load.
 func (s *Store) Level() Level {
 	if s.guard == nil {

@@ -45,12 +45,16 @@ type GatewayConfig struct {
 	Limit     int      // max_connections of the listener test; 0: none
 	Devices   string   // what stands under devices, a YAML mapping in braces; "": nothing, so that nobody comes in without credentials
 	YAML      string   // other top-level keys
+	Dir       string   // data_dir; "": one of its own. Only at the first start
 }
 
 // StartGatewayWith runs `bin run` with the given configuration.
 func StartGatewayWith(t T, bin, id string, c GatewayConfig) *Gateway {
 	t.Helper()
-	g := &Gateway{Addr: FreeAddr(t), HTTP: FreeAddr(t), Dir: t.TempDir(), id: id}
+	g := &Gateway{Addr: FreeAddr(t), HTTP: FreeAddr(t), Dir: c.Dir, id: id}
+	if g.Dir == "" {
+		g.Dir = t.TempDir()
+	}
 	g.File = filepath.Join(t.TempDir(), "gateway.yaml")
 	if err := g.Configure(c); err != nil {
 		t.Fatalf("write the gateway's configuration: %v", err)
@@ -96,6 +100,12 @@ type Status struct {
 		Balanced bool      `json:"balanced"`
 		Accounts []Account `json:"accounts"`
 	} `json:"ledger"`
+	Store struct {
+		Bytes   uint64 `json:"bytes"`
+		Free    uint64 `json:"free_bytes"`
+		Reserve int64  `json:"reserve_bytes"`
+		Level   string `json:"level"`
+	} `json:"store"`
 	Commands struct {
 		Queued      int    `json:"queued"`
 		Sent        int    `json:"sent"`
