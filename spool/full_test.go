@@ -25,7 +25,7 @@ type smallDisk struct {
 }
 
 const (
-	diskSize    = 64 * mib
+	diskSize    = 48 * mib
 	diskReserve = 8 * mib
 )
 
@@ -68,7 +68,7 @@ func TestFullDiskDropsTheOldestAndStaysUsable(t *testing.T) {
 	r, d := openSmall(t, lanes("bulk", "other"))
 	rd, c := r.reader("cloud", "bulk")
 	r.put("other", 0, 100)
-	const n = 2 * diskSize / (8 << 10)
+	const n = 3 * diskSize / 2 / noiseSize
 	for i := range n {
 		if err := r.add("bulk", i, false); err != nil {
 			t.Fatalf("message %d: %v", i, err)
@@ -81,7 +81,7 @@ func TestFullDiskDropsTheOldestAndStaysUsable(t *testing.T) {
 		t.Errorf("only %d bytes were left free of a reserve of %d", least, diskReserve)
 	}
 	a := r.account("cloud", "bulk")
-	if a.Accepted.Messages != n || a.Evicted.Messages < n/3 {
+	if a.Accepted.Messages != n || a.Evicted.Messages < n/4 {
 		t.Fatalf("account %+v", a)
 	}
 	if got := r.account("cloud", "other"); got.Pending.Messages != 100 {
@@ -207,8 +207,8 @@ func TestHighDiskShedsWhatMayBeShed(t *testing.T) {
 func TestSystemLaneDoesNotEatTheReserve(t *testing.T) {
 	r, d := openSmall(t, lanes("bulk"))
 	r.reader("cloud", "bulk")
-	d.other.Store(diskSize - 2*diskReserve - 20*mib)
-	for i := range 16 * mib / (8 << 10) { // from before it was full: it stays
+	d.other.Store(diskSize - 2*diskReserve - 16*mib)
+	for i := range 8 * mib / noiseSize { // from before it was full: it stays
 		if err := r.add(spool.SystemLane, i, false); err != nil {
 			t.Fatal(err)
 		}
@@ -220,7 +220,7 @@ func TestSystemLaneDoesNotEatTheReserve(t *testing.T) {
 	d.level(t, kv.LevelFull)
 	held := func() int64 { return int64(r.Lanes()[0].Kept.Bytes) }
 	was := held()
-	for i := range 24 * mib / (8 << 10) {
+	for i := range 16 * mib / noiseSize {
 		if err := r.add(spool.SystemLane, i, false); err != nil {
 			t.Fatal(err)
 		}
@@ -254,7 +254,7 @@ func TestPurgeOnAFullDisk(t *testing.T) {
 
 // TestLaneNeverHoldsMoreThanItMay looks at a lane while many append to it.
 func TestLaneNeverHoldsMoreThanItMay(t *testing.T) {
-	for _, most := range []int64{64 << 10, 2 * mib} {
+	for _, most := range []int64{256 << 10, 4 * mib} {
 		cfg := lanes("a", "b")
 		cfg.Lanes[0].MaxBytes = most
 		cfg.Lanes[1].MaxBytes, cfg.Lanes[1].WhenFull = most, spool.Reject
@@ -275,7 +275,7 @@ func TestLaneNeverHoldsMoreThanItMay(t *testing.T) {
 						t.Errorf("append: %v", err)
 					}
 					for _, l := range r.Lanes()[1:] {
-						if l.Kept.Bytes > uint64(most)+9<<10 { // and one message
+						if l.Kept.Bytes > uint64(most)+noiseSize+1<<10 { // and one message
 							t.Errorf("lane %s holds %d bytes of %d", l.Name, l.Kept.Bytes, most)
 						}
 					}
@@ -300,20 +300,20 @@ func TestLaneNeverHoldsMoreThanItMay(t *testing.T) {
 // below the figure in docs/operations.md.
 func TestDiskUseIsBounded(t *testing.T) {
 	cfg := lanes("a", "b")
-	cfg.Lanes[0].MaxBytes, cfg.Lanes[1].MaxBytes = 24*mib, 8*mib
+	cfg.Lanes[0].MaxBytes, cfg.Lanes[1].MaxBytes = 12*mib, 4*mib
 	r := open(t, vfs.NewMem(), cfg)
 	r.reader("cloud", "a")
 	most := uint64(0)
-	for i := range 160 * mib / (8 << 10) {
+	for i := range 80 * mib / noiseSize {
 		if err := r.add([]string{"a", "b"}[i%2], i, false); err != nil {
 			t.Fatal(err)
 		}
-		if i%256 == 0 {
+		if i%64 == 0 {
 			most = max(most, r.store.DiskBytes())
 		}
 	}
 	// 1.1 of what the lanes hold, a stride of 16 MiB each that waits to be given back, and the logs and tables of four memtables.
-	const bound = 32*mib*11/10 + 2*16*mib + 8*9*mib
+	const bound = 16*mib*11/10 + 2*16*mib + 8*9*mib
 	t.Logf("%d MiB at most, the bound is %d MiB", most/mib, bound/mib)
 	if most > bound {
 		t.Errorf("the store took %d MiB, more than %d", most/mib, bound/mib)
