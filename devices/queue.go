@@ -23,7 +23,9 @@ import (
 type QueueConfig struct {
 	Journal Journal
 	// Known says whether a device may get commands; see Registry.Known. nil: every device.
-	Known      func(device string) error
+	Known func(device string) error
+	// Room says why no new command can be taken for now. nil: there is always room.
+	Room       func() error
 	Window     int           // commands of one device that are under way at once; 1. One urgent one more is.
 	AckTimeout time.Duration // from SENT to the device's PUBACK; 30 s
 	MaxPending int           // of all devices together; 200,000
@@ -327,6 +329,11 @@ func (tx *queueTx) submit(r *Request, done func(c Command, repeat bool, err erro
 		case p != nil:
 			tx.repeat(p, r.Upstream, done)
 			return nil
+		}
+	}
+	if q.cfg.Room != nil {
+		if err := q.cfg.Room(); err != nil {
+			return refuse(CodeUnavailable, "%v", err)
 		}
 	}
 	if q.cfg.Known != nil {

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"syscall"
 
 	"holdfast/bridge/wire"
 	"holdfast/internal/kv"
@@ -18,8 +19,9 @@ import (
 
 // What lies in data_dir.
 const (
-	storeDir = "store"         // the Pebble store
-	lockFile = "holdfast.lock" // held while a gateway or a tool has the store open; tells its process id
+	storeDir    = "store"         // the Pebble store
+	ballastFile = "reserve"       // blocks of the disk reserve, given up when the disk is full
+	lockFile    = "holdfast.lock" // held while a gateway or a tool has the store open; tells its process id
 )
 
 // InUseError says that another process has a data directory open.
@@ -71,11 +73,11 @@ func openDataDir(path string, create bool) (*dataDir, error) {
 		pid, _ := strconv.Atoi(strings.TrimSpace(string(b)))
 		return nil, &InUseError{Dir: path, PID: pid}
 	}
-	err = f.Truncate(0)
-	if err == nil {
-		_, err = f.WriteAt([]byte(strconv.Itoa(os.Getpid())+"\n"), 0)
+	pid := []byte(strconv.Itoa(os.Getpid()) + "\n")
+	if _, err = f.WriteAt(pid, 0); err == nil {
+		err = f.Truncate(int64(len(pid)))
 	}
-	if err != nil {
+	if err != nil && !errors.Is(err, syscall.ENOSPC) { // on a full disk nobody is told the number
 		f.Close()
 		return nil, dirError(path, err)
 	}
@@ -84,6 +86,9 @@ func openDataDir(path string, create bool) (*dataDir, error) {
 
 // store is the path of the store.
 func (d *dataDir) store() string { return filepath.Join(d.path, storeDir) }
+
+// ballast is the path of the file that holds a part of the disk reserve.
+func (d *dataDir) ballast() string { return filepath.Join(d.path, ballastFile) }
 
 // Close lets others have it. Twice is no harm.
 func (d *dataDir) Close() error {
@@ -173,7 +178,10 @@ func openForTools(path, gateway string, change bool, log *slog.Logger) (*dataDir
 			cfg.Restored = restored.ID
 		}
 	}
-	store, err := kv.Open(dir.store(), kv.Options{Log: log, Fatal: func(err error) { log.Error("store failed", "err", err) }})
+	store, err := kv.Open(dir.store(), kv.Options{
+		Log: log, Fatal: func(err error) { log.Error("store failed", "err", err) },
+		Guard: &kv.Guard{Look: true, Ballast: dir.ballast()},
+	})
 	if err != nil {
 		return nil, nil, nil, errors.Join(err, dir.Close())
 	}

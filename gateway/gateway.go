@@ -173,9 +173,8 @@ func (g *Gateway) openStore(context.Context) (err error) {
 	if g.dir, err = openDataDir(g.cfg.Gateway.DataDir, true); err != nil {
 		return err
 	}
-	// Told before the store is opened: on a full disk that may take for ever.
-	if free := diskFree(g.dir.path); free != 0 && free < uint64(g.cfg.Spool.DiskReserve) {
-		g.log.Warn("disk has less space than spool.disk_reserve: free some", "free_bytes", free, "reserve_bytes", g.cfg.Spool.DiskReserve)
+	for _, w := range DiskWarnings(g.cfg) {
+		g.log.Warn("configuration", "key", w.Key, "warning", w.Text)
 	}
 	begin := time.Now()
 	durability := kv.Fsync
@@ -189,6 +188,7 @@ func (g *Gateway) openStore(context.Context) (err error) {
 		Metrics:      g.registry,
 		Fatal:        g.storeFailed,
 		MaxTables:    g.share.tables,
+		Guard:        &kv.Guard{Reserve: g.cfg.Spool.DiskReserve, Ballast: g.dir.ballast()},
 	}
 	if g.storeOptions != nil {
 		g.storeOptions(&opts)
@@ -270,6 +270,12 @@ func (g *Gateway) openDevices(context.Context) (err error) {
 		Journal: g.journal, Known: g.devices.Known, Window: c.Window, AckTimeout: c.AckTimeout, MaxPending: c.MaxPending, History: c.History,
 		Log: log, Metrics: g.registry,
 		Clock: g.clock,
+		Room: func() error {
+			if g.store.Level() == kv.LevelFull {
+				return fmt.Errorf("the gateway's disk is full (%w): free space there, then send it again", kv.ErrDiskFull)
+			}
+			return nil
+		},
 	})
 	if err != nil {
 		return err
@@ -298,7 +304,11 @@ func (g *Gateway) openBroker(context.Context) error {
 	}
 	g.downlink = newDownlink(g.devices, g.commands)
 	in.answers = g.downlink.answer
-	cfg := broker.Config{Clock: g.clock, Listeners: g.cfg.Listeners, ShutdownTimeout: brokerShutdown, MaxConnections: g.share.connections}
+	in.level = g.store.Level
+	cfg := broker.Config{
+		Clock: g.clock, Listeners: g.cfg.Listeners, ShutdownTimeout: brokerShutdown, MaxConnections: g.share.connections,
+		Slow: func() bool { return g.store.Level() >= kv.LevelHigh },
+	}
 	bounds(&cfg, g.memory)
 	if g.broker, err = broker.New(cfg, g.store, in, authorizer{g.devices}, g.downlink, log, g.registry); err != nil {
 		return err
@@ -496,7 +506,7 @@ func (g *Gateway) Status() httpapi.Status {
 		Clock: httpapi.Clock{
 			State: wire.ClockUnsynced, Since: now.Since.UTC(), Wall: now.Wall.UTC(), Doubt: now.Doubt, Settled: now.Settled, Boot: now.Boot,
 		},
-		Store:     httpapi.Store{Bytes: g.store.DiskBytes(), FreeBytes: diskFree(g.dir.path)},
+		Store:     g.storeStatus(),
 		Broker:    httpapi.Broker{Listeners: []httpapi.Listener{}},
 		Lanes:     g.spool.Lanes(),
 		Upstreams: []httpapi.Upstream{},
@@ -537,6 +547,13 @@ func (g *Gateway) Status() httpapi.Status {
 		st.Upstreams = append(st.Upstreams, u)
 	}
 	return st
+}
+
+func (g *Gateway) storeStatus() httpapi.Store {
+	d := g.store.Disk()
+	return httpapi.Store{
+		Bytes: g.store.DiskBytes(), FreeBytes: d.Free, ReserveBytes: d.Reserve, BallastBytes: d.Ballast, Level: d.Level.String(), Since: d.Since,
+	}
 }
 
 // watchLedger holds the accounts against themselves once a minute. They cannot be out of balance

@@ -28,6 +28,7 @@ type Intake struct {
 	clock  *clock.Clock
 	// answers takes what devices say of their commands; nil: there are none.
 	answers func(m *broker.Message, ops []kv.Op, done kv.Done, token uint64) (taken bool, err error)
+	level   func() kv.Level // how full the disk is; nil: it does not matter
 }
 
 func newIntake(sp appender, table []config.Route, c *clock.Clock) (*Intake, error) {
@@ -79,7 +80,11 @@ func (i *Intake) Publish(m *broker.Message, ops []kv.Op, done kv.Done, token uin
 	if now.Unsynced {
 		m.Record.Flags |= spool.FlagClockUnsynced
 	}
-	err := i.spool.Append(i.routes.match(m.Record.Topic), &m.Record, ops, done, token, m.QoS == 0)
+	lane := i.routes.match(m.Record.Topic)
+	if lane == spool.LaneNone && m.Retain && len(m.Record.Payload) > 0 && i.level != nil && i.level() == kv.LevelFull {
+		return errKeep
+	}
+	err := i.spool.Append(lane, &m.Record, ops, done, token, m.QoS == 0)
 	switch {
 	case err == nil:
 		return nil
@@ -101,6 +106,9 @@ func (i *Intake) answer(m *broker.Message, ops []kv.Op, done kv.Done, token uint
 	}
 	return taken, err
 }
+
+// errKeep refuses a retained message that is in no lane, but in a row.
+var errKeep = fmt.Errorf("keep a retained message: %w: %w", broker.ErrQuota, kv.ErrDiskFull)
 
 // errShed is made once: shedding is for the moments when there is too much to do.
 var errShed = fmt.Errorf("%w: %w", broker.ErrQuota, spool.ErrBusy)

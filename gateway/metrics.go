@@ -49,6 +49,14 @@ func newMetrics(reg prometheus.Registerer, g *Gateway) {
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name: "holdfast_gateway_disk_free_bytes",
 			Help: "What is free on the file system of data_dir; 0: not known.",
-		}, func() float64 { return float64(diskFree(g.dir.path)) }),
+		}, func() float64 { return float64(g.store.Disk().Free) }),
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Name: "holdfast_gateway_disk_reserve_bytes",
+			Help: "The reserve in effect: with less than this free, messages are refused or the oldest dropped.",
+		}, func() float64 { return float64(g.store.Disk().Reserve) }),
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Name: "holdfast_gateway_disk_level",
+			Help: "0: ok; 1: high, QoS 0 is shed and MQTT 3.1.1 publishers are slowed; 2: full, lanes do what when_full says.",
+		}, func() float64 { return float64(g.store.Level()) }),
 	)
 }

@@ -86,8 +86,9 @@ type LaneStat struct {
 	Accepted Count  `json:"accepted"` // stored, since the spool was created
 	Kept     Count  `json:"kept"`     // still there: some upstream, or retention, has not let go
 	MaxBytes int64  `json:"max_bytes"`
-	Refused  uint64 `json:"refused"` // since the start: the lane was full
-	Shed     uint64 `json:"shed"`    // since the start: QoS 0 while the store was behind
+	Refused  uint64 `json:"refused"`      // since the start: the lane was full
+	Shed     uint64 `json:"shed"`         // since the start: QoS 0 while the store was behind, or the disk nearly full
+	NoDisk   uint64 `json:"refused_disk"` // since the start: the disk was full
 	TailMem  int64  `json:"tail_bytes"`
 }
 
@@ -99,7 +100,7 @@ func (s *Spool) Lanes() []LaneStat {
 	for _, l := range s.lanes {
 		st := LaneStat{
 			Name: l.cfg.Name, MaxBytes: l.cfg.MaxBytes,
-			Refused: l.refused.Load(), Shed: l.shed.Load(), TailMem: l.tailBytes,
+			Refused: l.refused.Load(), Shed: l.shed.Load(), NoDisk: l.refusedDisk.Load(), TailMem: l.tailBytes,
 		}
 		st.Accepted.add(Position{Seq: 1}, l.durable)
 		st.Kept.add(l.head, l.durable)
@@ -164,5 +165,6 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 		send(descKept, prometheus.GaugeValue, l.Kept.Bytes, l.Name)
 		send(descRefused, prometheus.CounterValue, l.Refused, l.Name, "full")
 		send(descRefused, prometheus.CounterValue, l.Shed, l.Name, "busy")
+		send(descRefused, prometheus.CounterValue, l.NoDisk, l.Name, "disk")
 	}
 }

@@ -15,7 +15,9 @@ type lane struct {
 	number     byte
 	configured bool
 	maxChunk   int
-	errFull    error // made once: refusals come when there is the least time for them
+	softMax    uint64 // record bytes from which a lane that drops its oldest does so
+	// Made once: refusals come when there is the least time for them.
+	errFull, errDisk error
 
 	// Under the store's commit lock.
 	next Position // of the next record
@@ -23,6 +25,10 @@ type lane struct {
 
 	headBytes     atomic.Uint64 // head.Bytes, for full
 	refused, shed atomic.Uint64 // since the start: not taken because the lane was full, the store behind
+	refusedDisk   atomic.Uint64 // since the start: not taken because the disk was full
+
+	wanted atomic.Bool // the disk is full and somebody wants to append
+	futile atomic.Bool // the disk is full and the lane has nothing to give
 
 	// Under Spool.mu.
 	dirty            bool // the lane's row has to be written
@@ -35,14 +41,15 @@ type lane struct {
 	tail      []tailChunk // fresh chunks in order, the last one ends at durable
 	tailBytes int64
 
-	recent    []recentChunk // chunks in the memtable that takes writes, in order
-	deletes   []recentChunk // of recent: to be deleted by the next commit, if its memtable still takes writes
-	memtables []memtableMark
-	reclaimed Position // the lane is excised up to here
-	deleted   uint64   // record bytes since the last excise that were deleted in a memtable
-	seen      uint64   // durable.Seq at the last tick, for quiet
-	quiet     int      // ticks since the last message
-	hurry     bool     // however little is finished with, it is wanted back
+	recent     []recentChunk // chunks in the memtable that takes writes, in order
+	deletes    []recentChunk // of recent: to be deleted by the next commit, if its memtable still takes writes
+	memtables  []memtableMark
+	reclaimed  Position // the lane is excised up to here
+	deleted    uint64   // record bytes since the last excise that were deleted in a memtable
+	seen       uint64   // durable.Seq at the last tick, for quiet
+	quiet      int      // ticks since the last message
+	heldAtFull uint64   // record bytes when the disk became full; 0: it is not. Only who holds house touches it
+	hurry      bool     // however little is finished with, it is wanted back
 
 	// Of a lane that drains live_first; see live.go.
 	marks      []mark        // in order
@@ -163,17 +170,31 @@ func (l *lane) takes(r *Record) error {
 	return nil
 }
 
-// makeRoom has a full lane do what its rule says before n more records come. The caller holds the commit lock.
-func (l *lane) makeRoom(n int) error {
-	if !l.full() {
-		return nil
+// makeRoom has a full lane do what its rule says before n more records come. again says that they have to wait, for
+// housekeeping to drop what is too much. The caller holds the commit lock.
+func (l *lane) makeRoom(n int, shed bool) (again bool, err error) {
+	if l.cfg.MaxBytes <= 0 {
+		return false, nil
 	}
-	if l.cfg.WhenFull == Reject {
-		l.refused.Add(uint64(n))
-		return l.errFull
+	held := l.next.Bytes - l.headBytes.Load()
+	switch {
+	case l.cfg.WhenFull == Reject:
+		if held >= uint64(l.cfg.MaxBytes) {
+			l.refused.Add(uint64(n))
+			return false, l.errFull
+		}
+	case held >= l.softMax:
+		l.s.wakeHousekeeping()
+		if held < uint64(l.cfg.MaxBytes) || l.number == systemNumber {
+			return false, nil
+		}
+		if shed {
+			l.shed.Add(uint64(n))
+			return false, ErrBusy
+		}
+		return true, nil
 	}
-	l.s.wakeHousekeeping()
-	return nil
+	return false, nil
 }
 
 // append adds r to what gathers and returns its sequence and size. The caller holds the commit lock.
@@ -208,17 +229,6 @@ func (l *lane) appendAged(r *Record, sinceMS int64) (seq uint64, n int) {
 	l.next.Seq++
 	l.next.Bytes += uint64(n)
 	return seq, n
-}
-
-// full says whether the lane holds as much as it may. The caller holds the commit lock.
-func (l *lane) full() bool {
-	if l.cfg.MaxBytes <= 0 || l.next.Bytes-l.headBytes.Load() < uint64(l.cfg.MaxBytes) {
-		return false
-	}
-	if l.errFull == nil {
-		l.errFull = fmt.Errorf("append to lane %q: %w (max_bytes %d)", l.cfg.Name, ErrFull, l.cfg.MaxBytes)
-	}
-	return true
 }
 
 // setHead moves the head. The caller holds mu, or is alone.

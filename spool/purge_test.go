@@ -5,13 +5,13 @@ import (
 	"math"
 	"math/rand/v2"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
 	"github.com/google/go-cmp/cmp"
 
-	"holdfast/internal/kv"
 	"holdfast/spool"
 )
 
@@ -107,34 +107,49 @@ func TestPurgeOfALaneThatNobodyReads(t *testing.T) {
 // TestPurgeGivesSpaceBackAtOnce looks at the disk when Purge has returned; what the memtables hold is
 // the only thing that may still be there.
 func TestPurgeGivesSpaceBackAtOnce(t *testing.T) {
-	r := openWith(t, kv.Options{FS: vfs.NewMem()}, lanes("bulk"))
+	r, _ := openSmall(t, lanes("bulk"))
 	r.reader("cloud", "bulk")
-	r.fill("bulk", 64<<20)
-	if n := r.store.DiskBytes(); n < 64<<20 {
+	r.fill("bulk", 20*mib)
+	if n := r.store.DiskBytes(); n < 20*mib {
 		t.Fatalf("only %d bytes on disk", n)
 	}
 	if _, err := r.Purge("bulk", time.Time{}, 0); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "the disk is small again", func() bool { return r.store.DiskBytes() < 48<<20 })
+	eventually(t, "the disk is small again", func() bool { return r.store.DiskBytes() < 9*mib })
 	r.verify()
 }
 
 // fill appends n bytes that do not compress.
 func (r *rig) fill(lane string, n int) {
 	r.t.Helper()
-	payload := make([]byte, 8<<10)
-	noise := rand.NewChaCha8([32]byte{})
 	for i := 0; n > 0; i++ {
-		_, _ = noise.Read(payload)
-		b := rec(i)
-		b.Payload = payload
+		b := noise(i)
 		if err := r.Append(r.lane(lane), b, nil, nil, 0, false); err != nil {
 			r.t.Fatal(err)
 		}
-		n -= len(payload)
+		n -= len(b.Payload)
 	}
 	if err := r.store.Flush(); err != nil {
 		r.t.Fatal(err)
 	}
+}
+
+// noiseBytes is what records do not compress of, made once.
+var noiseBytes = sync.OnceValue(func() []byte {
+	b := make([]byte, 4<<20)
+	var seed [32]byte
+	_, _ = rand.NewChaCha8(seed).Read(b)
+	return b
+})
+
+const noiseSize = 32 << 10
+
+// noise is a record of 32 KiB that does not compress.
+func noise(i int) *spool.Record {
+	r := rec(i)
+	b := noiseBytes()
+	at := i * noiseSize % len(b) // far from the last ones, so that a chunk does not compress
+	r.Payload = b[at : at+noiseSize]
+	return r
 }

@@ -14,13 +14,13 @@ import (
 //     Delete in the next commit. Row and tombstone meet in that memtable and neither is ever flushed.
 //     A gateway whose upstream keeps up writes its log, and nothing else.
 //   - A chunk that has been flushed waits until exciseBytes of them have gathered, or the lane is
-//     quiet; then the whole range is excised, which drops tables from the manifest.
+//     quiet, or the disk is short of space; then the whole range is excised, which drops tables from the manifest.
 //
 // Excise is durable at once, so it never passes the head that the last commit wrote, and it stays
 // below the first sequence that is not in tables yet: a range in a memtable would force its flush.
 
-// exciseBytes is how much finished data a lane holds before it is excised.
-const exciseBytes = 16 << 20
+// exciseBytes is how much finished data a lane holds before it is excised: two tables, 16 MiB but on a small disk.
+func (s *Spool) exciseBytes() uint64 { return 2 * s.store.MemTableSize() }
 
 // quietTicks is after how many looks without new messages a lane is excised however little it is.
 const quietTicks = 3
@@ -29,13 +29,7 @@ const quietTicks = 3
 func (s *Spool) reclaim(l *lane, ticked bool) error {
 	_, flushed := s.store.Memtable()
 	s.mu.Lock()
-	head, inTables := l.safeHead, l.durable
-	for len(l.memtables) > 0 && l.memtables[0].memtable <= flushed {
-		l.memtables = l.memtables[1:]
-	}
-	if len(l.memtables) > 0 {
-		inTables = l.memtables[0].first
-	}
+	head, inTables := l.safeHead, l.inTables(flushed)
 	finished := head.Bytes - l.reclaimed.Bytes
 	finished -= min(finished, l.deleted)
 	if ticked {
@@ -45,7 +39,8 @@ func (s *Spool) reclaim(l *lane, ticked bool) error {
 			l.seen, l.quiet = l.durable.Seq, 0
 		}
 	}
-	worth := finished >= exciseBytes || (finished > 0 && (l.quiet >= quietTicks || l.hurry))
+	hurry := l.hurry || ticked && s.store.Level() != kv.LevelOK
+	worth := finished >= s.exciseBytes() || (finished > 0 && (l.quiet >= quietTicks || hurry))
 	if finished == 0 {
 		l.hurry = false
 	}

@@ -142,14 +142,11 @@ func (s *Spool) replay(l *lane, upstream string, batch []ParkedMessage) (n int, 
 }
 
 func (s *Spool) handInCopies(l *lane, copies []Record, ops []kv.Op, nowMS int64, done kv.Done) error {
-	g, err := s.store.Begin(true)
+	g, err := s.begin(l, len(copies), false)
 	if err != nil {
 		return err
 	}
 	defer g.End()
-	if err := l.makeRoom(len(copies)); err != nil {
-		return err
-	}
 	for i := range copies {
 		// Aged from now on: by its receive time it might be too old for the lane before anybody has seen it.
 		_, size := l.appendAged(&copies[i], nowMS)

@@ -33,8 +33,15 @@ func (s *Spool) housekeeping() {
 func (s *Spool) keepHouse(ticked bool) error {
 	s.house.Lock()
 	defer s.house.Unlock()
+	defer s.passed()
 	for _, l := range s.lanes {
+		if ticked {
+			l.futile.Store(false) // another try
+		}
 		if err := s.limit(l); err != nil {
+			return err
+		}
+		if err := s.relieve(l); err != nil {
 			return err
 		}
 		if err := s.reclaim(l, ticked); err != nil {
@@ -85,6 +92,10 @@ func (s *Spool) anythingDirty() bool {
 	return false
 }
 
+// dropStride is how much a lane that may hold most record bytes drops at once, and how far below most it begins with that, so
+// that who appends need not wait for it: a 64th, in a small lane more, so that it is a few chunks.
+func dropStride(most uint64) uint64 { return min(max(most/64, min(most/8, 1<<20)), 16<<20) }
+
 // limit drops what is too old, then what is too much.
 func (s *Spool) limit(l *lane) error {
 	if l.cfg.MaxAge > 0 {
@@ -98,9 +109,9 @@ func (s *Spool) limit(l *lane) error {
 		s.mu.Lock()
 		held := l.durable.Bytes - l.head.Bytes
 		// A little more than has to go, so that a full lane drops now and then and not all the time.
-		want := l.head.Bytes + held - uint64(l.cfg.MaxBytes) + uint64(min(l.cfg.MaxBytes/64, 16<<20))
+		want := l.head.Bytes + held - l.softMax + dropStride(uint64(l.cfg.MaxBytes))
 		s.mu.Unlock()
-		if held >= uint64(l.cfg.MaxBytes) {
+		if held >= l.softMax {
 			_, err := s.dropUntil(l, Evicted, gapMaxBytes, func(m *chunkMeta) bool { return m.First.Bytes >= want }, nil)
 			return err
 		}

@@ -30,9 +30,12 @@ const (
 // there, is read first, and is not configured.
 const SystemLane = "system"
 
-// systemMaxBytes bounds the system lane; its oldest go first. It holds the events of some 800,000 steps of commands, which
+// systemNumber is the system lane's.
+const systemNumber = 0
+
+// SystemMaxBytes bounds the system lane; its oldest go first. It holds the events of some 800,000 steps of commands, which
 // have to wait for days without a link.
-const systemMaxBytes = 256 << 20
+const SystemMaxBytes = 256 << 20
 
 // LaneConfig is one lane's limits.
 type LaneConfig struct {
@@ -121,6 +124,9 @@ type Spool struct {
 
 	encodeNS float64 // time to compress a byte, moving average; only Stage touches it
 
+	space   sync.Cond // broadcast when housekeeping was everywhere, or the disk's level changed; its lock is of its own
+	closing bool      // under space.L
+
 	wake      chan struct{} // cap 1: housekeeping has something to do
 	stop      chan struct{}
 	done      sync.WaitGroup
@@ -141,6 +147,7 @@ func Open(store *kv.Store, cfg Config) (*Spool, error) {
 		wake:     make(chan struct{}, 1),
 		stop:     make(chan struct{}),
 	}
+	s.space.L = &sync.Mutex{}
 	if s.clock = cfg.Clock; s.clock == nil {
 		var err error
 		if s.clock, err = clock.Open(store, clock.Config{Log: cfg.Log}); err != nil {
@@ -183,6 +190,7 @@ func Open(store *kv.Store, cfg Config) (*Spool, error) {
 		}
 	}
 	store.Join(s)
+	store.OnLevel(s.levelChanged)
 	s.done.Add(1)
 	go s.housekeeping()
 	return s, nil
@@ -219,7 +227,7 @@ func (s *Spool) openLanes() error {
 	if err != nil {
 		return err
 	}
-	configs := append([]LaneConfig{{Name: SystemLane, Share: 100, MaxBytes: systemMaxBytes, WhenFull: DropOldest}}, s.cfg.Lanes...)
+	configs := append([]LaneConfig{{Name: SystemLane, Share: 100, MaxBytes: SystemMaxBytes, WhenFull: DropOldest}}, s.cfg.Lanes...)
 	configured := len(configs)
 	for _, name := range slices.Sorted(maps.Keys(numbers)) {
 		if !slices.ContainsFunc(configs, func(c LaneConfig) bool { return c.Name == name }) {
@@ -246,6 +254,11 @@ func (s *Spool) openLanes() error {
 			// A small lane has small chunks: what is dropped at once is a part of it.
 			l.maxChunk = int(min(maxChunk, max(c.MaxBytes/16, 1)))
 		}
+		if max := uint64(c.MaxBytes); max > 0 {
+			l.softMax = max - dropStride(max)
+			l.errFull = fmt.Errorf("append to lane %q: %w (max_bytes %d)", c.Name, ErrFull, c.MaxBytes)
+		}
+		l.errDisk = fmt.Errorf("append to lane %q: %w: %w", c.Name, ErrFull, ErrDisk)
 		row := laneRow{Next: Position{Seq: 1}, Head: Position{Seq: 1}}
 		if v, found, err := s.store.Get(keyLane(number)); err != nil {
 			return err
@@ -362,19 +375,13 @@ func (s *Spool) Append(to Lane, r *Record, ops []kv.Op, done kv.Done, token uint
 			return err
 		}
 	}
-	g, err := s.store.Begin(!shed)
+	g, err := s.begin(l, 1, shed)
 	if err != nil {
-		if l != nil && errors.Is(err, ErrBusy) {
-			l.shed.Add(1)
-		}
 		return err
 	}
 	defer g.End()
 	seq := uint64(0)
 	if l != nil {
-		if err := l.makeRoom(1); err != nil {
-			return err
-		}
 		n := 0
 		seq, n = l.append(r)
 		g.Grow(n)
@@ -384,6 +391,44 @@ func (s *Spool) Append(to Lane, r *Record, ops []kv.Op, done kv.Done, token uint
 		g.Done(done, token, seq)
 	}
 	return nil
+}
+
+// begin opens the commit for n records of l, which may be nil: then there are only rows.
+func (s *Spool) begin(l *lane, n int, shed bool) (*kv.Group, error) {
+	if l == nil {
+		return s.store.Begin(!shed)
+	}
+	for {
+		if err := l.admit(n, shed); err != nil {
+			return nil, err
+		}
+		begin := s.store.BeginMessage
+		if l.number == systemNumber {
+			begin = s.store.Begin
+		}
+		g, err := begin(!shed)
+		switch {
+		case errors.Is(err, ErrBusy):
+			l.shed.Add(uint64(n))
+			return nil, err
+		case errors.Is(err, kv.ErrDiskFull):
+			continue // admit knows what to do
+		case err != nil:
+			return nil, err
+		}
+		again, err := l.makeRoom(n, shed)
+		if !again && err == nil {
+			return g, nil
+		}
+		head := l.headBytes.Load()
+		g.End()
+		if err == nil {
+			err = l.waitForDrop(head)
+		}
+		if err != nil {
+			return nil, err
+		}
+	}
 }
 
 // AppendAll is Append for several records of one lane, all of them or none: one batch takes them, and ops with
@@ -401,16 +446,13 @@ func (s *Spool) AppendAll(to Lane, rs []Record, ops []kv.Op, done kv.Done, token
 			return err
 		}
 	}
-	g, err := s.store.Begin(true)
+	g, err := s.begin(l, len(rs), false)
 	if err != nil {
 		return err
 	}
 	defer g.End()
 	seq := uint64(0)
 	if l != nil {
-		if err := l.makeRoom(len(rs)); err != nil {
-			return err
-		}
 		for i := range rs {
 			n := 0
 			seq, n = l.append(&rs[i])
@@ -456,6 +498,7 @@ const (
 	gapExpired  = "expired"        // their own MQTT 5 message expiry interval had passed
 	gapParked   = "parked"         // the upstream refused them for good
 	gapPurged   = "purged"         // somebody had them dropped
+	gapDiskFull = "disk_full"      // the disk was full
 	gapOther    = "other_upstream" // they are replays of what another upstream had refused
 )
 
@@ -697,6 +740,10 @@ func (s *Spool) wakeHousekeeping() {
 func (s *Spool) Close() error {
 	s.closeOnce.Do(func() {
 		close(s.stop)
+		s.space.L.Lock()
+		s.closing = true
+		s.space.Broadcast()
+		s.space.L.Unlock()
 		s.done.Wait()
 	})
 	return nil

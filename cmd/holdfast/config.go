@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 
+	"holdfast/gateway"
 	"holdfast/internal/config"
 )
 
@@ -27,7 +28,7 @@ func configCheck(_ context.Context, p *program, args []string) error {
 	if err != nil {
 		return unreadable(err)
 	}
-	if len(warnings) > 0 {
+	if warnings = append(warnings, gateway.DiskWarnings(c)...); len(warnings) > 0 {
 		fmt.Fprintln(p.stderr, warnings.Error())
 	}
 	fmt.Fprintf(p.stdout, "%s: ok: gateway %s, %s, %s\n", files[0], c.Gateway.ID,

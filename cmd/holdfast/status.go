@@ -57,6 +57,12 @@ func (p *program) printStatus(st *httpapi.Status, now time.Time) {
 		fmt.Fprintf(p.stdout, ", %s free", bytesText(st.Store.FreeBytes))
 	}
 	fmt.Fprintf(p.stdout, "  epoch %s\n", st.Epoch)
+	switch st.Store.Level {
+	case "high":
+		fmt.Fprintf(p.stdout, "disk    NEARLY FULL since %s: QoS 0 is shed, MQTT 3.1.1 publishers are slowed\n", clockText(st.Store.Since))
+	case "full":
+		fmt.Fprintf(p.stdout, "disk    FULL since %s: lanes refuse messages or drop the oldest; free space, or holdfast spool purge\n", clockText(st.Store.Since))
+	}
 	if !st.ClockSync {
 		since := ""
 		if d := st.Clock.Wall.Sub(st.Clock.Since); d >= time.Second {

@@ -16,6 +16,10 @@ type Config struct {
 	// system.
 	Clock *clock.Clock
 
+	// Slow says whether publishers that cannot be told so, those of MQTT 3.1.1, are to be slowed down now. It is asked for each
+	// of their messages. nil: never.
+	Slow func() bool
+
 	// Connections.
 	MaxConnections           int           // open at once, those without a CONNECT included; 10,000
 	MaxConnectionsPerAddress int           // open at once from one address; 0: 512, but loopback without a limit

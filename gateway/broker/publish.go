@@ -80,6 +80,9 @@ type inflow struct {
 
 const maxHeard = 64
 
+// slowPause comes before each message of a client that is slowed down: it sends 50 a second at most.
+const slowPause = 20 * time.Millisecond
+
 // publish handles a PUBLISH: it finds its place in the order of answers, then hands it in.
 // On the usual way (QoS 1, no subscriber, no properties but an alias) it allocates nothing.
 func (c *conn) publish(frame []byte) error {
@@ -113,6 +116,11 @@ func (c *conn) publish(frame []byte) error {
 		s.at = int64(time.Since(began))
 	}
 
+	if c.version != mqtt.V5 && c.b.cfg.Slow != nil && c.b.cfg.Slow() {
+		if err := c.pause(slowPause); err != nil {
+			return err
+		}
+	}
 	refused := mqtt.Success
 	over := false
 	if m := c.meter.Load(); m != nil {

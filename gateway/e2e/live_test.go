@@ -24,7 +24,7 @@ func TestLiveFirst(t *testing.T) {
 				"spool: { lanes: [ { name: alarm, share: 50 }, { name: telemetry, share: 50, drain: live_first } ] }\n"+
 				"upstreams:\n"+upstreamYAML("cloud", up.link.Addr(), format, ""))
 			f := startFleet(t, g.Addr, seed, 10, 100)
-			telemetry := func(want string, ok func(a testkit.Account) bool) {
+			telemetry := func(want string, ok func(a proof.Account) bool) {
 				testkit.EventuallyNil(t, 60*time.Second, want, func() error {
 					for _, a := range balanced(t, g).Ledger.Accounts {
 						if a.Lane == "telemetry" && ok(a) {
@@ -35,10 +35,10 @@ func TestLiveFirst(t *testing.T) {
 				})
 			}
 			<-time.After(6 * time.Second) // what is older counts as behind
-			telemetry("there is a backlog", func(a testkit.Account) bool { return a.Pending.Bytes > 300<<10 })
+			telemetry("there is a backlog", func(a proof.Account) bool { return a.Pending.Bytes > 300<<10 })
 			// Too slow for both.
 			up.link.Set(testkit.Faults{BytesPerSecond: map[string]int{"batch": 40 << 10, "cloudevents": 300 << 10}[format]})
-			telemetry("the newest go first", func(a testkit.Account) bool { return a.Islands > 0 })
+			telemetry("the newest go first", func(a proof.Account) bool { return a.Islands > 0 })
 			for n := range cycles() {
 				<-time.After(time.Duration(200+rng.IntN(600)) * time.Millisecond)
 				if n%2 == 0 {

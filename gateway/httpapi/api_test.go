@@ -622,7 +622,7 @@ func TestStatusIsReadBack(t *testing.T) {
 		t.Errorf("status = %+v", st)
 	}
 	r.source.status = httpapi.Status{
-		Devices: devices.Counts{Registered: 3}, Commands: devices.QueueCounts{Queued: 2, Submitted: 9},
+		Store: httpapi.Store{Level: "high"}, Devices: devices.Counts{Registered: 3}, Commands: devices.QueueCounts{Queued: 2, Submitted: 9},
 		Certificates: []httpapi.Certificate{{Listener: "tls", File: "c.pem", Subject: "CN=gw", NotAfter: then}},
 		Upstreams:    []httpapi.Upstream{{Name: "cloud"}}, Lanes: []spool.LaneStat{{Name: "alarm"}},
 	}

@@ -54,7 +54,7 @@ func newRigWith(t *testing.T, events int) *rig {
 			"off":  {ID: "off", Role: "device", Created: then, Updated: then},
 		}},
 	}
-	r.source.status = httpapi.Status{Version: "1", Gateway: "gw", StartedAt: then, Ledger: httpapi.NewLedger([]spool.Account{{
+	r.source.status = httpapi.Status{Version: "1", Gateway: "gw", StartedAt: then, Store: httpapi.Store{Level: "ok"}, Ledger: httpapi.NewLedger([]spool.Account{{
 		Lane: "telemetry", Accepted: spool.Count{Messages: 3, Bytes: 30}, Pending: spool.Count{Messages: 3, Bytes: 30},
 	}})}
 	r.queue = &queue{reg: r.registry, hub: r.hub}

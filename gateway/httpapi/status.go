@@ -73,6 +73,11 @@ func NewLedger(accounts []spool.Account) Ledger {
 type Store struct {
 	Bytes     uint64 `json:"bytes"`
 	FreeBytes uint64 `json:"free_bytes"` // of the file system; 0: not known
+	// ReserveBytes is the reserve in effect, BallastBytes what of it is a file now.
+	ReserveBytes int64     `json:"reserve_bytes"`
+	BallastBytes int64     `json:"ballast_bytes"`
+	Level        string    `json:"level" enum:"ok,high,full"` // how full the disk is
+	Since        time.Time `json:"since,omitzero"`            // of the level
 }
 
 // Upstream is one link to the cloud. Counters are since the process started.

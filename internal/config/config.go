@@ -60,7 +60,7 @@ type Commands struct {
 type Spool struct {
 	Durability   string             `yaml:"durability"`    // Fsync or Interval
 	SyncInterval time.Duration      `yaml:"sync_interval"` // with Interval: the most that a power cut takes
-	DiskReserve  int64              `yaml:"disk_reserve"`  // bytes of the file system that messages never use
+	DiskReserve  int64              `yaml:"disk_reserve"`  // bytes of the file system that messages never use; 0: see kv.Reserve
 	Lanes        []spool.LaneConfig `yaml:"lanes"`
 }
 
@@ -126,7 +126,6 @@ func defaults() *Config {
 		Spool: Spool{
 			Durability:   Fsync,
 			SyncInterval: 100 * time.Millisecond,
-			DiskReserve:  64 << 20,
 		},
 		HTTP: HTTP{Address: "127.0.0.1:8080"},
 		Log:  Log{Level: "info", Format: "auto"},

@@ -67,7 +67,7 @@ func TestDefaultsAreThoseOfTheManual(t *testing.T) {
 			Window: 1, AckTimeout: 30 * time.Second, History: 168 * time.Hour, MaxPending: 200_000,
 		}},
 		Spool: config.Spool{
-			Durability: "fsync", SyncInterval: 100 * time.Millisecond, DiskReserve: 64 << 20,
+			Durability: "fsync", SyncInterval: 100 * time.Millisecond,
 			Lanes: []spool.LaneConfig{
 				{Name: "alarm", Share: 50, MaxBytes: 256 << 20, MaxAge: 720 * time.Hour, WhenFull: spool.Reject, Drain: spool.InOrder, BackfillShare: 30},
 				{Name: "telemetry", Share: 40, MaxBytes: 8 << 30, MaxAge: 168 * time.Hour, WhenFull: spool.DropOldest, Drain: spool.InOrder, BackfillShare: 30},

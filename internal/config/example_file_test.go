@@ -101,7 +101,7 @@ func TestTheExampleTellsTheDefaults(t *testing.T) {
 	}
 	for key, want := range map[string]string{
 		"data_dir": empty.Gateway.DataDir, "anonymous": "false", "allow_anonymous_on_network": "false", "durability": "fsync",
-		"sync_interval": "100ms", "disk_reserve": "64MiB", "level": "info", "format": "auto", "window": "256", "commands": "true",
+		"sync_interval": "100ms", "disk_reserve": "0", "level": "info", "format": "auto", "window": "256", "commands": "true",
 		"require_client_cert": "false", "max_connections": "0", "window ": "1", "ack_timeout": "30s", "history": "168h", "max_pending": "200000",
 	} {
 		key, ofCommands := strings.CutSuffix(key, " ")
@@ -120,7 +120,7 @@ func TestTheExampleTellsTheDefaults(t *testing.T) {
 		}
 	}
 	for _, want := range []string{
-		"sync_interval: 100ms", "disk_reserve: 64MiB", "anonymous: false", "level: info", "format: auto",
+		"sync_interval: 100ms", "disk_reserve: 0", "anonymous: false", "level: info", "format: auto",
 		"durability: fsync", "data_dir: \"/var/lib/holdfast\"", "address: \"127.0.0.1:8080\"", "address: \"127.0.0.1:1883\"",
 	} {
 		if !strings.Contains(printed.String(), want) {

@@ -63,9 +63,12 @@ type Options struct {
 	Log          *slog.Logger
 	Metrics      prometheus.Registerer // nil: none
 	MaxTables    int                   // that are open at once, each a descriptor; 0: 190
-	// Fatal is called when a write or sync of the log failed. The store takes nothing
+	Guard        *Guard                // how the disk is watched; nil: it is not
+	// Fatal is called when a write or sync failed in a way that leaves open what the disk has. The store takes nothing
 	// more and acknowledges nothing more; the process has to end and start again.
 	Fatal func(error)
+
+	fullWait time.Duration // for tests; 0: fullWait
 }
 
 // InMemory is a file system for Options.FS that keeps nothing.

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"math"
+	"time"
 
 	"github.com/cockroachdb/pebble/v2"
 )
@@ -37,20 +38,26 @@ func (s *Store) checkFormat() error {
 	return s.db.Set(formatKey, binary.BigEndian.AppendUint32(nil, FormatVersion), pebble.Sync)
 }
 
+const (
+	memTableMax = 8 << 20
+	memTableMin = 1 << 20
+)
+
 // pebbleOptions are for a queue on a small box. Rows leave in the order in which they came, so
 // caches, filters and compactions have nothing to win, and memory is the scarce thing.
-func (s *Store) pebbleOptions(tables *pebble.FileCache) *pebble.Options {
+// On a small file system memtables are smaller, and with them the logs.
+func (s *Store) pebbleOptions(dir string, tables *pebble.FileCache) *pebble.Options {
 	log := pebbleLogger{s}
 	o := &pebble.Options{
-		FS: s.opt.FS,
+		FS: &diskFS{FS: s.opt.FS, s: s, dir: dir},
 		// Named, not newest by default: 20 and later detect damage in the middle of the log, which
 		// older ones skip in silence with all that follows it.
 		FormatMajorVersion:          pebble.FormatNewest,
 		CacheSize:                   1 << 20,
-		MemTableSize:                8 << 20,
+		MemTableSize:                s.guard.memTable(),
 		MemTableStopWritesThreshold: 3,
 		FileCache:                   tables,
-		MaxManifestFileSize:         4 << 20,
+		MaxManifestFileSize:         int64(s.guard.memTable() / 2),
 		// One table a lane and flush, moved down as it is: chunks are never rewritten.
 		L0CompactionThreshold:     2,
 		L0CompactionFileThreshold: 4000,
@@ -103,22 +110,29 @@ func (s *Store) events(log pebbleLogger) *pebble.EventListener {
 		},
 		BackgroundError: func(err error) {
 			s.m.backgroundErrors.Inc()
-			l.Warn("store background work stalls", "err", err)
+			if now := time.Now().Unix(); s.toldStall.Swap(now) != now { // it is tried again at once
+				l.Warn("store background work stalls", "err", err)
+			}
 		},
 		DataCorruption: func(i pebble.DataCorruptionInfo) {
 			s.m.corruptions.Inc()
 			l.Error("store data damaged", "file", i.Path, "err", i.Details)
 		},
+		TableDeleted: func(pebble.TableDeleteInfo) { s.guard.poke() },
 		DiskSlow: func(i pebble.DiskSlowInfo) {
 			l.Warn("disk is slow", "file", i.Path, "waited_ms", i.Duration.Milliseconds())
 		},
 		LowDiskSpace: func(i pebble.LowDiskSpaceInfo) {
-			l.Warn("disk space is low", "free_bytes", i.AvailBytes, "total_bytes", i.TotalBytes)
+			if s.guard == nil { // it tells of that itself
+				l.Warn("disk space is low", "free_bytes", i.AvailBytes, "total_bytes", i.TotalBytes)
+			}
 		},
 		WriteStallBegin: func(i pebble.WriteStallBeginInfo) {
 			s.m.stalls.Inc()
+			s.stalled.Store(time.Now().UnixNano())
 			l.Debug("store stalls writes", "reason", i.Reason)
 		},
+		WriteStallEnd: func() { s.stalled.Store(0) },
 	}
 	e.EnsureDefaults(log) // after our own: it fills only what is missing
 	return e

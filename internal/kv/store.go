@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"path/filepath"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -12,8 +13,8 @@ import (
 	"github.com/cockroachdb/pebble/v2/vfs"
 )
 
-// MaxGroupBytes bounds what one commit may carry. It stays well below half a memtable: Pebble
-// would turn a larger batch into a memtable of its own. A writer that finds the open group this
+// MaxGroupBytes bounds what one commit may carry; with smaller memtables it is a quarter of one. It stays well below
+// half a memtable: Pebble would turn a larger batch into a memtable of its own. A writer that finds the open group this
 // full waits, so at most three groups (open, being written, being synced) are in memory.
 const MaxGroupBytes = 2 << 20
 
@@ -44,6 +45,16 @@ type Store struct {
 	db  *pebble.DB
 	opt Options
 	m   *metrics
+
+	guard     *guard // nil: none
+	maxGroup  int
+	opening   atomic.Bool
+	toldStall atomic.Int64  // when background work was last said to stall, Unix s
+	noTable   atomic.Int64  // when a table last found no space, Unix ns
+	stalled   atomic.Int64  // since when writers wait for tables, Unix ns; 0: they do not
+	excising  atomic.Int64  // since when Excise runs, which may wait for tables, too; 0: it does not
+	dead      chan struct{} // closed when the store has failed
+	stop      chan struct{} // closed by Close
 
 	mu     sync.Mutex // guards what follows
 	room   sync.Cond  // broadcast when the open group was sealed or the store failed
@@ -82,30 +93,73 @@ func Open(dir string, o Options) (*Store, error) {
 		m:      newMetrics(o.Metrics),
 		wake:   make(chan struct{}, 1),
 		sealed: make(chan *Group),
+		dead:   make(chan struct{}),
+		stop:   make(chan struct{}),
 	}
 	s.room.L = &s.mu
-	if o.MaxTables == 0 {
-		o.MaxTables = 190
+	if s.opt.MaxTables == 0 {
+		s.opt.MaxTables = 190
 	}
-	// One of our own: by MaxOpenFiles it would never hold fewer than 64.
-	tables := pebble.NewFileCache(1, o.MaxTables)
-	defer tables.Unref() // the store holds it
-	db, err := pebble.Open(dir, s.pebbleOptions(tables))
-	if err != nil {
-		return nil, fmt.Errorf("open store %q: %w", dir, err)
+	if s.opt.fullWait == 0 {
+		s.opt.fullWait = fullWait
 	}
-	s.db = db
+	if dir != "" {
+		dir = filepath.Clean(dir)
+	}
+	if o.Guard != nil {
+		g, err := newGuard(o.Guard, dir, o.Log)
+		if err != nil {
+			return nil, fmt.Errorf("open store %q: %w", dir, err)
+		}
+		s.guard = g
+	}
+	s.maxGroup = min(MaxGroupBytes, int(s.guard.memTable()/4))
+	if err := s.openPebble(dir); err != nil {
+		return nil, err
+	}
 	// What recovery flushed or created does not count: only memtables of this run are told apart.
 	s.memtable.Store(1)
 	s.flushed.Store(0)
-	if err := s.checkFormat(); err != nil {
-		return nil, errors.Join(err, db.Close())
-	}
 	s.open = s.newGroup()
 	s.done.Add(2)
 	go s.commitLoop()
 	go s.completeLoop()
+	if s.guard != nil {
+		s.OnLevel(s.wakeWriters)
+		s.guard.check()
+		s.done.Go(func() { s.guard.run(s.stop) })
+	}
 	return s, nil
+}
+
+// openPebble opens Pebble and checks the format. Pebble does not come back from a write that the disk refuses: then the
+// goroutine that opens stays behind, and the process has to end.
+func (s *Store) openPebble(dir string) error {
+	s.opening.Store(true)
+	defer s.opening.Store(false)
+	opened := make(chan error, 1)
+	go func() {
+		// One of our own: by MaxOpenFiles it would never hold fewer than 64.
+		tables := pebble.NewFileCache(1, s.opt.MaxTables)
+		defer tables.Unref() // the store holds it
+		db, err := pebble.Open(dir, s.pebbleOptions(dir, tables))
+		if err != nil {
+			opened <- fmt.Errorf("open store %q: %w", dir, err)
+			return
+		}
+		s.db = db
+		if err := s.checkFormat(); err != nil {
+			opened <- errors.Join(err, db.Close())
+			return
+		}
+		opened <- nil
+	}()
+	select {
+	case err := <-opened:
+		return err
+	case <-s.dead:
+		return fmt.Errorf("open store %q: %w", dir, s.failure())
+	}
 }
 
 // Join makes p take part in every group commit. Call it once, before traffic.
@@ -147,7 +201,12 @@ type completion struct {
 
 // Begin locks the store and returns the open group. While the group is full it waits, or
 // returns ErrBusy if it may not. After an error there is nothing to End.
-func (s *Store) Begin(mayWait bool) (*Group, error) {
+func (s *Store) Begin(mayWait bool) (*Group, error) { return s.begin(mayWait, false) }
+
+// BeginMessage is Begin for what is refused on a full disk: instead of waiting there it returns ErrDiskFull.
+func (s *Store) BeginMessage(mayWait bool) (*Group, error) { return s.begin(mayWait, true) }
+
+func (s *Store) begin(mayWait, message bool) (*Group, error) {
 	s.mu.Lock()
 	for {
 		switch {
@@ -158,14 +217,24 @@ func (s *Store) Begin(mayWait bool) (*Group, error) {
 		case s.closed:
 			s.mu.Unlock()
 			return nil, ErrClosed
-		case s.open.size < MaxGroupBytes:
+		case s.open.size < s.maxGroup:
 			return s.open, nil
 		case !mayWait:
 			s.mu.Unlock()
 			return nil, ErrBusy
+		case message && s.Level() == LevelFull: // the commit that is under way may wait for space
+			s.mu.Unlock()
+			return nil, ErrDiskFull
 		}
 		s.room.Wait()
 	}
+}
+
+// wakeWriters has those who wait for the open group look again.
+func (s *Store) wakeWriters(Level) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.room.Broadcast()
 }
 
 // Set adds or replaces a row. key and value are copied.
@@ -230,7 +299,12 @@ func (s *Store) ApplyWait(ops []Op) error {
 	if err := s.Apply(ops, w, 0); err != nil {
 		return err
 	}
-	return <-w
+	select {
+	case err := <-w:
+		return err
+	case <-s.dead: // the commit may never come back
+		return s.failure()
+	}
 }
 
 // Flush waits until everything handed in before it is committed.
@@ -295,6 +369,8 @@ func (s *Store) Iter(start, end []byte) (*pebble.Iterator, error) {
 // (see Memtable); rows in a memtable would force a flush. It is durable when it returns, so
 // whatever says that these rows are no longer needed has to be durable before the call.
 func (s *Store) Excise(start, end []byte) error {
+	s.excising.Store(time.Now().UnixNano())
+	defer s.excising.Store(0)
 	err := s.db.Excise(context.Background(), pebble.KeyRange{Start: start, End: end})
 	if err != nil {
 		return fmt.Errorf("excise rows %x to %x: %w", start, end, err)
@@ -377,6 +453,7 @@ func (s *Store) seal() (*Group, bool) {
 
 func (s *Store) write(g *Group) {
 	g.began = time.Now()
+	s.guard.beforeCommit()
 	err := s.failure()
 	if err == nil && g.sealed != nil {
 		err = s.part.Stage(g.sealed, writer{g.batch})
@@ -550,6 +627,7 @@ func (s *Store) fail(err error) {
 	first := s.failed == nil
 	if first {
 		s.failed = err
+		close(s.dead)
 	}
 	s.room.Broadcast()
 	s.mu.Unlock()
@@ -560,6 +638,12 @@ func (s *Store) fail(err error) {
 		}
 	}
 }
+
+// closeWait is how long Close waits before it looks whether that has an end.
+const closeWait = time.Second
+
+// hang is where calls of Pebble end whose failure must not reach it.
+func (s *Store) hang() { select {} }
 
 // Close commits what was handed in, ends the goroutines and closes Pebble. Later calls return
 // what the first returned. After a failure it leaves Pebble open: the process has to end, and
@@ -574,12 +658,37 @@ func (s *Store) Close() error {
 		case s.wake <- struct{}{}:
 		default:
 		}
-		s.done.Wait()
+		close(s.stop)
+		ended := make(chan struct{})
+		go func() {
+			s.done.Wait()
+			close(ended)
+		}()
+		select {
+		case <-ended:
+		case <-s.dead: // a commit may never come back
+		}
 		if s.closeErr = s.failure(); s.closeErr != nil {
 			return
 		}
 		s.open.batch.Close()
-		s.closeErr = s.db.Close()
+		closed := make(chan error, 1)
+		go func() { closed <- s.db.Close() }()
+		for {
+			select {
+			case s.closeErr = <-closed:
+				return
+			case <-s.dead:
+				s.closeErr = s.failure()
+				return
+			case <-time.After(closeWait):
+			}
+			if s.tableRefused() {
+				// Pebble waits for a flush that cannot be done. All of it is in the log.
+				s.opt.Log.Warn("disk has no space for the store's tables: the next start reads its log instead")
+				return
+			}
+		}
 	})
 	return s.closeErr
 }

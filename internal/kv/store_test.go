@@ -18,7 +18,17 @@ import (
 	"holdfast/internal/kv"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+// childEnv is set in a process of its own, which a store that failed has to end.
+const childEnv = "HOLDFAST_TEST_CHILD"
+
+func TestMain(m *testing.M) {
+	if os.Getenv(childEnv) != "" {
+		os.Exit(m.Run())
+	}
+	goleak.VerifyTestMain(m)
+}
+
+func discard() *slog.Logger { return slog.New(slog.DiscardHandler) }
 
 func open(t testing.TB, o kv.Options) *kv.Store {
 	t.Helper()

@@ -99,7 +99,13 @@ func (g *Gateway) Reload() (taken bool) {
 // Status is what of a gateway's status the tests look at.
 type Status struct {
 	proof.Books
-	Ready    bool `json:"ready"`
+	Ready bool `json:"ready"`
+	Store struct {
+		Bytes   uint64 `json:"bytes"`
+		Free    uint64 `json:"free_bytes"`
+		Reserve int64  `json:"reserve_bytes"`
+		Level   string `json:"level"`
+	} `json:"store"`
 	Commands struct {
 		Queued      int    `json:"queued"`
 		Sent        int    `json:"sent"`
