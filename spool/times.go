@@ -1,6 +1,8 @@
 package spool
 
 import (
+	"time"
+
 	"holdfast/internal/clock"
 )
 
@@ -25,6 +27,9 @@ func (s *Spool) service(m *chunkMeta) int64 {
 	}
 	return m.Service
 }
+
+// Time is the wall time as far as the gateway believes it; see clock.Clock.Time.
+func (s *Spool) Time() time.Time { return s.clock.Time() }
 
 // sameTime is the difference, ms, up to which two runs' times on the service clock are the same: one is as good as the other
 // where a second counts.
