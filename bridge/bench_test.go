@@ -56,6 +56,7 @@ func (s *loop) Close()                   {}
 
 func (r *loopReader) Lane() string { return "telemetry" }
 func (r *loopReader) Share() int   { return 40 }
+func (r *loopReader) Urgent() bool { return false }
 
 func (r *loopReader) Next(maxBytes int) (spool.Run, error) {
 	first := int((r.pos.Seq - 1) % uint64(len(r.ends)))
@@ -94,6 +95,7 @@ type none struct{}
 
 func (none) Lane() string                              { return spool.SystemLane }
 func (none) Share() int                                { return 100 }
+func (none) Urgent() bool                              { return false }
 func (none) Next(int) (spool.Run, error)               { return spool.Run{}, nil }
 func (none) Rewind()                                   {}
 func (none) Resolve(spool.Position, spool.Outcome)     {}

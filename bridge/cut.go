@@ -17,6 +17,7 @@ type lane struct {
 	name   string
 	rank   int // 0 is the first in priority, and its index in every table
 	format string
+	urgent bool // no budget holds it up
 
 	// The stage: count records in raw, the first at pos. In the batch format the buffer is reused, else sent
 	// payloads are slices of it and it is made anew.

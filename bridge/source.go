@@ -14,6 +14,8 @@ type Source interface {
 // Reader is one lane's reader; see spool.Reader.
 type Reader interface {
 	Lane() string
+	// Urgent: no budget holds the lane up.
+	Urgent() bool
 	Share() int
 	Next(maxBytes int) (spool.Run, error)
 	Rewind()

@@ -114,6 +114,7 @@ func (s *source) outcomes(lane string) map[spool.Outcome]int {
 
 func (l *laneFake) Lane() string { return l.name }
 func (l *laneFake) Share() int   { return l.share }
+func (l *laneFake) Urgent() bool { return l.name == "urgent" || l.name == spool.SystemLane }
 
 func (l *laneFake) Next(maxBytes int) (spool.Run, error) {
 	l.s.mu.Lock()

@@ -20,6 +20,7 @@ import (
 type orders struct {
 	gateway  string
 	upstream bridge.Config
+	data     *bridge.Bridge // the link of the data, which commands follow
 	queue    *devices.Queue
 	log      *slog.Logger
 
@@ -28,8 +29,8 @@ type orders struct {
 	err string
 }
 
-func newOrders(gateway string, u bridge.Config, q *devices.Queue, log *slog.Logger) *orders {
-	return &orders{gateway: gateway, upstream: u, queue: q, log: log}
+func newOrders(gateway string, u bridge.Config, data *bridge.Bridge, q *devices.Queue, log *slog.Logger) *orders {
+	return &orders{gateway: gateway, upstream: u, data: data, queue: q, log: log}
 }
 
 // Run takes commands until ctx ends.
@@ -37,6 +38,8 @@ func (o *orders) Run(ctx context.Context) error {
 	opts := mqttup.CommandsFromConfig(o.upstream, o.gateway)
 	opts.Log = o.log
 	opts.OnState = o.link
+	opts.Meter = o.data.Meter()
+	opts.Prefer = o.data.Settled
 	return mqttup.TakeCommands(ctx, opts, wire.CommandFilter(o.gateway), o.take)
 }
 

@@ -40,6 +40,7 @@ type LaneConfig struct {
 	MaxBytes int64         `yaml:"max_bytes"` // record bytes kept; 0: no limit
 	MaxAge   time.Duration `yaml:"max_age"`   // 0: no limit
 	WhenFull WhenFull      `yaml:"when_full"`
+	Urgent   bool          `yaml:"urgent"` // sent whatever the budgets of the upstreams say
 }
 
 // Config of a spool.

@@ -20,7 +20,7 @@ const maxUnacked = 1024
 // has them, under a client id of their own.
 func CommandsFromConfig(c bridge.Config, gateway string) Options {
 	return Options{
-		URL: c.URL, ClientID: CommandsClientID(gateway, c.Name), Username: c.Username, PasswordFile: c.PasswordFile, TLS: c.TLS, Persistent: true,
+		URLs: c.Addresses(), ClientID: CommandsClientID(gateway, c.Name), Username: c.Username, PasswordFile: c.PasswordFile, TLS: c.TLS, Persistent: true,
 	}
 }
 

@@ -11,7 +11,7 @@ func ReadFrames(transport net.Conn, filters, maxPublish int) (frames []byte, err
 }
 
 func readFrames(transport net.Conn, g guard) (frames []byte, err error) {
-	c := newConn(transport, &progressConn{Conn: transport, stall: time.Second}, g, nil, time.Second)
+	c := newConn(transport, &progressConn{Conn: transport, stall: time.Second}, g, nil, Options{Stall: time.Second, KeepAlive: time.Second})
 	defer func() {
 		_ = c.fail(errClosed)
 		<-c.flushed
