@@ -108,9 +108,13 @@ func (s *several) exact(t *testing.T, n, again int) {
 
 // stream adds records for a time, ten a second.
 func (r *rig) stream(from int, d time.Duration) (next int) {
+	return r.trickle(from, d, 100*time.Millisecond)
+}
+
+func (r *rig) trickle(from int, d, every time.Duration) (next int) {
 	for end := time.Now().Add(d); time.Now().Before(end); from++ {
 		r.src.add("telemetry", numbered("pump", from, from)...)
-		elapse(100 * time.Millisecond)
+		elapse(every)
 	}
 	return from
 }
@@ -195,7 +199,7 @@ func TestFirstAddressThatOnlyLooksWell(t *testing.T) {
 			return bridgetest.Step{Lose: true, End: bridge.ErrPeerClosed}
 		}
 		r.start()
-		n := r.stream(1, 4*time.Hour)
+		n := r.trickle(1, 4*time.Hour, 2*time.Second)
 		if kicks := len(s.all[0].Dials()); kicks < 3 || kicks > 12 {
 			t.Errorf("went %d times in 4 hours to where it is kicked", kicks)
 		}

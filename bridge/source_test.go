@@ -14,6 +14,8 @@ type source struct {
 	ready chan struct{}
 	lanes []*laneFake
 	fail  func(format string, args ...any)
+	// onResolve is told of each record that counts as delivered; nil: nobody is. Set before the source is used.
+	onResolve func(lane string, number int)
 
 	mu     sync.Mutex
 	closed bool
@@ -169,6 +171,9 @@ func (l *laneFake) resolve(end spool.Position, o spool.Outcome) {
 	for l.cursor < to {
 		l.cursor++
 		l.outcomes = append(l.outcomes, o)
+		if l.s.onResolve != nil && o == spool.Delivered {
+			l.s.onResolve(l.name, l.cursor)
+		}
 	}
 }
 
