@@ -57,7 +57,7 @@ func (b *Budget) Validate() error {
 			bad(key+"cron", "%v", err)
 		}
 		if w.For < MinWindow || w.For > MaxWindow {
-			bad(key+"for", "has to be %v to %v", MinWindow, MaxWindow)
+			bad(key+"for", "has to be %.0fm to %.0fh", MinWindow.Minutes(), MaxWindow.Hours())
 		}
 	}
 	return errors.Join(errs...)

@@ -385,7 +385,7 @@ func TestBudgetTellsAllThatIsWrong(t *testing.T) {
 		{bridge.Budget{BytesPerSecond: 100, BytesPerDay: -1}, []string{"bytes_per_second: has to be at least 256B", "bytes_per_day: has to be at least 64KiB"}},
 		{bridge.Budget{Windows: []bridge.TimeWindow{}}, []string{"windows: has no entry"}},
 		{bridge.Budget{Windows: []bridge.TimeWindow{{Cron: "0 22 * *", For: time.Hour}, {Cron: "", For: 0}, {Cron: "@daily", For: 8 * 24 * time.Hour}}}, []string{
-			"windows[0].cron: does not have five fields", "windows[1].cron: does not have five fields", "windows[1].for: has to be 1m0s to 168h0m0s",
+			"windows[0].cron: does not have five fields", "windows[1].cron: does not have five fields", "windows[1].for: has to be 1m to 168h",
 			"windows[2].cron: does not have five fields", "windows[2].for",
 		}},
 		{bridge.Budget{Windows: []bridge.TimeWindow{{Cron: "0 25 * * *", For: time.Hour}, {Cron: "TZ=Mars/Base 0 2 * * *", For: time.Hour}, {Cron: "0 0 31 2 *", For: time.Hour}}}, []string{

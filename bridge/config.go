@@ -94,7 +94,7 @@ func (c Config) withDefaults() Config {
 	def(&t.BatchLinger, 30*time.Millisecond)
 	def(&t.InFlightBytes, paceHigh)
 	def(&t.Kicks, 10)
-	def(&t.ReturnAfter, returnMin)
+	def(&t.ReturnAfter, returnSoonest)
 	if t.Now == nil {
 		t.Now = time.Now
 	}

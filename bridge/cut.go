@@ -109,7 +109,7 @@ const (
 	notOurs         // a word to another upstream, or a replay for it
 )
 
-func (b *Bridge) judge(l *lane, r *spool.Record, nowMS int64) verdict {
+func (b *Bridge) judge(r *spool.Record, nowMS int64) verdict {
 	if r.Props == nil {
 		return toSend
 	}
@@ -139,7 +139,7 @@ func (b *Bridge) cut(l *lane, maxRaw int) piece {
 		k, err := spool.ParseRecord(l.raw[size:], r)
 		v := toSend
 		if err == nil {
-			v = b.judge(l, r, nowMS)
+			v = b.judge(r, nowMS)
 		}
 		if err == nil && v == toSend && (n == 0 || size+k <= maxRaw) {
 			size += k

@@ -151,7 +151,7 @@ func TestUpstreamsThatMisbehave(t *testing.T) {
 // TestKindsOfKicksBackOff: however the upstream ends it, a link that does nothing is tried less and less often, and each attempt is
 // counted.
 func TestKindsOfKicksBackOff(t *testing.T) {
-	kick := func(dial int, after time.Duration, r *rig) {
+	kick := func(after time.Duration, r *rig) {
 		time.AfterFunc(after, func() { r.up.End(bridge.ErrPeerClosed) })
 	}
 	for _, c := range []struct {
@@ -162,8 +162,8 @@ func TestKindsOfKicksBackOff(t *testing.T) {
 		{"accepts and closes", func(*rig, int) error { return fmt.Errorf("connect: %w", bridge.ErrPeerClosed) }, nil},
 		{"refuses", func(*rig, int) error { return fmt.Errorf("%w: not authorized", bridge.ErrRefused) }, nil},
 		{"never answers", func(*rig, int) error { return fmt.Errorf("%w: no answer", bridge.ErrStalled) }, nil},
-		{"closes at once", func(r *rig, n int) error { kick(n, time.Millisecond, r); return nil }, nil},
-		{"closes after half a second", func(r *rig, n int) error { kick(n, 500*time.Millisecond, r); return nil }, func(int) bridgetest.Step { return bridgetest.Step{NoAck: true} }},
+		{"closes at once", func(r *rig, _ int) error { kick(time.Millisecond, r); return nil }, nil},
+		{"closes after half a second", func(r *rig, _ int) error { kick(500*time.Millisecond, r); return nil }, func(int) bridgetest.Step { return bridgetest.Step{NoAck: true} }},
 		{"acks some and closes", func(*rig, int) error { return nil }, func(n int) bridgetest.Step {
 			if n == 5 {
 				return bridgetest.Step{Lose: true, End: bridge.ErrPeerClosed}

@@ -41,8 +41,8 @@ type probe struct {
 
 // Times between probes of the addresses before the one in use: doubled each time that a move there ended in a link that was not healthy.
 const (
-	returnMin = time.Minute
-	returnMax = time.Hour
+	returnSoonest = time.Minute
+	returnLatest  = time.Hour
 )
 
 // errMoved ends a session because an address before its own answers again.
@@ -76,7 +76,7 @@ func (r *route) lost(healthy bool) (again bool) {
 	}
 	if r.moved {
 		r.moved = false
-		r.wait = min(2*r.wait, max(returnMax, r.first))
+		r.wait = min(2*r.wait, max(returnLatest, r.first))
 		if healthy {
 			r.wait = r.first
 		}

@@ -102,13 +102,13 @@ func TakeCommands(ctx context.Context, o Options, filter string, handler func(m 
 	}
 	// Only run's goroutine touches these.
 	var told string
-	had := false // a session with the subscription
+	had := map[string]bool{} // by address: a session with the subscription
 	s.up = func(*conn) {
 		told = ""
-		if had && s.anew {
+		if had[s.o.URL] && s.anew {
 			s.log.Warn("broker has forgotten the session: what was published since the last connection and waited there is lost; give the broker persistence", "filter", filter)
 		}
-		had = true
+		had[s.o.URL] = true
 		s.log.Info("commands are taken", "filter", filter, "session_present", !s.anew)
 	}
 	s.failed = func(err error, up, _ bool) error {

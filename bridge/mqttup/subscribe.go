@@ -53,6 +53,7 @@ type subscriber struct {
 	shortest, longest time.Duration // pauses
 
 	failures map[string]time.Time // by address: when it failed last; only run's goroutine touches it
+	last     string               // address of the last connection; so with this
 	anew     bool                 // since up was called last the broker has begun a new session; only run's goroutine touches it
 	busy     atomic.Int32         // messages that take has been given and not returned from
 }
@@ -202,7 +203,8 @@ func (s *subscriber) once(ctx context.Context) (up bool, err error) {
 		<-lost
 		<-c.flushed
 	}()
-	s.anew = s.anew || !c.resumed
+	s.anew = s.anew && s.last == s.o.URL || !c.resumed
+	s.last = s.o.URL
 	if err := s.subscribe(ctx, pc, c); err != nil {
 		return false, err
 	}

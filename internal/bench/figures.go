@@ -18,6 +18,7 @@ var figures = []figure{
 	{8, "Commands: from the request to the device", measureWay},
 	{9, "Commands: submitting", measureSubmit},
 	{10, "A registry with many devices", measureRegistry},
+	{12, "A link of 50 kbit/s", measureLink},
 }
 
 // storeFolder is where a gateway keeps its store below its data folder.
