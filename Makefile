@@ -23,6 +23,7 @@ BENCH      ?= .
 COUNT      ?= 10
 SIM        ?= --broker mqtt://127.0.0.1:1883 --devices 20 --duration 20s
 BENCH_ARGS ?=
+LINK_TIME  ?= 10m
 
 .PHONY: help
 help: ## this list
@@ -70,6 +71,10 @@ crash: ## power cuts in memory: clones of the store at random moments (CRASHES=3
 .PHONY: bench
 bench: build ## the figures of docs/benchmarks.md with their ratios, in one run (some 7 minutes)
 	HOLDFAST_BIN=$(CURDIR)/bin/holdfast go run ./internal/bench $(BENCH_ARGS)
+
+.PHONY: link
+link: build ## a link of 50 kbit/s that loses 1 % of the packets, for LINK_TIME (10m); as root also with real packets lost
+	HOLDFAST_BIN=$(CURDIR)/bin/holdfast go run ./internal/bench -only 12 -link $(LINK_TIME)
 
 .PHONY: compare
 compare: bin/tools/benchstat ## Go benchmarks of BASE (HEAD~1) against the work tree, through benchstat

@@ -57,6 +57,7 @@ func (s *loop) Close()                   {}
 func (r *loopReader) Lane() string { return "telemetry" }
 func (r *loopReader) Share() int   { return 40 }
 func (*loopReader) Backfill() int  { return 0 }
+func (r *loopReader) Urgent() bool { return false }
 
 func (r *loopReader) Next(maxBytes int) (spool.Run, error) {
 	first := int((r.pos.Seq - 1) % uint64(len(r.ends)))
@@ -96,6 +97,7 @@ type none struct{}
 func (none) Lane() string                              { return spool.SystemLane }
 func (none) Share() int                                { return 100 }
 func (none) Backfill() int                             { return 0 }
+func (none) Urgent() bool                              { return false }
 func (none) Next(int) (spool.Run, error)               { return spool.Run{}, nil }
 func (none) Rewind()                                   {}
 func (none) Resolve(spool.Position, spool.Outcome)     {}

@@ -30,6 +30,7 @@ type Bridge struct {
 
 	inbox  inbox
 	counts counts
+	meter  *Meter
 	onLink func(up bool, reason string)
 	today  func() time.Time // what messages and days go by
 
@@ -46,15 +47,19 @@ type Bridge struct {
 	pace      *pace
 	backoff   *backoff
 	suspicion suspicion
+	budget    *budget // nil: none
+	route     route
+	shown     BudgetStatus
+	shownAt   time.Duration
 	batch     *wire.BatchEncoder
 	scratch   []byte
 	record    spool.Record // parsed into again and again
 
 	topics, deviceTopics, systemTopics topics
 	acks                               []ack
-	lastAck                            time.Duration // when the last ack of this session came
-	newestAcked                        uint64        // order number of the newest send that was acked
-	quietErr                           string        // the error that was logged last and has not changed
+	lastAck                            time.Duration     // when the last ack of this session came
+	newestAcked                        uint64            // order number of the newest send that was acked
+	quiet                              map[string]string // by address: the error that was logged last and has not changed
 }
 
 // counts are read by Status while Run works.
@@ -106,7 +111,8 @@ func NewFrom(cfg Config, gateway, epoch string, src Source, up Upstream, log *sl
 	if err := cfg.Validate(); err != nil {
 		return nil, fmt.Errorf("upstream %q: %w", cfg.Name, err)
 	}
-	m, err := newMetrics(registerer, cfg.Name)
+	meter := new(Meter)
+	m, err := newMetrics(registerer, cfg.Name, meter)
 	if err != nil {
 		return nil, err
 	}
@@ -117,7 +123,7 @@ func NewFrom(cfg Config, gateway, epoch string, src Source, up Upstream, log *sl
 	cfg = cfg.withDefaults()
 	readers := src.Readers()
 	b := &Bridge{
-		cfg: cfg, gateway: gateway, source: src, upstream: up, log: log, metrics: m,
+		cfg: cfg, gateway: gateway, source: src, upstream: up, log: log, metrics: m, meter: meter,
 		epochOf:      func(string, uint64) (string, uint64, uint64) { return epoch, 0, math.MaxUint64 },
 		inbox:        inbox{ring: make(chan struct{}, 1)},
 		onLink:       func(bool, string) {},
@@ -126,14 +132,27 @@ func NewFrom(cfg Config, gateway, epoch string, src Source, up Upstream, log *sl
 		pace:         newPace(cfg.Tuning.InFlightBytes),
 		backoff:      newBackoff(cfg.Tuning.BackoffMin, cfg.Tuning.BackoffMax),
 		suspicion:    suspicion{limit: cfg.Tuning.Kicks},
+		route:        newRoute(cfg, up),
 		topics:       newTopics(func(t string) string { return cfg.TopicPrefix + t }),
 		deviceTopics: newTopics(func(d string) string { return wire.MessageTopic(gateway, d) }),
 		systemTopics: newTopics(func(t string) string { return t }),
-		status:       Status{Name: cfg.Name, URL: cfg.URL, Format: cfg.Format, State: StateStopped},
+		status:       Status{Name: cfg.Name, URL: cfg.Addresses()[0], Format: cfg.Format, State: StateStopped},
+	}
+	metered, ok := up.(Metered)
+	if ok {
+		metered.Meter(b.meter)
+	}
+	if !cfg.Budget.zero() {
+		if b.budget, err = newBudget(cfg, b.meter, ok, log); err != nil {
+			return nil, fmt.Errorf("upstream %q: budget: %w", cfg.Name, err)
+		}
 	}
 	shares, backfill := make([]int, len(readers)), make([]int, len(readers))
 	for i, r := range readers {
-		l := &lane{Reader: r, name: r.Lane(), index: i, rank: b.ranks, format: cfg.Format, ratio: 1, topic: wire.DataTopic(gateway, r.Lane())}
+		l := &lane{
+			Reader: r, name: r.Lane(), index: i, rank: b.ranks, urgent: r.Urgent(), format: cfg.Format, ratio: 1,
+			topic: wire.DataTopic(gateway, r.Lane()),
+		}
 		if backfill[i] = r.Backfill(); backfill[i] > 0 {
 			l.backlog = true
 			l.rank--
@@ -169,9 +188,11 @@ func (b *Bridge) Run(ctx context.Context) error {
 	defer b.source.Close()
 	defer b.setState(func(s *Status) { s.State, s.RetryAt = StateStopped, time.Time{} })
 	b.start = time.Now()
+	b.openBudget()
+	defer b.closeBudget()
 	b.setState(func(s *Status) { s.Since = b.start })
 	for ctx.Err() == nil {
-		b.setState(func(s *Status) { s.State, s.RetryAt = StateConnecting, time.Time{} })
+		b.setState(func(s *Status) { s.State, s.RetryAt, s.URL = StateConnecting, time.Time{}, b.route.url() })
 		b.metrics.attempts.Inc()
 		sess, err := b.dial(ctx)
 		var healthy time.Duration
@@ -179,6 +200,10 @@ func (b *Bridge) Run(ctx context.Context) error {
 			healthy, err = b.session(ctx, sess)
 			if errors.Is(err, errStopped) {
 				return nil
+			}
+			if errors.Is(err, errMoved) {
+				b.route.move()
+				continue
 			}
 			var broken *sourceError
 			if errors.As(err, &broken) {
@@ -208,34 +233,55 @@ func (b *Bridge) dial(ctx context.Context) (Session, error) {
 
 // pause waits for the next attempt.
 func (b *Bridge) pause(ctx context.Context, err error, dialled bool, healthy time.Duration) {
-	d := b.backoff.next(healthy)
-	attempt := b.backoff.attempt
+	b.lookAtBudget(b.now())
+	lost := b.route.url()
+	well := b.backoff.well(healthy)
+	var d time.Duration
+	if b.route.lost(well) {
+		b.backoff.again()
+	} else {
+		d = b.backoff.next(healthy)
+	}
+	attempt := b.backoff.attempts
 	b.metrics.losses.WithLabelValues(lossReason(err, dialled)).Inc()
 	b.setState(func(s *Status) {
 		s.State, s.RetryAt, s.Attempts, s.LastError = StateWaiting, time.Now().Add(d), attempt, err.Error()
 	})
 	attrs := []any{
-		"upstream", b.cfg.Name, "url", redacted(b.cfg.URL), "reason", lossReason(err, dialled), "err", err,
+		"upstream", b.cfg.Name, "url", redacted(lost), "reason", lossReason(err, dialled), "err", err,
 		"attempt", attempt, "retry_in_ms", d.Milliseconds(),
 	}
 	// An upstream that stays away is told once, and again when the reason changes.
 	switch {
 	case dialled:
 		b.log.Warn("upstream lost", attrs...)
-	case err.Error() != b.quietErr:
+	case !b.told(lost, err):
 		b.log.Warn("upstream not reachable", attrs...)
 	default:
 		b.log.Debug("upstream still not reachable", attrs...)
 	}
-	b.quietErr = ""
-	if !dialled {
-		b.quietErr = err.Error()
+	b.tell(lost, err, dialled)
+	if d == 0 {
+		return
 	}
 	t := time.NewTimer(d)
 	defer t.Stop()
 	select {
 	case <-t.C:
 	case <-ctx.Done():
+	}
+}
+
+// told tells whether an address' error is the one that was logged last.
+func (b *Bridge) told(url string, err error) bool { return b.quiet[url] == err.Error() }
+
+// tell notes what was logged of an address. A link that had come up makes all errors new.
+func (b *Bridge) tell(url string, err error, dialled bool) {
+	if dialled || b.quiet == nil {
+		b.quiet = map[string]string{}
+	}
+	if !dialled {
+		b.quiet[url] = err.Error()
 	}
 }
 
@@ -252,17 +298,19 @@ func redacted(raw string) string {
 func (b *Bridge) session(ctx context.Context, sess Session) (healthy time.Duration, err error) {
 	began := time.Now()
 	b.setState(func(s *Status) { s.State, s.Connected, s.Since = StateConnected, true, began })
+	b.route.arrived(b.now())
 	b.metrics.up.Set(1)
-	b.log.Info("upstream connected", "upstream", b.cfg.Name, "url", redacted(b.cfg.URL), "attempt", b.backoff.attempt+1)
+	b.log.Info("upstream connected", "upstream", b.cfg.Name, "url", redacted(b.route.url()), "attempt", b.backoff.attempts+1)
 	b.onLink(true, "")
 	b.pace.restart()
 	b.lastAck = 0
 	since := b.now()
 
 	err = b.drain(ctx, sess)
+	b.route.end()
 
 	closing, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
-	if !errors.Is(err, errStopped) || b.window.oldest() != 0 {
+	if !errors.Is(err, errStopped) && !errors.Is(err, errMoved) || b.window.oldest() != 0 {
 		cancel() // cut: who does not ack will not hear a goodbye
 	}
 	sess.Close(closing)
@@ -286,6 +334,7 @@ func (b *Bridge) session(ctx context.Context, sess Session) (healthy time.Durati
 		b.kicked(since)
 	}
 	b.takeBack()
+	b.budget.lost()
 	return healthy, err
 }
 
@@ -358,7 +407,7 @@ func (b *Bridge) drain(ctx context.Context, sess Session) error {
 	linger := time.NewTimer(time.Hour)
 	defer linger.Stop()
 	var dog watchdog
-	stop := ctx.Done()
+	stop, leaving := ctx.Done(), errStopped
 	var giveUp <-chan time.Time
 	for {
 		if err := b.takeAcks(); err != nil {
@@ -371,7 +420,7 @@ func (b *Bridge) drain(ctx context.Context, sess Session) error {
 				return err
 			}
 		} else if b.window.oldest() == 0 {
-			return errStopped
+			return leaving
 		}
 		b.counted()
 		linger.Stop()
@@ -385,6 +434,7 @@ func (b *Bridge) drain(ctx context.Context, sess Session) error {
 		case <-linger.C:
 		case <-tick.C:
 			b.metrics.window.Set(float64(b.pace.limit))
+			b.route.look(ctx, b.now(), b.cfg.Tuning.ConnectTimeout)
 			patience := b.cfg.Tuning.AckTimeout + b.pace.patience(b.window.bytes)
 			if dog.stalled(b.now(), b.window.oldest(), b.newestAcked, sess.Progress(), patience) {
 				return fmt.Errorf("%w for %v with %d sends unacked", ErrStalled, patience.Round(time.Millisecond), b.window.sends)
@@ -394,12 +444,18 @@ func (b *Bridge) drain(ctx context.Context, sess Session) error {
 				return err
 			}
 			return ErrPeerClosed
+		case p := <-b.route.probes:
+			if b.route.answered(p, b.now()) && stop != nil {
+				b.log.Info("upstream moves", "upstream", b.cfg.Name, "from", redacted(b.route.url()), "to", redacted(b.route.urls[p.i]))
+				stop, leaving = nil, errMoved
+				giveUp = time.After(b.cfg.Tuning.DrainTimeout)
+			}
 		case <-stop:
 			stop = nil
 			giveUp = time.After(b.cfg.Tuning.DrainTimeout)
 		case <-giveUp:
 			b.log.Info("stopped waiting for acks: the rest stays spooled", "upstream", b.cfg.Name, "in_flight", b.window.sends)
-			return errStopped
+			return leaving
 		}
 	}
 }
@@ -421,8 +477,9 @@ func (b *Bridge) pump(sess Session) (collect time.Duration, err error) {
 		default:
 		}
 		now := b.now()
-		want := min(b.cfg.Tuning.BatchBytes, max(b.pace.limit/2, 1))
-		collect = 0
+		want := b.budget.portion(min(b.cfg.Tuning.BatchBytes, max(b.pace.limit/2, 1)))
+		b.lookAtBudget(now)
+		collect = b.budget.dry()
 		for _, l := range b.lanes {
 			if err := l.fill(b.rawBytes(l, want)); err != nil {
 				return 0, &sourceError{err}
@@ -432,7 +489,9 @@ func (b *Bridge) pump(sess Session) (collect time.Duration, err error) {
 			}
 		}
 		b.probe()
-		waiting := func(i int) bool { return b.lanes[i].count > 0 && b.lingers(b.lanes[i], want, now) == 0 }
+		waiting := func(i int) bool {
+			return b.lanes[i].count > 0 && b.budget.allows(b.lanes[i].urgent) && b.lingers(b.lanes[i], want, now) == 0
+		}
 		i := b.turns.pick(waiting, b.fits)
 		if i < 0 {
 			return collect, nil
@@ -506,7 +565,7 @@ func (b *Bridge) pass(i int, p piece) error {
 func (b *Bridge) send(sess Session, i int, p piece, now time.Duration, waiting func(int) bool) error {
 	l, f := b.lanes[i], p.flight
 	f.sent, f.ahead = now, b.window.bytes+f.size
-	p.message.Token = b.window.takeOff(i, f)
+	p.message.Token, p.message.Urgent = b.window.takeOff(i, f), l.urgent
 	if err := sess.Send(p.message); err != nil {
 		if !IsPermanent(err) {
 			return err
@@ -516,6 +575,7 @@ func (b *Bridge) send(sess Session, i int, p piece, now time.Duration, waiting f
 		}
 		return nil
 	}
+	b.budget.charge(f.size)
 	l.lastSend = now
 	l.sentUpTo = max(l.sentUpTo, f.end.Seq)
 	b.turns.sent(i, f.size, waiting)

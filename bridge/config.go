@@ -24,6 +24,7 @@ const (
 type Config struct {
 	Name         string   `yaml:"name"`
 	URL          string   `yaml:"url"`
+	URLs         []string `yaml:"urls"` // instead of URL: tried in turn, the first is home
 	Format       string   `yaml:"format"`
 	TopicPrefix  string   `yaml:"topic_prefix"`
 	Username     string   `yaml:"username"`
@@ -32,6 +33,7 @@ type Config struct {
 	Lanes        []string `yaml:"lanes"`
 	Window       int      `yaml:"window"`
 	Commands     bool     `yaml:"commands"`
+	Budget       Budget   `yaml:"budget"`
 
 	Tuning Tuning `yaml:"-"`
 }
@@ -68,9 +70,14 @@ type Tuning struct {
 	BatchLinger time.Duration
 	// InFlightBytes bounds what is in flight, as it is sent: 4 MiB.
 	InFlightBytes int
+	// ReturnAfter is how long a link is at another than the first of several addresses before the first is probed: 1 min.
+	ReturnAfter time.Duration
 	// Kicks is how many connections one message may cost, all ended by the upstream with nothing acked, before it
 	// is parked: 10.
 	Kicks int
+	// Now is the wall clock: time.Now. Synced tells whether it is set right; nil: it always is.
+	Now    func() time.Time
+	Synced func() bool
 }
 
 func (c Config) withDefaults() Config {
@@ -87,6 +94,13 @@ func (c Config) withDefaults() Config {
 	def(&t.BatchLinger, 30*time.Millisecond)
 	def(&t.InFlightBytes, paceHigh)
 	def(&t.Kicks, 10)
+	def(&t.ReturnAfter, returnSoonest)
+	if t.Now == nil {
+		t.Now = time.Now
+	}
+	if t.Synced == nil {
+		t.Synced = func() bool { return true }
+	}
 	return c
 }
 
@@ -95,6 +109,14 @@ func def[T comparable](v *T, d T) {
 	if *v == zero {
 		*v = d
 	}
+}
+
+// Addresses are the upstream's, in the order in which they are tried.
+func (c *Config) Addresses() []string {
+	if len(c.URLs) > 0 {
+		return c.URLs
+	}
+	return []string{c.URL}
 }
 
 // Validate tells everything that is wrong with c, one error a line, each beginning with the key.
@@ -109,24 +131,7 @@ func (c Config) Validate() error {
 	} else if strings.ContainsFunc(c.Name, func(r rune) bool { return r <= ' ' || r == 0x7f }) {
 		bad("name", "%q holds spaces or control characters", c.Name)
 	}
-	u, err := url.Parse(c.URL)
-	switch {
-	case c.URL == "":
-		bad("url", "is missing, for example mqtts://broker.example.com:8883")
-	case err != nil:
-		bad("url", "is not a URL") // no echo: it may hold a password
-	case u.Scheme != "mqtt" && u.Scheme != "mqtts":
-		bad("url", "scheme %q is not known: mqtt or mqtts", u.Scheme)
-	case u.Hostname() == "":
-		bad("url", "has no host")
-	case u.User != nil:
-		bad("url", "holds a user: write username and password_file instead")
-	case strings.Trim(u.Path, "/") != "" || u.RawQuery != "" || u.Fragment != "":
-		bad("url", "has more than scheme, host and port")
-	}
-	if err == nil && u.Scheme == "mqtt" && c.TLS != (TLS{}) {
-		bad("tls", "is set, but the url begins with mqtt: write mqtts")
-	}
+	c.checkURLs(bad)
 	if (c.TLS.Cert == "") != (c.TLS.Key == "") {
 		bad("tls", "needs both cert and key, or neither")
 	}
@@ -149,6 +154,11 @@ func (c Config) Validate() error {
 	if c.Window < 0 || c.Window > maxWindow {
 		bad("window", "%d is not within 1 to %d", c.Window, maxWindow)
 	}
+	if err := c.Budget.Validate(); err != nil {
+		for line := range strings.SplitSeq(err.Error(), "\n") {
+			errs = append(errs, errors.New("budget."+line))
+		}
+	}
 	seen := map[string]bool{}
 	for _, l := range c.Lanes {
 		if seen[l] {
@@ -157,4 +167,51 @@ func (c Config) Validate() error {
 		seen[l] = true
 	}
 	return errors.Join(errs...)
+}
+
+func (c *Config) checkURLs(bad func(key, format string, args ...any)) {
+	switch {
+	case c.URL != "" && c.URLs != nil:
+		bad("urls", "stands beside url: write one of the two")
+		return
+	case c.URLs != nil && len(c.URLs) == 0:
+		bad("urls", "has no entry: write addresses, or url with one")
+		return
+	case c.URL == "" && c.URLs == nil:
+		bad("url", "is missing, for example mqtts://broker.example.com:8883")
+		return
+	}
+	schemes := map[string]bool{}
+	seen := map[string]bool{}
+	for i, raw := range c.Addresses() {
+		key := "url"
+		if c.URLs != nil {
+			key = fmt.Sprintf("urls[%d]", i)
+		}
+		u, err := url.Parse(raw)
+		switch {
+		case err != nil:
+			bad(key, "is not a URL") // no echo: it may hold a password
+		case u.Scheme != "mqtt" && u.Scheme != "mqtts":
+			bad(key, "scheme %q is not known: mqtt or mqtts", u.Scheme)
+		case u.Hostname() == "":
+			bad(key, "has no host")
+		case u.User != nil:
+			bad(key, "holds a user: write username and password_file instead")
+		case strings.Trim(u.Path, "/") != "" || u.RawQuery != "" || u.Fragment != "":
+			bad(key, "has more than scheme, host and port")
+		case seen[raw]:
+			bad(key, "stands there twice")
+		}
+		if err == nil {
+			schemes[u.Scheme] = true
+		}
+		seen[raw] = true
+	}
+	switch {
+	case schemes["mqtt"] && schemes["mqtts"]:
+		bad("urls", "mixes mqtt and mqtts: whoever blocks the encrypted ones would have the link in clear; write one of the two")
+	case schemes["mqtt"] && c.TLS != (TLS{}):
+		bad("tls", "is set, but the url begins with mqtt: write mqtts")
+	}
 }

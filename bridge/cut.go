@@ -18,6 +18,7 @@ type lane struct {
 	index   int  // in every table
 	rank    int  // 0 is the first in priority
 	backlog bool // newer messages of the lane go ahead
+	urgent  bool // no budget holds it up
 	format  string
 
 	// The stage: count records in raw, the first at pos. In the batch format the buffer is reused, else sent

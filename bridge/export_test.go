@@ -1,7 +1,10 @@
 package bridge
 
 import (
+	"log/slog"
 	"time"
+
+	cron "github.com/netresearch/go-cron"
 
 	"holdfast/spool"
 )
@@ -87,3 +90,36 @@ type Watchdog struct{ d watchdog }
 func (d *Watchdog) Stalled(now time.Duration, oldest, acked, progress uint64, patience time.Duration) bool {
 	return d.d.stalled(now, oldest, acked, progress, patience)
 }
+
+// Day opens a budget's day, with a clock that stands.
+type Day struct{ b *budget }
+
+func NewDay(counted, now time.Time, synced bool) Day {
+	b := &budget{
+		log: slog.New(slog.DiscardHandler), wall: func() time.Time { return now }, synced: func() bool { return synced },
+		usage: Usage{Day: dayOf(counted), Bytes: 1 << 40},
+	}
+	return Day{b}
+}
+
+// Turned tells whether a new count has begun, after the process has run for so long.
+func (d Day) Turned(now time.Duration) bool {
+	d.b.turnDay(now)
+	return d.b.usage.Bytes == 0
+}
+
+func OpenAt(windows []TimeWindow, t time.Time) (bool, time.Time, error) {
+	var starts []cron.Schedule
+	for _, w := range windows {
+		s, err := parseCron(w.Cron)
+		if err != nil {
+			return false, time.Time{}, err
+		}
+		starts = append(starts, s)
+	}
+	open, until := openAt(starts, windows, t)
+	return open, until, nil
+}
+
+// OnWire is how many bytes a send of so many takes.
+func OnWire(size int) int { return size + framing(size) }

@@ -22,6 +22,8 @@ type metrics struct {
 	losses                 *prometheus.CounterVec // by reason
 	up                     prometheus.Gauge
 	inFlight, window       prometheus.Gauge
+	dayBytes               prometheus.Gauge
+	held                   *prometheus.GaugeVec // by reason
 	latency                prometheus.Histogram
 }
 
@@ -53,7 +55,7 @@ func lossReason(err error, dialled bool) string {
 	return reasonOther
 }
 
-func newMetrics(r prometheus.Registerer, upstream string) (*metrics, error) {
+func newMetrics(r prometheus.Registerer, upstream string, meter *Meter) (*metrics, error) {
 	const prefix = "holdfast_bridge_"
 	m := &metrics{}
 	counters := func(name, help string, labels ...string) *prometheus.CounterVec {
@@ -82,6 +84,15 @@ func newMetrics(r prometheus.Registerer, upstream string) (*metrics, error) {
 	m.up = gauge("link_up", "1 while the upstream is connected.")
 	m.inFlight = gauge("in_flight_sends", "Sends that wait for their outcome.")
 	m.window = gauge("in_flight_limit_bytes", "Bytes that may be in flight now. A fall means a slow link.")
+	m.all = append(m.all, prometheus.NewCounterFunc(prometheus.CounterOpts{
+		Name: prefix + "wire_bytes_total", Help: "Bytes that the network was given on all connections to the upstream: MQTT, TLS, keep-alives and repeats included. It is what a metered link costs.",
+	}, func() float64 { return float64(meter.Total()) }))
+	m.dayBytes = gauge("budget_day_bytes", "Bytes sent since midnight UTC, where the upstream has a budget. At bytes_per_day only urgent lanes flow.")
+	m.held = prometheus.NewGaugeVec(prometheus.GaugeOpts{
+		Name: prefix + "budget_held", Help: "1 while what is not urgent waits, by reason: bytes_per_day is used up, or no window is open.",
+	}, []string{"reason"})
+	m.all = append(m.all, m.held)
+	m.heldBy("")
 	m.latency = prometheus.NewHistogram(prometheus.HistogramOpts{
 		Name:    prefix + "ack_seconds",
 		Help:    "Time from a send to its ack. A rise means a slow link or a slow upstream.",
@@ -131,5 +142,16 @@ func (c *laneCounters) passed(o spool.Outcome, n int) {
 		c.parked.Add(float64(n))
 	case spool.Delivered, spool.Evicted, spool.Elsewhere:
 		c.skipped.Add(float64(n))
+	}
+}
+
+// heldBy shows why messages wait although the link is up; "": they do not.
+func (m *metrics) heldBy(reason string) {
+	for _, r := range [...]string{HeldByDay, HeldByWindow} {
+		v := 0.0
+		if r == reason {
+			v = 1
+		}
+		m.held.WithLabelValues(r).Set(v)
 	}
 }

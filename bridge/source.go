@@ -15,6 +15,8 @@ type Source interface {
 // Reader is one lane's reader; see spool.Reader.
 type Reader interface {
 	Lane() string
+	// Urgent: no budget holds the lane up.
+	Urgent() bool
 	Share() int
 	Backfill() int
 	Next(maxBytes int) (spool.Run, error)

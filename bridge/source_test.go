@@ -14,6 +14,8 @@ type source struct {
 	ready chan struct{}
 	lanes []*laneFake
 	fail  func(format string, args ...any)
+	// onResolve is told of each record that counts as delivered; nil: nobody is. Set before the source is used.
+	onResolve func(lane string, number int)
 
 	mu     sync.Mutex
 	closed bool
@@ -115,6 +117,7 @@ func (s *source) outcomes(lane string) map[spool.Outcome]int {
 func (l *laneFake) Lane() string { return l.name }
 func (l *laneFake) Share() int   { return l.share }
 func (*laneFake) Backfill() int  { return 0 }
+func (l *laneFake) Urgent() bool { return l.name == "urgent" || l.name == spool.SystemLane }
 
 func (l *laneFake) Next(maxBytes int) (spool.Run, error) {
 	l.s.mu.Lock()
@@ -169,6 +172,9 @@ func (l *laneFake) resolve(end spool.Position, o spool.Outcome) {
 	for l.cursor < to {
 		l.cursor++
 		l.outcomes = append(l.outcomes, o)
+		if l.s.onResolve != nil && o == spool.Delivered {
+			l.s.onResolve(l.name, l.cursor)
+		}
 	}
 }
 

@@ -16,7 +16,7 @@ const (
 // Status is what an operator asks about an upstream.
 type Status struct {
 	Name      string    `json:"name"`
-	URL       string    `json:"url"`
+	URL       string    `json:"url"` // in use, or tried last
 	Format    string    `json:"format"`
 	State     State     `json:"state"`
 	Connected bool      `json:"connected"`
@@ -26,10 +26,13 @@ type Status struct {
 	LastError string    `json:"last_error,omitempty"` // why the last link or attempt ended; stays after a reconnect
 	LastAck   time.Time `json:"last_ack,omitzero"`
 	InFlight  int       `json:"in_flight"` // sends without an outcome
+	// Budget is nil if the upstream has none.
+	Budget *BudgetStatus `json:"budget,omitempty"`
 
 	Sends           uint64 `json:"sends"` // since the process started, repeats included
 	SentMessages    uint64 `json:"sent_messages"`
 	SentBytes       uint64 `json:"sent_bytes"` // topics and payloads
+	WireBytes       uint64 `json:"wire_bytes"` // what the network was given: MQTT, TLS, keep-alives, on all connections
 	AckedMessages   uint64 `json:"acked_messages"`
 	ExpiredMessages uint64 `json:"expired_messages"`
 	ParkedMessages  uint64 `json:"parked_messages"`
@@ -44,6 +47,7 @@ func (b *Bridge) Status() Status {
 	s.Sends = b.counts.sends.Load()
 	s.SentMessages = b.counts.messages.Load()
 	s.SentBytes = b.counts.bytes.Load()
+	s.WireBytes = b.meter.Total()
 	s.AckedMessages = b.counts.acked.Load()
 	s.ExpiredMessages = b.counts.expired.Load()
 	s.ParkedMessages = b.counts.parked.Load()
@@ -51,4 +55,17 @@ func (b *Bridge) Status() Status {
 		s.LastAck = time.UnixMilli(ms)
 	}
 	return s
+}
+
+// settledAfter is how long a link has to be up before others follow it.
+const settledAfter = 10 * time.Second
+
+// Settled is the address where the link is up and has been for a while; "" if there is none.
+func (b *Bridge) Settled() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.status.State != StateConnected || time.Since(b.status.Since) < settledAfter {
+		return ""
+	}
+	return b.status.URL
 }

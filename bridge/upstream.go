@@ -13,6 +13,8 @@ type Message struct {
 	// Payload may be read until the send is acked or the session has ended, and is never written to.
 	Payload []byte
 	Retain  bool
+	// Urgent: it is of a lane that no budget holds up.
+	Urgent bool
 	// Lane, Seq and Count name the records: Count of them from sequence Seq. An upstream that drops
 	// duplicates by itself gets the first one's wire.ID in its own field for that.
 	Lane  string

@@ -327,6 +327,7 @@ func (g *Gateway) openBroker(context.Context) error {
 func (g *Gateway) openBridges(context.Context) error {
 	for _, u := range g.cfg.Upstreams {
 		u.Tuning.DrainTimeout = bridgeDrain
+		u.Tuning.Now, u.Tuning.Synced = g.clock.Time, func() bool { return !g.clock.Read().Unsynced }
 		up, err := mqttup.FromConfig(u, g.cfg.Gateway.ID, g.spool.Epoch(), g.version, g.clock.Time)
 		if err != nil {
 			return fmt.Errorf("upstream %q: %w", u.Name, err)
@@ -336,18 +337,19 @@ func (g *Gateway) openBridges(context.Context) error {
 		if err != nil {
 			return err
 		}
+		b.KeepUsage(usage{g.store, u.Name})
 		b.OnLink(func(up bool, reason string) {
 			g.events.PublishUpstream(httpapi.UpstreamChange{Name: u.Name, Connected: up, Error: reason})
 		})
 		g.bridges = append(g.bridges, b)
 		if u.Commands {
-			g.orders[u.Name] = newOrders(g.cfg.Gateway.ID, u, g.commands, g.clock.Time, log.With("upstream", u.Name))
+			g.orders[u.Name] = newOrders(g.cfg.Gateway.ID, u, b, g.commands, g.clock.Time, log.With("upstream", u.Name))
 		}
 		lanes := u.Lanes
 		if lanes == nil {
 			lanes = []string{"all"}
 		}
-		g.log.Info("upstream configured", "upstream", u.Name, "url", u.URL, "format", u.Format, "lanes", lanes)
+		g.log.Info("upstream configured", "upstream", u.Name, "urls", u.Addresses(), "format", u.Format, "lanes", lanes)
 	}
 	if len(g.bridges) == 0 {
 		g.log.Info("no upstream configured: messages are kept by the limits of their lanes")
@@ -539,6 +541,7 @@ func (g *Gateway) Status() httpapi.Status {
 			RetryAt: s.RetryAt, Attempts: s.Attempts, LastError: s.LastError, LastAck: s.LastAck, InFlight: s.InFlight,
 			Sends: s.Sends, SentMessages: s.SentMessages, SentBytes: s.SentBytes, AckedMessages: s.AckedMessages,
 			ExpiredMessages: s.ExpiredMessages, ParkedMessages: s.ParkedMessages,
+			WireBytes: s.WireBytes, Budget: s.Budget,
 		}
 		if o := g.orders[s.Name]; o != nil {
 			up, err := o.ready()

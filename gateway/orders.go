@@ -21,6 +21,7 @@ import (
 type orders struct {
 	gateway  string
 	upstream bridge.Config
+	data     *bridge.Bridge // the link of the data, which commands follow
 	queue    *devices.Queue
 	now      func() time.Time // for certificates
 	log      *slog.Logger
@@ -30,8 +31,8 @@ type orders struct {
 	err string
 }
 
-func newOrders(gateway string, u bridge.Config, q *devices.Queue, now func() time.Time, log *slog.Logger) *orders {
-	return &orders{gateway: gateway, upstream: u, queue: q, now: now, log: log}
+func newOrders(gateway string, u bridge.Config, data *bridge.Bridge, q *devices.Queue, now func() time.Time, log *slog.Logger) *orders {
+	return &orders{gateway: gateway, upstream: u, data: data, queue: q, now: now, log: log}
 }
 
 // Run takes commands until ctx ends.
@@ -39,6 +40,8 @@ func (o *orders) Run(ctx context.Context) error {
 	opts := mqttup.CommandsFromConfig(o.upstream, o.gateway)
 	opts.Log, opts.Now = o.log, o.now
 	opts.OnState = o.link
+	opts.Meter = o.data.Meter()
+	opts.Prefer = o.data.Settled
 	return mqttup.TakeCommands(ctx, opts, wire.CommandFilter(o.gateway), o.take)
 }
 

@@ -123,6 +123,10 @@ func (r Run) End() Position {
 // Lane returns the lane's name.
 func (r *Reader) Lane() string { return r.l.cfg.Name }
 
+// Urgent tells whether no budget of an upstream holds the lane up. The system lane's messages are few and what the cloud knows
+// the gateway by: they are urgent by nature.
+func (r *Reader) Urgent() bool { return r.l.cfg.Urgent || r.l.number == 0 }
+
 // Share returns the percentage of the link that the lane gets at least.
 func (r *Reader) Share() int { return r.l.cfg.Share }
 

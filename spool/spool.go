@@ -46,7 +46,8 @@ type LaneConfig struct {
 	WhenFull WhenFull      `yaml:"when_full"`
 	Drain    Drain         `yaml:"drain"` // "": in order
 	// BackfillShare is what the backlog gets of the lane's bytes while newer messages flow, in percent. 0: DefaultBackfillShare.
-	BackfillShare int `yaml:"backfill_share"`
+	BackfillShare int  `yaml:"backfill_share"`
+	Urgent        bool `yaml:"urgent"` // sent whatever the budgets of the upstreams say
 }
 
 // Config of a spool.

@@ -20,7 +20,7 @@ const maxUnacked = 1024
 // has them, under a client id of their own.
 func CommandsFromConfig(c bridge.Config, gateway string) Options {
 	return Options{
-		URL: c.URL, ClientID: CommandsClientID(gateway, c.Name), Username: c.Username, PasswordFile: c.PasswordFile, TLS: c.TLS, Persistent: true,
+		URLs: c.Addresses(), ClientID: CommandsClientID(gateway, c.Name), Username: c.Username, PasswordFile: c.PasswordFile, TLS: c.TLS, Persistent: true,
 	}
 }
 
@@ -102,13 +102,13 @@ func TakeCommands(ctx context.Context, o Options, filter string, handler func(m 
 	}
 	// Only run's goroutine touches these.
 	var told string
-	had := false // a session with the subscription
+	had := map[string]bool{} // by address: a session with the subscription
 	s.up = func(*conn) {
 		told = ""
-		if had && s.anew {
+		if had[s.o.URL] && s.anew {
 			s.log.Warn("broker has forgotten the session: what was published since the last connection and waited there is lost; give the broker persistence", "filter", filter)
 		}
-		had = true
+		had[s.o.URL] = true
 		s.log.Info("commands are taken", "filter", filter, "session_present", !s.anew)
 	}
 	s.failed = func(err error, up, _ bool) error {

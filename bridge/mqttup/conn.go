@@ -20,7 +20,7 @@ import (
 // in one, blocks its pings behind a write that is stuck, believes lengths that the peer merely claims, and panics
 // on a SUBACK with too many codes. Here reads are buffered and every frame's head is checked before paho
 // sees it; writes go to a buffer and never block; one goroutine writes that buffer out, and ends the connection
-// when nothing moves any more.
+// when nothing moves any more. It writes a little at a time, and a ping that comes meanwhile overtakes what is left.
 //
 // The bridge's own messages join on their way: publish puts them into the buffer, and their PUBACKs are
 // taken out of what is read. An ack is given on paho's reading goroutine.
@@ -35,16 +35,22 @@ type conn struct {
 	skip      int    // bytes behind frame that paho does not get
 	guard     guard
 
+	pace      int           // bytes a second that a large packet is written with; 0: as fast as it goes
+	keepAlive time.Duration // for pace
+
 	resumed bool        // the broker had kept the session; written before anybody else has the connection
 	acks    bridge.Acks // nil: publish is not used
 	flights flights     // what publish sent and nobody acknowledged
 
 	mu      sync.Mutex
-	out     []byte // written by paho and by publish, not yet by flush
+	out     []byte // whole packets, written by paho and by publish, not yet by flush
+	control []byte // PINGREQ and PUBACK, which overtake out
 	sends   bool   // there is a PUBLISH in out
+	urgent  bool   // one of them is of a lane that does not wait
 	closing bool   // close once out is written
 	err     error  // why the connection ended: the first reason wins
 	wake    chan struct{}
+	hurry   chan struct{} // rings when urgent is set
 	over    chan struct{} // closed with err
 	flushed chan struct{} // flush has returned
 
@@ -67,16 +73,17 @@ const (
 
 var errClosed = errors.New("connection closed by the gateway")
 
-// newConn starts the goroutine that writes. stall is how long nothing may move.
-func newConn(transport net.Conn, tcp *progressConn, g guard, acks bridge.Acks, stall time.Duration) *conn {
+// newConn starts the goroutine that writes. o.Stall is how long nothing may move.
+func newConn(transport net.Conn, tcp *progressConn, g guard, acks bridge.Acks, o Options) *conn {
 	c := &conn{
-		Conn: transport, tcp: tcp, guard: g, acks: acks,
+		Conn: transport, tcp: tcp, guard: g, acks: acks, pace: o.Pace, keepAlive: o.KeepAlive,
 		in:      bufio.NewReaderSize(transport, readBuffer),
 		wake:    make(chan struct{}, 1),
+		hurry:   make(chan struct{}, 1),
 		over:    make(chan struct{}),
 		flushed: make(chan struct{}),
 	}
-	go c.flush(stall)
+	go c.flush(o.Stall)
 	return c
 }
 
@@ -271,15 +278,19 @@ func (c *conn) Write(p []byte) (int, error) {
 		c.mu.Unlock()
 		return 0, err
 	}
-	idle := len(c.out) == 0
-	c.out = append(c.out, p...)
+	idle := len(c.out) == 0 && len(c.control) == 0
+	to := &c.out
 	switch { // paho writes whole packets
 	case p[0]>>4 == 3:
 		c.sends = true
 		c.unacked.Add(1)
 	case p[0] == 0xC0:
 		c.pingSent.CompareAndSwap(0, ticks())
+		to = &c.control
+	case p[0]>>4 == 4: // among PUBACKs the order stays
+		to = &c.control
 	}
+	*to = append(*to, p...)
 	c.mu.Unlock()
 	if idle {
 		c.ring()
@@ -298,20 +309,27 @@ func (c *conn) publish(m *bridge.Message) error {
 		c.mu.Unlock()
 		return err
 	}
-	idle := len(c.out) == 0
+	idle := len(c.out) == 0 && len(c.control) == 0
 	c.out = appendPublish(c.out, id, m)
 	c.sends = true
+	c.urgent = c.urgent || m.Urgent
 	c.unacked.Add(1)
 	c.mu.Unlock()
 	if idle {
 		c.ring()
+	}
+	if m.Urgent {
+		select {
+		case c.hurry <- struct{}{}:
+		default:
+		}
 	}
 	return nil
 }
 
 // roomLocked tells whether n bytes more may be written. If they would be too many, that is the end.
 func (c *conn) roomLocked(n int) error {
-	if c.err == nil && len(c.out)+n > maxPending {
+	if c.err == nil && len(c.out)+len(c.control)+n > maxPending {
 		c.endLocked(fmt.Errorf("%w: %d bytes wait to be written", bridge.ErrStalled, len(c.out)))
 	}
 	return c.err
@@ -333,19 +351,19 @@ func (c *conn) flush(stall time.Duration) {
 	var spare []byte
 	for {
 		c.mu.Lock()
-		out, sends := c.out, c.sends
+		out, sends, urgent, control := c.out, c.sends, c.urgent, len(c.control) > 0
 		closing, ended := c.closing, c.err != nil
-		c.out, c.sends = spare[:0], false
+		c.out, c.sends, c.urgent = spare[:0], false, false
 		c.mu.Unlock()
 		spare = nil
 		if ended && !closing {
 			return
 		}
-		if len(out) > 0 {
+		if len(out) > 0 || control {
 			if sends {
 				c.sentTo.Store(math.MaxUint64)
 			}
-			_, err := c.Conn.Write(out)
+			err := c.writeOut(out, urgent)
 			if sends {
 				c.sentTo.Store(c.tcp.written.Load())
 			}
@@ -382,6 +400,94 @@ func (c *conn) flush(stall time.Duration) {
 		}
 	}
 }
+
+// writeOut writes whole packets, some at a time, and what has come as control before each of them.
+func (c *conn) writeOut(out []byte, urgent bool) error {
+	for {
+		c.mu.Lock()
+		control := c.control
+		c.control = nil
+		c.mu.Unlock()
+		if len(control) > 0 {
+			if _, err := c.Conn.Write(control); err != nil {
+				return err
+			}
+		}
+		if len(out) == 0 {
+			return nil
+		}
+		n := whole(out, c.tcp.portion())
+		var err error
+		if c.pace > 0 && n > c.pace/2 && !urgent {
+			err = c.writePaced(out[:n])
+		} else {
+			_, err = c.Conn.Write(out[:n])
+		}
+		if err != nil {
+			return err
+		}
+		out = out[n:]
+	}
+}
+
+// whole is how long the packets at the front of b are that together have at most n bytes, or else the first one alone.
+func whole(b []byte, n int) int {
+	end := 0
+	for end < len(b) {
+		length, shift, at := 0, 0, end+1
+		for ; at < len(b) && b[at]&0x80 != 0; at++ {
+			length |= int(b[at]&0x7f) << shift
+			shift += 7
+		}
+		if at == len(b) { // not whole: it is not ours to judge
+			return len(b)
+		}
+		length |= int(b[at]) << shift
+		next := min(at+1+length, len(b))
+		if end > 0 && next > n {
+			break
+		}
+		end = next
+	}
+	return end
+}
+
+// writePaced writes one packet that is more than pace allows at once. It is not spread over more than half of
+// a keep-alive interval, because no ping fits in between and the broker counts packets; nor any longer once something urgent
+// waits behind it.
+func (c *conn) writePaced(p []byte) error {
+	rate := max(c.pace, int(float64(len(p))/(c.keepAlive/2).Seconds()))
+	tick := time.NewTicker(time.Second / pacedParts)
+	defer tick.Stop()
+	for len(p) > 0 {
+		n := min(max(rate/pacedParts, 1), len(p))
+		if _, err := c.Conn.Write(p[:n]); err != nil {
+			return err
+		}
+		p = p[n:]
+		for wait := len(p) > 0; wait; {
+			wait = false
+			select {
+			case <-tick.C:
+			case <-c.hurry:
+				c.mu.Lock()
+				wait = !c.urgent // it rang for what is written already
+				c.mu.Unlock()
+				if !wait {
+					_, err := c.Conn.Write(p)
+					return err
+				}
+			case <-c.over: // the rest goes as fast as it can, if at all
+				_, err := c.Conn.Write(p)
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// pacedParts is in how many parts a second's worth is written.
+const pacedParts = 8
 
 // fail ends the connection for a reason and returns the reason that counts: the first.
 func (c *conn) fail(err error) error {

@@ -14,16 +14,18 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+
+	"holdfast/bridge"
 )
 
 // openTransport connects to u's host, by TLS if it says so. Files are read anew each time, so that a
 // certificate that was renewed is taken with the next connection.
-func openTransport(ctx context.Context, u *url.URL, o TLS, stall time.Duration, now func() time.Time) (net.Conn, *progressConn, error) {
+func openTransport(ctx context.Context, u *url.URL, o Options) (net.Conn, *progressConn, error) {
 	secure := u.Scheme == "mqtts"
 	var config *tls.Config
 	if secure {
 		var err error
-		if config, err = tlsConfig(o, u.Hostname(), now); err != nil {
+		if config, err = tlsConfig(o.TLS, u.Hostname(), o.Now); err != nil {
 			return nil, nil, err
 		}
 	}
@@ -35,17 +37,22 @@ func openTransport(ctx context.Context, u *url.URL, o TLS, stall time.Duration, 
 		}
 	}
 	d := net.Dialer{
+		Resolver: o.Resolver,
 		// A connection without traffic to a host that is gone ends within 30 s.
 		KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: 15 * time.Second, Interval: 5 * time.Second, Count: 3},
 		ControlContext: func(_ context.Context, _, _ string, c syscall.RawConn) error {
-			return setSocketOptions(c, stall)
+			return setSocketOptions(c, o.Stall)
 		},
 	}
-	raw, err := d.DialContext(ctx, "tcp", net.JoinHostPort(u.Hostname(), port))
+	dial := d.DialContext
+	if o.Dialer != nil {
+		dial = o.Dialer
+	}
+	raw, err := dial(ctx, "tcp", net.JoinHostPort(u.Hostname(), port))
 	if err != nil {
 		return nil, nil, fmt.Errorf("connect: %w", err)
 	}
-	pc := &progressConn{Conn: raw, stall: stall}
+	pc := &progressConn{Conn: raw, stall: o.Stall, meter: o.Meter}
 	pc.moved.Store(ticks())
 	if sc, ok := raw.(syscall.Conn); ok {
 		pc.raw, _ = sc.SyscallConn()
@@ -114,6 +121,8 @@ type progressConn struct {
 	written atomic.Uint64 // bytes that the kernel has taken
 	taken   atomic.Uint64 // bytes that the peer's kernel had taken when looked at last
 	moved   atomic.Int64  // ticks when either changed last
+	meter   *bridge.Meter // nil: none
+	speed   speed         // only Write and portion touch it, which one goroutine calls at a time
 
 	mu   sync.Mutex
 	last time.Time // after this nothing is written; zero: not set
@@ -138,7 +147,9 @@ func (c *progressConn) Write(p []byte) (n int, err error) {
 		n += m
 		if m > 0 {
 			c.written.Add(uint64(m))
+			c.meter.Add(m)
 			c.moved.Store(ticks())
+			c.measure(time.Now())
 		}
 		if err == nil || hurried || !errors.Is(err, os.ErrDeadlineExceeded) {
 			return n, err
@@ -175,4 +186,53 @@ func (c *progressConn) look() {
 func (c *progressConn) lastMove() int64 {
 	c.look()
 	return c.moved.Load()
+}
+
+// speed is what the link takes, as far as it is known, and what follows from it. Whatever is written and not on its way yet stands
+// before a ping that comes now, so that must not be more than the link takes in a moment.
+type speed struct {
+	since time.Time // of the present measurement; zero: none
+	from  uint64    // taken then
+	rate  float64   // bytes a second; 0: not known
+	kept  int       // what the kernel keeps unsent, as told to it last; 0: it was not told
+}
+
+const (
+	measureFor  = 250 * time.Millisecond
+	portionLow  = 2 << 10 // of one write: a second at 2 KiB/s
+	portionHigh = 64 << 10
+	unsentLow   = 4 << 10 // of what waits in the kernel
+	unsentHigh  = 128 << 10
+)
+
+// measure learns from a write that has just ended.
+func (c *progressConn) measure(now time.Time) {
+	s := &c.speed
+	d := now.Sub(s.since)
+	if d < measureFor && !s.since.IsZero() {
+		return
+	}
+	c.look()
+	taken := c.taken.Load()
+	if !s.since.IsZero() && d < 8*measureFor { // else it was idle in between, and nobody knows
+		// What a link once took it may take again, but not for long: at worst it is believed for some seconds.
+		s.rate = max(float64(taken-min(s.from, taken))/d.Seconds(), s.rate/2, 1)
+	}
+	s.since, s.from = now, taken
+	unsent := unsentLow * 4
+	if s.rate > 0 {
+		unsent = min(max(int(s.rate/4), unsentLow), unsentHigh)
+	}
+	if c.raw != nil && (unsent > 2*s.kept || unsent < s.kept/2) {
+		s.kept = unsent
+		setUnsent(c.raw, unsent)
+	}
+}
+
+// portion is how many bytes are to be written at once.
+func (c *progressConn) portion() int {
+	if c.speed.rate == 0 {
+		return portionHigh / 4
+	}
+	return min(max(int(c.speed.rate/4), portionLow), portionHigh)
 }

@@ -35,7 +35,10 @@ import (
 
 // Options of an upstream or a subscriber.
 type Options struct {
-	URL string // mqtt://host[:1883] or mqtts://host[:8883]
+	URL  string   // mqtt://host[:1883] or mqtts://host[:8883]
+	URLs []string // instead of URL: several, the first is home
+	// Prefer names the one of several to be at, "" if it does not matter. For TakeCommands only; nil: it never matters.
+	Prefer func() string
 	// ClientID must be one that nobody else uses at that broker.
 	ClientID     string
 	Username     string
@@ -63,6 +66,14 @@ type Options struct {
 	Stall time.Duration
 	// MaxPayload is the largest payload sent or taken: 16 MiB.
 	MaxPayload int
+	// Pace is how many bytes a second a packet is written with that has more than half of that. 0: as fast as it goes.
+	Pace int
+	// Meter counts what goes out. nil: nobody does.
+	Meter *bridge.Meter
+	// Dialer opens connections. nil: one of the operating system's. Its time-outs are those of the context.
+	Dialer func(ctx context.Context, network, address string) (net.Conn, error)
+	// Resolver looks names up where Dialer is nil. nil: the default one.
+	Resolver *net.Resolver
 }
 
 // TLS are files in PEM form; see bridge.TLS.
@@ -84,7 +95,32 @@ const (
 // Upstream dials an MQTT broker.
 type Upstream struct{ o Options }
 
-var _ bridge.Upstream = (*Upstream)(nil)
+var (
+	_ bridge.Upstream  = (*Upstream)(nil)
+	_ bridge.Addressed = (*Upstream)(nil)
+	_ bridge.Metered   = (*Upstream)(nil)
+)
+
+// Use implements bridge.Addressed.
+func (u *Upstream) Use(i int) { u.o.URL = u.o.URLs[i] }
+
+// Meter implements bridge.Metered.
+func (u *Upstream) Meter(m *bridge.Meter) { u.o.Meter = m }
+
+// Probe implements bridge.Addressed: it connects, by TLS if the address says so, and says nothing of MQTT, because the client id
+// is in use and a broker behind both addresses would end the link.
+func (u *Upstream) Probe(ctx context.Context, i int) error {
+	address, err := url.Parse(u.o.URLs[i])
+	if err != nil {
+		return err
+	}
+	o := u.o // the fields that Use and Meter set are not looked at
+	c, _, err := openTransport(ctx, address, o)
+	if err != nil {
+		return dialError(err)
+	}
+	return c.Close()
+}
 
 // New makes an upstream. It reads no file and connects to nothing yet.
 func New(o Options) (*Upstream, error) {
@@ -100,9 +136,9 @@ func New(o Options) (*Upstream, error) {
 // Certificates are held against now; nil: time.Now.
 func FromConfig(c bridge.Config, gateway, epoch, version string, now func() time.Time) (*Upstream, error) {
 	return New(Options{
-		Now: now,
-		URL: c.URL, ClientID: ClientID(gateway, c.Name), Username: c.Username, PasswordFile: c.PasswordFile, TLS: c.TLS,
-		Gateway: gateway, Epoch: epoch, Version: version,
+		Now:  now,
+		URLs: c.Addresses(), ClientID: ClientID(gateway, c.Name), Username: c.Username, PasswordFile: c.PasswordFile, TLS: c.TLS,
+		Gateway: gateway, Epoch: epoch, Version: version, Pace: int(c.Budget.BytesPerSecond),
 	})
 }
 
@@ -126,6 +162,11 @@ func ClientID(gateway, upstream string) string {
 }
 
 func (o Options) withDefaults() Options {
+	if len(o.URLs) > 0 {
+		o.URL = o.URLs[0]
+	} else {
+		o.URLs = []string{o.URL}
+	}
 	if o.ConnectTimeout == 0 {
 		o.ConnectTimeout = defaultConnectTimeout
 	}
@@ -142,9 +183,11 @@ func (o Options) withDefaults() Options {
 }
 
 func (o Options) validate() error {
-	u, err := url.Parse(o.URL)
-	if err != nil || u.Scheme != "mqtt" && u.Scheme != "mqtts" || u.Hostname() == "" || u.User != nil {
-		return errors.New("url must be mqtt://host:port or mqtts://host:port, without a user")
+	for _, address := range o.URLs {
+		u, err := url.Parse(address)
+		if err != nil || u.Scheme != "mqtt" && u.Scheme != "mqtts" || u.Hostname() == "" || u.User != nil {
+			return errors.New("url must be mqtt://host:port or mqtts://host:port, without a user")
+		}
 	}
 	if o.ClientID == "" {
 		return errors.New("no client id")
@@ -166,11 +209,11 @@ func client(ctx context.Context, o Options, g guard, acks bridge.Acks, configure
 	if err != nil {
 		return nil, nil, nil, err
 	}
-	transport, tcp, err := openTransport(ctx, u, o.TLS, o.Stall, o.Now)
+	transport, tcp, err := openTransport(ctx, u, o)
 	if err != nil {
 		return nil, nil, nil, dialError(err)
 	}
-	c := newConn(transport, tcp, g, acks, o.Stall)
+	c := newConn(transport, tcp, g, acks, o)
 	// Whatever paho does, the attempt ends with ctx.
 	stop := context.AfterFunc(ctx, func() { _ = c.fail(context.Cause(ctx)) })
 	defer stop()

@@ -7,9 +7,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// notSent is how many bytes the kernel takes beyond what it has put on the wire. Enough for any
-// link to stay busy; without a bound it takes megabytes, and writing says nothing about progress.
-const notSent = 128 << 10
+// notSent is how many bytes the kernel takes at first beyond what it has put on the wire; see speed. Without a
+// bound it takes megabytes, and writing says nothing about progress.
+const notSent = 16 << 10
 
 // setSocketOptions bounds how many bytes wait for the wire, and how long they may stay unacknowledged on it:
 // long enough that our own watch, which knows better words for it, comes first.
@@ -33,4 +33,9 @@ func unsentBytes(c syscall.RawConn) uint64 {
 		return 0
 	}
 	return uint64(n)
+}
+
+// setUnsent changes how many bytes the kernel takes beyond what it has put on the wire. A socket that is gone is no matter.
+func setUnsent(c syscall.RawConn, n int) {
+	_ = c.Control(func(fd uintptr) { _ = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_NOTSENT_LOWAT, n) })
 }

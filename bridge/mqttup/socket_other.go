@@ -11,3 +11,4 @@ import (
 
 func setSocketOptions(syscall.RawConn, time.Duration) error { return nil }
 func unsentBytes(syscall.RawConn) uint64                    { return 0 }
+func setUnsent(syscall.RawConn, int)                        {}

@@ -52,8 +52,10 @@ type subscriber struct {
 	failed            func(err error, up, first bool) error
 	shortest, longest time.Duration // pauses
 
-	anew bool         // since up was called last the broker has begun a new session; only run's goroutine touches it
-	busy atomic.Int32 // messages that take has been given and not returned from
+	failures map[string]time.Time // by address: when it failed last; only run's goroutine touches it
+	last     string               // address of the last connection; so with this
+	anew     bool                 // since up was called last the broker has begun a new session; only run's goroutine touches it
+	busy     atomic.Int32         // messages that take has been given and not returned from
 }
 
 func newSubscriber(o Options, filters []string) (*subscriber, error) {
@@ -83,11 +85,15 @@ func (s *subscriber) impatient(lost string) func(err error, up, first bool) erro
 	}
 }
 
-// run works until ctx ends.
+// run works until ctx ends. Of several addresses it is at the one that o.Prefer names, if that one takes it; else it tries
+// them in turn.
 func (s *subscriber) run(ctx context.Context) error {
 	pause := s.shortest
+	s.failures = map[string]time.Time{}
+	at, tried := s.preferred(0), 0
 	for first := true; ; first = false {
 		began := time.Now()
+		s.o.URL = s.o.URLs[at]
 		up, err := s.once(ctx)
 		if ctx.Err() != nil {
 			return nil
@@ -95,19 +101,64 @@ func (s *subscriber) run(ctx context.Context) error {
 		if s.o.OnState != nil {
 			s.o.OnState(false, err)
 		}
+		if errors.Is(err, errElsewhere) {
+			at, tried = s.preferred(at), 0
+			continue
+		}
 		if err := s.failed(err, up, first); err != nil {
 			return err
 		}
 		if up && time.Since(began) > pause {
 			pause = s.shortest
 		}
+		wait := pause
+		if up {
+			at, tried = s.preferred(at), 0
+		} else {
+			s.failures[s.o.URL] = time.Now()
+			at = (at + 1) % len(s.o.URLs)
+			if tried++; tried < len(s.o.URLs) {
+				wait = s.shortest
+			} else {
+				at, tried = s.preferred(at), 0
+			}
+		}
 		select {
-		case <-time.After(rand.N(pause) + 1):
+		case <-time.After(rand.N(wait) + 1):
 		case <-ctx.Done():
 			return nil
 		}
-		pause = min(2*pause, s.longest)
+		if tried == 0 {
+			pause = min(2*pause, s.longest)
+		}
 	}
+}
+
+// preferred is the index of the address to be at; at if none is better.
+func (s *subscriber) preferred(at int) int {
+	if s.o.Prefer == nil {
+		return at
+	}
+	if i := slices.Index(s.o.URLs, s.o.Prefer()); i >= 0 {
+		return i
+	}
+	return at
+}
+
+// Where a connection is is looked at so often, and an address that has failed is left alone for a while.
+const (
+	lookElsewhere = time.Second
+	leaveAlone    = time.Minute
+)
+
+// errElsewhere ends a connection because another address is preferred.
+var errElsewhere = errors.New("moving to where the data goes")
+
+// elsewhere tells whether the connection should be at another address.
+func (s *subscriber) elsewhere() bool {
+	to := s.o.URLs[s.preferred(slices.Index(s.o.URLs, s.o.URL))]
+	failed, ever := s.failures[to]
+	return to != s.o.URL && (!ever || time.Since(failed) > leaveAlone)
 }
 
 // filterError is a subscription that the broker refused.
@@ -152,7 +203,8 @@ func (s *subscriber) once(ctx context.Context) (up bool, err error) {
 		<-lost
 		<-c.flushed
 	}()
-	s.anew = s.anew || !c.resumed
+	s.anew = s.anew && s.last == s.o.URL || !c.resumed
+	s.last = s.o.URL
 	if err := s.subscribe(ctx, pc, c); err != nil {
 		return false, err
 	}
@@ -169,12 +221,25 @@ func (s *subscriber) once(ctx context.Context) (up bool, err error) {
 	if s.o.OnUp != nil {
 		s.o.OnUp()
 	}
-	select {
-	case <-c.over:
-		return true, c.reason()
-	case <-ctx.Done():
-		goodbye(c)
-		return true, nil
+	var look <-chan time.Time
+	if s.o.Prefer != nil && len(s.o.URLs) > 1 {
+		t := time.NewTicker(lookElsewhere)
+		defer t.Stop()
+		look = t.C
+	}
+	for {
+		select {
+		case <-c.over:
+			return true, c.reason()
+		case <-ctx.Done():
+			goodbye(c)
+			return true, nil
+		case <-look:
+			if s.elsewhere() {
+				goodbye(c)
+				return true, errElsewhere
+			}
+		}
 	}
 }
 

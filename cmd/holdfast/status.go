@@ -9,6 +9,7 @@ import (
 	"strings"
 	"time"
 
+	"holdfast/bridge"
 	"holdfast/gateway/httpapi"
 )
 
@@ -111,6 +112,9 @@ func (p *program) printStatus(st *httpapi.Status, now time.Time) {
 		}
 		p.table(rows...)
 		for _, u := range st.Upstreams {
+			if b := u.Budget; b != nil {
+				fmt.Fprintf(p.stdout, "budget of %s: %s\n", u.Name, budgetText(b))
+			}
 			if u.Connected && u.Commands != nil && !*u.Commands {
 				fmt.Fprintf(p.stdout, "COMMANDS DO NOT COME DOWN from %s: %s\n", u.Name, cmp.Or(strings.ReplaceAll(u.CommandsError, "\n", "; "), "not connected yet"))
 			}
@@ -119,4 +123,27 @@ func (p *program) printStatus(st *httpapi.Status, now time.Time) {
 
 	fmt.Fprintln(p.stdout)
 	p.printAccounts(st.Ledger.Accounts, st.Ledger.Balanced)
+}
+
+// budgetText says in a line how a budget stands.
+func budgetText(b *bridge.BudgetStatus) string {
+	var parts []string
+	if b.BytesPerSecond > 0 {
+		parts = append(parts, bytesText(uint64(b.BytesPerSecond))+" a second")
+	}
+	if b.BytesPerDay > 0 {
+		parts = append(parts, fmt.Sprintf("%s of %s today", bytesText(b.DayBytes), bytesText(uint64(b.BytesPerDay))))
+	}
+	until := b.HeldUntil.Local().Format("2006-01-02 15:04 MST")
+	switch b.Held {
+	case bridge.HeldByDay:
+		parts = append(parts, "USED UP: only urgent lanes flow until "+until)
+	case bridge.HeldByWindow:
+		parts = append(parts, "no window is open: only urgent lanes flow until "+until)
+	case "":
+		if len(parts) == 0 {
+			parts = append(parts, "a window is open")
+		}
+	}
+	return strings.Join(parts, ", ")
 }

@@ -7,6 +7,7 @@ import (
 	"testing"
 	"time"
 
+	"holdfast/bridge"
 	"holdfast/devices"
 	"holdfast/gateway/httpapi"
 )
@@ -26,7 +27,8 @@ func TestStatusTellsOfDevicesCommandsAndCertificates(t *testing.T) {
 		Upstreams: []httpapi.Upstream{
 			{Name: "deaf", Connected: true, Commands: new(bool), CommandsError: "the broker refuses filter"},
 			{Name: "away", Commands: new(bool), CommandsError: "connection refused"},
-			{Name: "without", Connected: true},
+			{Name: "without", Connected: true, Budget: &bridge.BudgetStatus{BytesPerSecond: 6 << 10, BytesPerDay: 100 << 20, DayBytes: 100<<20 + 1, Held: bridge.HeldByDay, HeldUntil: now}},
+			{Name: "night", Connected: true, Budget: &bridge.BudgetStatus{Held: bridge.HeldByWindow, HeldUntil: now}},
 		},
 	}
 	f := newFakeGateway(t)
@@ -49,6 +51,8 @@ func TestStatusTellsOfDevicesCommandsAndCertificates(t *testing.T) {
 		"certificate of listener soon ends in 12d, on " + st.Certificates[1].NotAfter.Format(time.DateOnly) + ": CN=b (b.crt)\n",
 		"COMMANDS DO NOT COME DOWN from deaf: the broker refuses filter\n",
 		"balanced: every accepted message",
+		"budget of without: 6.0 KiB a second, 100.0 MiB of 100.0 MiB today, USED UP: only urgent lanes flow until " + now.Format("2006-01-02 15:04 MST"),
+		"budget of night: no window is open: only urgent lanes flow until ",
 	} {
 		if got.code != 0 || !strings.Contains(got.stdout, want) {
 			t.Errorf("exit %d %s: no %q in\n%s", got.code, got.stderr, want, got.stdout)

@@ -3,6 +3,7 @@ package httpapi
 import (
 	"time"
 
+	"holdfast/bridge"
 	"holdfast/devices"
 	"holdfast/spool"
 )
@@ -83,7 +84,7 @@ type Store struct {
 // Upstream is one link to the cloud. Counters are since the process started.
 type Upstream struct {
 	Name      string    `json:"name"`
-	URL       string    `json:"url"`
+	URL       string    `json:"url"` // in use, or tried last
 	Format    string    `json:"format"`
 	State     string    `json:"state"` // connecting, connected, waiting, stopped
 	Connected bool      `json:"connected"`
@@ -93,6 +94,8 @@ type Upstream struct {
 	LastError string    `json:"last_error,omitempty"` // why the last link or attempt ended; stays after a reconnect
 	LastAck   time.Time `json:"last_ack,omitzero"`
 	InFlight  int       `json:"in_flight"` // sends without an outcome
+	// Budget is absent where there is none.
+	Budget *bridge.BudgetStatus `json:"budget,omitempty"`
 	// Commands says whether commands come down from it now, CommandsError why not; both are absent if it is not to be
 	// asked for any.
 	Commands      *bool  `json:"commands,omitempty"`
@@ -101,6 +104,7 @@ type Upstream struct {
 	Sends           uint64 `json:"sends"` // repeats included
 	SentMessages    uint64 `json:"sent_messages"`
 	SentBytes       uint64 `json:"sent_bytes"` // topics and payloads
+	WireBytes       uint64 `json:"wire_bytes"` // what the network was given: MQTT, TLS, keep-alives, on all connections
 	AckedMessages   uint64 `json:"acked_messages"`
 	ExpiredMessages uint64 `json:"expired_messages"`
 	ParkedMessages  uint64 `json:"parked_messages"`

@@ -19,6 +19,7 @@ var figures = []figure{
 	{9, "Commands: submitting", measureSubmit},
 	{10, "A registry with many devices", measureRegistry},
 	{11, "Live first: how old the newest message is after an outage", measureLive},
+	{12, "A link of 50 kbit/s", measureLink},
 }
 
 // storeFolder is where a gateway keeps its store below its data folder.

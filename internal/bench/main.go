@@ -30,12 +30,13 @@ type config struct {
 	dir      string        // temporary data
 	seconds  time.Duration // of one round
 	rounds   int
-	backlog  int     // messages of the drain
-	spoolGB  float64 // spooled for the start
-	idle     int     // idle connections
-	devices  int     // that come back at once
-	commands int     // submitted over the upstream topic
-	registry int     // devices registered
+	backlog  int           // messages of the drain
+	spoolGB  float64       // spooled for the start
+	idle     int           // idle connections
+	devices  int           // that come back at once
+	commands int           // submitted over the upstream topic
+	registry int           // devices registered
+	link     time.Duration // on the slow link
 	log      io.Writer
 }
 
@@ -48,6 +49,12 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	if len(args) > 0 && args[0] == "fill" {
 		return exit(stderr, fillSpool(ctx, args[1:], stderr))
 	}
+	if len(args) > 0 && args[0] == "link" {
+		return exit(stderr, nearEnd(ctx, args[1:], stdout, stderr))
+	}
+	if len(args) > 0 && args[0] == "sink" {
+		return exit(stderr, serveSink(ctx, args[1:], stderr))
+	}
 	flags := flag.NewFlagSet("bench", flag.ContinueOnError)
 	flags.SetOutput(stderr)
 	c := config{log: stderr}
@@ -58,6 +65,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	flags.IntVar(&c.idle, "idle", 5000, "idle connections")
 	flags.IntVar(&c.devices, "devices", 10_000, "devices that come back at once")
 	flags.IntVar(&c.commands, "commands", 100_000, "commands submitted over the upstream topic")
+	flags.DurationVar(&c.link, "link", 30*time.Second, "time on the slow link")
 	flags.IntVar(&c.registry, "registry", 100_000, "devices registered")
 	flags.Float64Var(&c.spoolGB, "spool-gb", envFloat("BENCH_SPOOL_GB", 10), "gigabytes spooled before the start is timed")
 	only := flags.String("only", "", "figures to measure, by number, comma-separated (default: all)")
@@ -68,7 +76,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	}
 	if *smoke {
 		c.seconds, c.rounds, c.backlog, c.idle, c.spoolGB = 500*time.Millisecond, 1, 20_000, 200, 0.05
-		c.devices, c.commands, c.registry = 200, 2000, 1000
+		c.devices, c.commands, c.registry, c.link = 200, 2000, 1000, 5*time.Second
 	}
 	var err error
 	if c.self, err = os.Executable(); err != nil {

@@ -399,6 +399,29 @@ func TestProblems(t *testing.T) {
 			`g.yaml:5:51: upstreams[1].tls.key: is missing: a certificate needs its private key`,
 			`g.yaml:5:79: upstreams[1].password_file: needs a username: MQTT 3.1.1 has no password without one`,
 		}},
+		"upstream urls": {ok + "upstreams:\n  - { name: a, url: mqtts://h, urls: [mqtts://i] }\n  - { name: b, urls: [] }\n  - { name: c, urls: [mqtts://h, nats://i, mqtts://h, mqtt://127.0.0.1:9] }\n" +
+			"  - { name: d, urls: [\"mqtts://u:secret@h\", mqtt://localhost], tls: { ca: x } }\n", []string{
+			`g.yaml:4:38: upstreams[0].urls: stands beside url: write url for one address, urls for several, not both`,
+			`g.yaml:5:22: upstreams[1].urls: has no entry: write addresses, or url with one`,
+			`g.yaml:6:22: upstreams[2].urls: mixes mqtt:// and mqtts://: whoever blocks the encrypted ones would have everything in clear; write one of the two`,
+			`g.yaml:6:34: upstreams[2].urls[1]: nats upstreams are not in this version: write mqtts://host:8883 or mqtt://host:1883`,
+			`g.yaml:6:44: upstreams[2].urls[2]: is given twice: remove one`,
+			`g.yaml:7:23: upstreams[3].urls[0]: holds a user name or password: use username and password_file, a URL ends up in logs`,
+			`g.yaml:7:45: upstreams[3].urls[1]: is listeners[0] of this gateway: every message would come back to it`,
+			`g.yaml:7:69: upstreams[3].tls: is given, but the url begins with mqtt://, which is not encrypted: write mqtts://, or remove tls`,
+		}},
+		"upstream budget": {ok + "upstreams:\n  - { name: a, url: mqtts://h, budget: { bytes_per_second: 100B, bytes_per_day: 1KiB, windows: [] } }\n" +
+			"  - { name: b, url: mqtts://h, budget: { bytes_per_second: 6000, windows: [{ cron: \"0 22 * *\", for: 8 }, { cron: \"0 22 * * *\" }, { cron: \"0 0 30 feb *\", for: 10d }] } }\n", []string{
+			`g.yaml:4:60: upstreams[0].budget.bytes_per_second: has to be at least 256B, or 0 for no limit: less does not carry a keep-alive and a message`,
+			`g.yaml:4:81: upstreams[0].budget.bytes_per_day: has to be at least 64KiB, or 0 for no limit: connections and keep-alives alone take that`,
+			`g.yaml:4:96: upstreams[0].budget.windows: has no entry: nothing would ever be sent; write windows, or remove the key for always`,
+			`g.yaml:5:60: upstreams[1].budget.bytes_per_second: "6000" has no unit: write a size with its unit: 64KiB, 512MiB, 8GiB`,
+			`g.yaml:5:84: upstreams[1].budget.windows[0].cron: does not have five fields: write five fields, minute hour day month weekday: "0 22 * * *", or "TZ=Europe/Berlin 0 22 * * *"`,
+			`g.yaml:5:101: upstreams[1].budget.windows[0].for: "8" has no unit: write a duration with its unit: 100ms, 30s, 5m, 72h, 7d`,
+			`g.yaml:5:106: upstreams[1].budget.windows[1].for: has to be 1m to 168h`,
+			`g.yaml:5:138: upstreams[1].budget.windows[2].cron: never comes: there is no such day`,
+			`g.yaml:5:159: upstreams[1].budget.windows[2].for: has to be 1m to 168h`,
+		}},
 		"upstream is this gateway": {
 			ok + "upstreams: [{ name: a, url: mqtt://localhost }]\n",
 			[]string{`g.yaml:3:29: upstreams[0].url: is listeners[0] of this gateway: every message would come back to it`},

@@ -330,11 +330,11 @@ func showKey(key string) string {
 
 // secretKeys may hold a secret by purpose or by the commonest of mistakes: the password where the
 // path of its file should be, or in the middle of a URL. Their values are never repeated.
-var secretKeys = []string{"password_file", "username", "url", "key"}
+var secretKeys = []string{"password_file", "username", "url", "urls", "key"}
 
 // show gives a wrong value back, quoted and followed by a space, or nothing if it had better not be seen.
 func show(path, value string) string {
-	key := path[strings.LastIndexByte(path, '.')+1:]
+	key, _, _ := strings.Cut(path[strings.LastIndexByte(path, '.')+1:], "[")
 	if slices.Contains(secretKeys, key) || len(value) > 64 || value == "" {
 		return ""
 	}

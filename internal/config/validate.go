@@ -498,7 +498,8 @@ func (d *decoder) checkUpstreams(c *Config) {
 		if d.name(path+".name", u.Name, 64) {
 			d.unique(path+".name", u.Name, names)
 		}
-		d.checkURL(c, path, u)
+		d.checkURLs(c, path, u)
+		d.checkBudget(path+".budget", &u.Budget)
 		if d.oneOf(path+".format", u.Format, bridge.FormatBatch, bridge.FormatPassthrough, bridge.FormatCloudEvents) && u.TopicPrefix != "" {
 			switch {
 			case u.Format != bridge.FormatPassthrough:
@@ -544,51 +545,84 @@ func (d *decoder) checkUpstreams(c *Config) {
 	}
 }
 
-func (d *decoder) checkURL(c *Config, path string, u *bridge.Config) {
-	const forms = "write mqtts://host:8883 or mqtt://host:1883"
-	at := path + ".url"
-	if u.URL == "" {
-		d.problem(at, "is missing: %s", forms)
+func (d *decoder) checkURLs(c *Config, path string, u *bridge.Config) {
+	schemes := map[string]bool{}
+	switch {
+	case u.URL != "" && u.URLs != nil:
+		d.problem(path+".urls", "stands beside url: write url for one address, urls for several, not both")
 		return
+	case u.URLs == nil:
+		schemes[d.checkURL(c, path+".url", u.URL)] = true
+	case len(u.URLs) == 0:
+		d.problem(path+".urls", "has no entry: write addresses, or url with one")
 	}
-	p, err := url.Parse(u.URL)
+	seen := map[string]bool{}
+	for i, raw := range u.URLs {
+		at := fmt.Sprintf("%s.urls[%d]", path, i)
+		if raw != "" && seen[raw] {
+			d.problem(at, "is given twice: remove one")
+			continue
+		}
+		seen[raw] = true
+		schemes[d.checkURL(c, at, raw)] = true
+	}
+	t := &u.TLS
+	switch {
+	case schemes["mqtt"] && schemes["mqtts"]:
+		d.problem(path+".urls", "mixes mqtt:// and mqtts://: whoever blocks the encrypted ones would have everything in clear; write one of the two")
+	case schemes["mqtt"] && (t.CA != "" || t.Cert != "" || t.Key != ""):
+		d.problem(path+".tls", "is given, but the url begins with mqtt://, which is not encrypted: write mqtts://, or remove tls")
+	}
+	if t.Cert != "" && t.Key == "" {
+		d.problem(path+".tls.key", "is missing: a certificate needs its private key")
+	}
+	if t.Key != "" && t.Cert == "" {
+		d.problem(path+".tls.cert", "is missing: a private key needs its certificate")
+	}
+}
+
+// checkURL returns the scheme of a good one, or "".
+func (d *decoder) checkURL(c *Config, at, raw string) string {
+	const forms = "write mqtts://host:8883 or mqtt://host:1883"
+	if raw == "" {
+		d.problem(at, "is missing: %s", forms)
+		return ""
+	}
+	p, err := url.Parse(raw)
 	if err != nil || p.Opaque != "" || p.Scheme == "" {
 		d.problem(at, "is not a URL: %s", forms)
-		return
+		return ""
 	}
 	switch p.Scheme {
 	case "mqtt", "mqtts":
 	case "nats", "kafka", "https":
 		d.problem(at, "%s upstreams are not in this version: %s", p.Scheme, forms)
-		return
+		return ""
 	case "tcp", "ssl", "tls", "ws", "wss", "http":
 		d.problem(at, "scheme %s is not taken: %s", p.Scheme, forms)
-		return
+		return ""
 	default:
 		d.problem(at, "has an unknown scheme: %s", forms)
-		return
+		return ""
 	}
 	port := p.Port()
 	n, err := strconv.Atoi(port)
 	switch {
 	case p.Hostname() == "":
 		d.problem(at, "has no host: %s", forms)
-		return
+		return ""
 	case p.User != nil:
 		d.problem(at, "holds a user name or password: use username and password_file, a URL ends up in logs")
-		return
+		return ""
 	case p.Path != "" && p.Path != "/" || p.RawQuery != "" || p.Fragment != "":
 		d.problem(at, "has something after the port: %s", forms)
-		return
+		return ""
 	case port != "" && (err != nil || n < 1 || n > 65535):
 		d.problem(at, "has a port that is not 1 to 65535: %s", forms)
-		return
+		return ""
 	}
-	t := &u.TLS
 	if p.Scheme == "mqtt" {
-		if t.CA != "" || t.Cert != "" || t.Key != "" {
-			d.problem(path+".tls", "is given, but the url begins with mqtt://, which is not encrypted: write mqtts://, or remove tls")
-		} else if !loopbackHost(p.Hostname()) {
+		if !loopbackHost(p.Hostname()) {
 			d.warn(at, "mqtt:// is not encrypted: others on the way can read and change what is sent, the password too; mqtts:// is the encrypted one")
 		}
 		if port == "" {
@@ -596,11 +630,17 @@ func (d *decoder) checkURL(c *Config, path string, u *bridge.Config) {
 		}
 		d.checkLoop(c, at, bound{host: p.Hostname(), port: n})
 	}
-	if t.Cert != "" && t.Key == "" {
-		d.problem(path+".tls.key", "is missing: a certificate needs its private key")
+	return p.Scheme
+}
+
+func (d *decoder) checkBudget(path string, b *bridge.Budget) {
+	err := b.Validate()
+	if err == nil {
+		return
 	}
-	if t.Key != "" && t.Cert == "" {
-		d.problem(path+".tls.cert", "is missing: a private key needs its certificate")
+	for line := range strings.SplitSeq(err.Error(), "\n") {
+		key, text, _ := strings.Cut(line, ": ")
+		d.problem(path+"."+key, "%s", text)
 	}
 }
 

@@ -26,6 +26,7 @@ const (
 	PrefixDevice   = 'v' // devices
 	PrefixCommand  = 'c' // devices: commands
 	PrefixToken    = 't' // gateway: bearer tokens of the HTTP API
+	PrefixUsage    = 'b' // gateway: bytes sent to an upstream on a day
 )
 
 // ErrClosed is returned by every call after Close, and handed to Done for what was

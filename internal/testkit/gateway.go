@@ -131,6 +131,7 @@ type Status struct {
 		Connected bool   `json:"connected"`
 		LastError string `json:"last_error"`
 		InFlight  int    `json:"in_flight"`
+		Acked     uint64 `json:"acked_messages"`
 		Commands  bool   `json:"commands"` // they come down from it now
 	} `json:"upstreams"`
 }
