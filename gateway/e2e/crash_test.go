@@ -22,7 +22,7 @@ type crashPlan struct {
 
 var crashPlans = []crashPlan{
 	{"kill -9", false, []proof.Choice{{Name: "kill -9", Weight: 1}}},
-	{"power cut", true, []proof.Choice{{Name: "power cut", Weight: 5}, {Name: "slow disk, power cut", Weight: 1}}},
+	{"power cut", true, []proof.Choice{{Name: "power cut", Weight: 3}, {Name: "slow disk, power cut", Weight: 2}}},
 }
 
 // TestCrash breaks a gateway under load over and over: killed on the machine's own disk, and with the power cut under it. After each

@@ -27,13 +27,16 @@ type trial struct {
 	bin    string
 	seed   uint64
 
-	disk  *powercut.Disk // nil: the data lies in a folder of the machine's own disk
-	mount *powercut.Mount
-	g     *testkit.Gateway
-	up    *upstream
-	fleet *proof.Fleet
-	calm  func()   // ends a link that comes and goes
-	why   []string // reasons for which gaps may be announced, by what was done
+	disk   *powercut.Disk // nil: the data lies in a folder of the machine's own disk
+	mount  *powercut.Mount
+	g      *testkit.Gateway
+	up     *upstream
+	fleet  *proof.Fleet
+	force  *troops       // nil: no commands
+	hq     *headquarters // with force
+	calm   func()        // ends a link that comes and goes
+	copies int           // of its data, made so far
+	why    []string      // reasons for which gaps may be announced, by what was done
 }
 
 // form is how the gateway of a trial is set up. More of them: add to forms.
@@ -41,6 +44,7 @@ type form struct {
 	name      string
 	yaml      string   // top-level keys, upstreams aside
 	format    string   // of the upstream; "": batch
+	size      int      // bytes of a payload; 0: as the values need
 	reasons   []string // for which its rules may take messages
 	liveFirst []string // lanes that are not drained in order
 }
@@ -48,6 +52,7 @@ type form struct {
 var forms = []form{
 	{name: "as it comes"},
 	{name: "each message by itself", format: "cloudevents"},
+	{name: "large messages", size: 5000},
 	{
 		name: "small lanes", reasons: []string{"max_bytes"},
 		yaml: "spool: { lanes: [{ name: alarm, share: 50, max_bytes: 1MiB, max_age: 720h, when_full: drop_oldest }, " +
@@ -66,14 +71,21 @@ var links = map[string]testkit.Faults{
 }
 
 var linkChoices = []proof.Choice{
-	{Name: "up", Weight: 6}, {Name: "away", Weight: 3}, {Name: "coming and going", Weight: 3}, {Name: "reset", Weight: 1},
-	{Name: "stalled", Weight: 1}, {Name: "half open", Weight: 1}, {Name: "taking all", Weight: 2}, {Name: "slow", Weight: 1},
+	{Name: "up", Weight: 6},
+	{Name: "away", Weight: 3},
+	{Name: "coming and going", Weight: 3},
+	{Name: "reset", Weight: 1},
+	{Name: "stalled", Weight: 1},
+	{Name: "half open", Weight: 1},
+	{Name: "taking all", Weight: 2},
+	{Name: "slow", Weight: 1},
 }
 
-// load is what devices of a trial send.
+// load is what there is to do.
 type load struct {
-	devices int
-	rate    float64
+	devices  int
+	rate     float64
+	commands bool // a cloud sends commands, to devices of their own
 }
 
 // startTrial starts everything. powered: the data lies on a disk whose power can be cut; the test is skipped where that cannot be.
@@ -106,17 +118,35 @@ func startTrial(t *testing.T, r *proof.Report, fm form, seed uint64, powered boo
 	if format == "" {
 		format = "batch"
 	}
-	c.YAML = logYAML + fm.yaml + "upstreams:\n" + upstreamYAML("cloud", x.up.link.Addr(), format, "")
+	c.YAML = logYAML + fm.yaml + fmt.Sprintf("upstreams:\n  - { name: cloud, url: %q, format: %s, commands: %v }\n", "mqtt://"+x.up.link.Addr(), format, l.commands)
+	if l.commands {
+		c.Devices = "{ anonymous: true, commands: { ack_timeout: 1s } }"
+	}
 	x.g = testkit.StartGatewayWith(t, x.bin, gatewayID, c)
 	var err error
 	x.fleet, err = proof.StartFleet(t.Context(), proof.FleetConfig{
 		Broker: "mqtt://" + x.g.Addr, Seed: seed, Devices: l.devices, Rate: l.rate,
-		Change: func(c *firmwaresim.Config) { c.MaxBackoff = 80 * time.Millisecond }, // they are back soon: a life is short
+		Change: func(c *firmwaresim.Config) {
+			c.MaxBackoff = 80 * time.Millisecond // they are back soon: a life is short
+			c.Size = fm.size
+		},
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = x.fleet.Finish() })
+	if l.commands {
+		x.force = startTroops(t, x.g.Addr, seed)
+		for prefix, fleet := range x.force.fleets {
+			x.fleet.Add(prefix, fleet)
+		}
+		x.hq = openHeadquarters(t, x.g, x.up.broker.Addr, seed)
+		x.g.AwaitCommands(t)
+		for _, device := range x.force.devices() {
+			known(t, x.g, device)
+			x.hq.command(device)
+		}
+	}
 	return x
 }
 
@@ -197,9 +227,9 @@ func (x *trial) setLink(s proof.Step) {
 
 // fault is what a step does to a gateway. More of them: add to faults, and to the choices of a harness.
 type fault struct {
-	before  func(x *trial, rng *rand.Rand)                         // while it works; nil: nothing
+	before  func(x *trial, rng *rand.Rand)                           // while it works; nil: nothing
 	strike  func(x *trial, s proof.Step, rng *rand.Rand) (gone bool) // gone: it is not running any more, and is started again
-	stopped func(x *trial, rng *rand.Rand)                         // before it is; nil: nothing
+	stopped func(x *trial, rng *rand.Rand)                           // before it is; nil: nothing
 }
 
 var faults = map[string]fault{
@@ -308,11 +338,13 @@ func (x *trial) verifyCopy() {
 	x.t.Helper()
 	var dir string
 	if x.disk != nil {
-		if err := x.disk.Copy("data", "copy"); err != nil {
+		x.copies++ // another name each time: the kernel remembers what it saw under the last one
+		name := fmt.Sprint("copy-", x.copies)
+		if err := x.disk.Copy("data", name); err != nil {
 			x.t.Fatal(err)
 		}
-		defer x.disk.Drop("copy")
-		dir = filepath.Join(x.mount.Dir, "copy")
+		defer x.disk.Drop(name)
+		dir = filepath.Join(x.mount.Dir, name)
 	} else {
 		dir = filepath.Join(x.t.TempDir(), "copy")
 		defer os.RemoveAll(dir)
@@ -339,6 +371,11 @@ func (x *trial) finish() {
 	x.calm()
 	x.up.link.Set(testkit.Faults{})
 	x.up.link.Reset() // what hangs in there would be given up after 30 s
+	if x.hq != nil {
+		x.hq.stop()
+		x.hq.awaitEnds(x.g)
+		x.force.finish(x.t) // outcomes that come late
+	}
 	if err := x.fleet.Finish(); err != nil {
 		x.errorf("%v", err)
 	}
@@ -348,6 +385,11 @@ func (x *trial) finish() {
 		x.errorf("%v", err)
 	}
 	x.report.Verdict(v)
+	if x.hq != nil {
+		sum, orders := reconcile(x.t, x.g, x.hq, x.force)
+		x.report.Commands(orders)
+		x.t.Log(sum)
+	}
 	if !v.OK() {
 		x.t.Errorf("promise broken: %v", &v)
 	}
