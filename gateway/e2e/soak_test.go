@@ -16,17 +16,18 @@ const roundTime = 45 * time.Second
 var soakFaults = []proof.Choice{
 	{Name: "kill -9", Weight: 4},
 	{Name: "power cut", Weight: 4},
-	{Name: "slow disk, power cut", Weight: 2},
+	{Name: "slow disk and power cut", Weight: 2},
 	{Name: "stop", Weight: 2},
 	{Name: "freeze", Weight: 2},
 	{Name: "fsync fails", Weight: 1},
-	{Name: "fsync fails, power cut", Weight: 1},
+	{Name: "fsync fails and power cut", Weight: 1},
 	{Name: "write fails", Weight: 1},
 }
 
 // TestSoak does everything at once: devices of both protocol versions on flaky links that send messages and get commands, an upstream
 // behind a link that fails in every way, a disk that fails, is slow, and loses its power, a gateway that is killed, stopped and frozen.
-// SOAK is how long, SOAK_SEED the seed of the first round; that of the next is one more.
+// SOAK is how long, SOAK_SEED the seed of the first round; that of the next is one more. SOAK_FAULTS
+// names faults to draw from in place of the usual ones.
 func TestSoak(t *testing.T) {
 	bin(t)
 	if err := powercut.Available(); err != nil {
@@ -52,7 +53,7 @@ func TestSoak(t *testing.T) {
 
 func soakRound(t *testing.T, r *proof.Report, seed uint64, lasts time.Duration) {
 	all := proof.Plan(seed, proof.PlanConfig{
-		Steps: 10_000, Faults: soakFaults, Links: linkChoices,
+		Steps: 10_000, Faults: choices("SOAK_FAULTS", soakFaults), Links: linkChoices,
 		MinLife: 200 * time.Millisecond, MaxLife: 1500 * time.Millisecond, MaxGone: 300 * time.Millisecond,
 	})
 	steps := 0

@@ -48,6 +48,8 @@ type GatewayConfig struct {
 	Limit     int      // max_connections of the listener test; 0: none
 	Devices   string   // what stands under devices, a YAML mapping in braces; "": nothing, so that nobody comes in without credentials
 	YAML      string   // other top-level keys
+
+	Patience time.Duration // most time for a start and for a stop; 0: as Command says
 }
 
 // StartGatewayWith runs `bin run` with the given configuration.
@@ -61,7 +63,7 @@ func StartGatewayWith(t T, bin, id string, c GatewayConfig) *Gateway {
 	if err := g.Configure(c); err != nil {
 		t.Fatalf("write the gateway's configuration: %v", err)
 	}
-	g.Process = Start(t, Command{Name: "holdfast", Path: bin, Args: []string{"run", "--config", g.File}})
+	g.Process = Start(t, Command{Name: "holdfast", Path: bin, Args: []string{"run", "--config", g.File}, Grace: c.Patience})
 	return g
 }
 
