@@ -19,12 +19,13 @@ type Cloud struct {
 	mu       sync.Mutex                       // guards what follows
 	arrivals map[string]*firmwaresim.Arrivals // of simulated devices, by the prefix of their ids
 	traces   map[stream]*trace
-	epochs   map[string]uint64 // number of each epoch, from 1, in the order of their first arrival
+	epochs   map[string]uint64 // number of each epoch, from 1, in the order in which they were heard of
 	lanes    map[laneKey]*lane
 	gaps     map[wire.Gap]bool
 	others   []cloud.Delivery // messages of other devices, in the order of arrival
 	errors   []error
-	late     map[string]uint64 // messages that came after newer ones, by lane
+	missing  []firmwaresim.Missing // of the fleet that Check looks at
+	late     map[string]uint64     // messages that came after newer ones, by lane
 }
 
 type stream struct{ device, name string }
@@ -36,7 +37,6 @@ type lane struct {
 	came      bits
 	count     uint64
 	announced []cloud.Range // gaps
-	taken     bits          // of those that did not come: explained a message, see Check
 }
 
 // trace is where the messages of one stream lie: places[n-1] is that of message n, 0 if it did not come with an id.
@@ -98,7 +98,11 @@ func (c *Cloud) lane(epoch, name string) *lane {
 	l := c.lanes[key]
 	if l == nil {
 		l = new(lane)
-		c.lanes[laneKey{strings.Clone(epoch), strings.Clone(name)}] = l
+		epoch = strings.Clone(epoch)
+		c.lanes[laneKey{epoch, strings.Clone(name)}] = l
+		if c.epochs[epoch] == 0 {
+			c.epochs[epoch] = uint64(len(c.epochs)) + 1
+		}
 	}
 	return l
 }
@@ -145,10 +149,6 @@ func (c *Cloud) trace(d *cloud.Delivery, p *firmwaresim.Payload) {
 		return // another route by now: there is no order between lanes
 	}
 	epoch := c.epochs[d.Epoch]
-	if epoch == 0 {
-		epoch = uint64(len(c.epochs)) + 1
-		c.epochs[strings.Clone(d.Epoch)] = epoch
-	}
 	if p.N > maxTrace {
 		return // no device made so many: Check finds that it was never sent
 	}

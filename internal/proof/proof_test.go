@@ -190,6 +190,11 @@ func TestCheckFinds(t *testing.T) {
 			name: "one announced, two gone", all: func() []sent { return without(100, next(100)) }, books: books(400, 1),
 			gaps: []wire.Gap{{First: 101, Last: 101, Count: 1, Reason: "damaged"}}, want: counts{Lost: 1 + 1, Unexplained: 1},
 		},
+		{
+			// Of two streams one ends between the two sequences: it has to be given the first.
+			name: "two gone whose neighbours overlap", all: func() []sent { return without(100, 101) }, books: books(400, 2),
+			gaps: []wire.Gap{{First: 101, Last: 101, Count: 1, Reason: "damaged"}, {First: 102, Last: 102, Count: 1, Reason: "damaged"}},
+		},
 		{name: "a hole in the sequences", all: func() []sent {
 			left := slices.Clone(all)
 			for i := 200; i < len(left); i++ {

@@ -1,6 +1,7 @@
 package proof
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"maps"
@@ -98,9 +99,7 @@ func Check(f *Fleet, c *Cloud, books *Books, o Options) Verdict {
 	var v Verdict
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	for _, l := range c.lanes {
-		l.taken = nil
-	}
+	c.missing = nil
 	v.Removed = c.receiver.Stats().Duplicates
 	for name, n := range c.late {
 		v.Late += n
@@ -123,8 +122,9 @@ func Check(f *Fleet, c *Cloud, books *Books, o Options) Verdict {
 		}
 		c.devices(&v, f.halves[prefix].Ledger().Verify(arrivals), o)
 	}
+	c.explain(&v)
 	if !o.NoIDs {
-		c.order(&v)
+		c.order(&v, f)
 		c.holes(&v)
 	}
 	for _, g := range slices.SortedFunc(maps.Keys(c.gaps), func(a, b wire.Gap) int { return int(int64(a.First) - int64(b.First)) }) {
@@ -149,6 +149,9 @@ func (c *Cloud) devices(v *Verdict, d firmwaresim.Verdict, o Options) {
 	v.Arrived += d.Arrived
 	v.SentAgain += d.Duplicates
 	v.OutOfOrder += d.OutOfOrder
+	if len(c.gaps) > 0 {
+		v.OutOfOrder -= d.Behind // a gap may have taken the first copy
+	}
 	v.Unexplained += d.Unknown
 	if !o.NoIDs {
 		v.Unexplained += d.Repeated
@@ -158,76 +161,99 @@ func (c *Cloud) devices(v *Verdict, d firmwaresim.Verdict, o Options) {
 			v.wrong(new(uint64), 0, "%s", e)
 		}
 	}
-	for _, m := range d.Missing {
-		all := m.Last - m.First + 1
-		if lost := all - min(all, c.explain(m, all)); lost > 0 {
-			v.wrong(&v.Lost, lost, "%s %s n=%d-%d: acknowledged, %d of them not arrived and not announced", m.Device, m.Stream, m.First, m.Last, lost)
-		}
-	}
+	c.missing = append(c.missing, d.Missing...)
 }
 
-// explain says for how many of a stretch of messages that did not come there is room in what gaps announced: sequences between
-// those of its neighbours that were announced and did not come. What it takes explains nothing else: a gap of one sequence
-// explains one message. Under mu.
-func (c *Cloud) explain(m firmwaresim.Missing, most uint64) (n uint64) {
-	if len(c.gaps) == 0 {
-		return 0
-	}
-	t := c.traces[stream{m.Device, m.Stream}]
-	if t == nil {
-		t = new(trace) // nothing came of the stream: it may have been anything
-	}
-	var before, after place // its neighbours that came
-	for i := min(m.First-1, uint64(len(t.places))); i > 0 && before == 0; i-- {
-		before = t.places[i-1]
-	}
-	for i := m.Last; i < uint64(len(t.places)) && after == 0; i++ {
-		after = t.places[i]
-	}
+// span is a stretch of messages of one stream that did not come. Their sequences lie between those of its neighbours that came.
+type span struct {
+	firmwaresim.Missing
+	after, before place
+	left          uint64 // messages that nothing explains yet
+}
+
+// explain holds what did not come against what gaps announced: a sequence that was announced and did not come explains one
+// message, and only one whose neighbours lie on both sides of it. Nothing is lost if they can all be matched. Under mu.
+func (c *Cloud) explain(v *Verdict) {
+	gone := map[string][]place{} // by lane
 	for key, l := range c.lanes {
-		if t.lane != "" && key.lane != t.lane || t.lane == "" && key.lane == systemLane {
+		if key.lane == systemLane {
 			continue
 		}
-		epoch := c.epochs[key.epoch] // 0: nothing came in it
-		first, last := uint64(0), ^uint64(0)
-		if epoch != 0 && before != 0 {
-			switch e := uint64(before >> epochShift); {
-			case e > epoch:
-				continue
-			case e == epoch:
-				first = before.seq()
+		taken := bits(nil) // gaps may overlap
+		for _, r := range l.announced {
+			for seq := r.First; seq <= r.Last; seq++ {
+				if !l.came.has(seq) && !taken.has(seq) {
+					taken.set(seq)
+					gone[key.lane] = append(gone[key.lane], place(c.epochs[key.epoch]<<epochShift|seq))
+				}
 			}
-		}
-		if epoch != 0 && after != 0 {
-			switch e := uint64(after >> epochShift); {
-			case e < epoch:
-				continue
-			case e == epoch:
-				last = after.seq()
-			}
-		}
-		if n += l.take(first, last, most-n); n == most {
-			break
 		}
 	}
-	return n
+	spans := map[string][]*span{} // by lane; "": of streams of which nothing came
+	for _, m := range c.missing {
+		s := &span{Missing: m, before: ^place(0), left: m.Last - m.First + 1}
+		t := c.traces[stream{m.Device, m.Stream}]
+		if t == nil {
+			t = new(trace)
+		}
+		for i := min(m.First-1, uint64(len(t.places))); i > 0 && s.after == 0; i-- {
+			s.after = t.places[i-1]
+		}
+		for i := m.Last; i < uint64(len(t.places)); i++ {
+			if t.places[i] != 0 {
+				s.before = t.places[i]
+				break
+			}
+		}
+		spans[t.lane] = append(spans[t.lane], s)
+	}
+	var rest uint64 // of what was announced
+	for lane, places := range gone {
+		slices.Sort(places)
+		rest += match(places, spans[lane])
+	}
+	for _, s := range spans[""] {
+		n := min(rest, s.left)
+		rest -= n
+		s.left -= n
+	}
+	for _, lane := range spans {
+		for _, s := range lane {
+			if s.left > 0 {
+				v.wrong(&v.Lost, s.left, "%s %s n=%d-%d: acknowledged, %d of them not arrived and not announced", s.Device, s.Stream, s.First, s.Last, s.left)
+			}
+		}
+	}
 }
 
-// take takes up to most sequences between the two that were announced as a gap, did not come, and were not taken.
-func (l *lane) take(after, before, most uint64) (n uint64) {
-	for _, r := range l.announced {
-		for seq := max(r.First, after+1); seq <= r.Last && seq < before && n < most; seq++ {
-			if !l.came.has(seq) && !l.taken.has(seq) {
-				l.taken.set(seq)
-				n++
-			}
+// match gives each place, in order, to the span about it that ends first, and returns how many nobody wanted.
+func match(places []place, spans []*span) (rest uint64) {
+	slices.SortFunc(spans, func(a, b *span) int { return cmp.Compare(a.after, b.after) })
+	var open []*span // those that have begun, by their ends
+	next := 0
+	for _, p := range places {
+		for ; next < len(spans) && spans[next].after < p; next++ {
+			i, _ := slices.BinarySearchFunc(open, spans[next], func(a, b *span) int { return cmp.Compare(a.before, b.before) })
+			open = slices.Insert(open, i, spans[next])
 		}
+		for len(open) > 0 && (open[0].before <= p || open[0].left == 0) {
+			open = open[1:]
+		}
+		if len(open) == 0 {
+			rest++
+			continue
+		}
+		open[0].left--
 	}
-	return n
+	return rest
 }
 
 // order checks that the gateway gave sequences in the order in which each device sent. Under mu.
-func (c *Cloud) order(v *Verdict) {
+func (c *Cloud) order(v *Verdict, f *Fleet) {
+	ledgers := map[string]*firmwaresim.Ledger{}
+	for prefix, half := range f.halves {
+		ledgers[prefix] = half.Ledger()
+	}
 	for s, t := range c.traces {
 		var highest place
 		var n int
@@ -235,7 +261,8 @@ func (c *Cloud) order(v *Verdict) {
 			if p == 0 {
 				continue
 			}
-			if p < highest {
+			prefix, _, _ := strings.Cut(s.device, "-")
+			if p < highest && (len(c.gaps) == 0 || ledgers[prefix] == nil || !ledgers[prefix].SentAgain(s.device, s.name, uint64(n))) {
 				v.wrong(&v.OutOfOrder, 1, "%s %s: n=%d has sequence %d, n=%d before it has %d", s.device, s.name, i+1, p.seq(), n, highest.seq())
 				continue
 			}
