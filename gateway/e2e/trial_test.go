@@ -55,7 +55,7 @@ var forms = []form{
 	{name: "each message by itself", format: "cloudevents"},
 	{name: "large messages", size: 5000},
 	{
-		name: "small lanes", reasons: []string{"max_bytes"},
+		name: "small lanes", reasons: []string{"max_bytes"}, size: 500,
 		yaml: "spool: { lanes: [{ name: alarm, share: 50, max_bytes: 1MiB, max_age: 720h, when_full: drop_oldest }, " +
 			"{ name: telemetry, share: 40, max_bytes: 1MiB, max_age: 168h, when_full: drop_oldest }, { name: bulk, share: 10, max_bytes: 1MiB, max_age: 72h, when_full: drop_oldest }] }\n",
 	},
@@ -127,7 +127,7 @@ func startTrial(t *testing.T, r *proof.Report, fm form, seed uint64, powered boo
 	x.g = testkit.StartGatewayWith(t, x.bin, gatewayID, c)
 	var err error
 	x.fleet, err = proof.StartFleet(t.Context(), proof.FleetConfig{
-		Broker: "mqtt://" + x.g.Addr, Seed: seed, Devices: l.devices, Rate: l.rate,
+		Broker: "mqtt://" + x.g.Addr, Seed: seed, Devices: l.devices, Rate: l.rate, Drain: 5 * time.Minute,
 		Change: func(c *firmwaresim.Config) {
 			c.MaxBackoff = 80 * time.Millisecond // they are back soon: a life is short
 			c.Size = fm.size
