@@ -36,6 +36,7 @@ var crashPlans = []crashPlan{
 // CRASHES is how often in each way, CRASH_SEED the seed of the first round; that of the next is one more. CRASH_FAULTS names faults
 // to draw from in place of those.
 func TestCrash(t *testing.T) {
+	t.Parallel()
 	bin(t)
 	crashes := number("CRASHES", 6)
 	seed := uint64(number("CRASH_SEED", int(time.Now().UnixNano()%1_000_000)))

@@ -29,6 +29,7 @@ var soakFaults = []proof.Choice{
 // SOAK is how long, SOAK_SEED the seed of the first round; that of the next is one more. SOAK_FAULTS
 // names faults to draw from in place of the usual ones.
 func TestSoak(t *testing.T) {
+	t.Parallel()
 	bin(t)
 	if err := powercut.Available(); err != nil {
 		t.Skip(err)

@@ -89,12 +89,14 @@ type load struct {
 	commands bool // a cloud sends commands, to devices of their own
 }
 
+// patience is the most time for whatever takes a moment: machines that run this for hours stand still now and then.
+const patience = 5 * time.Minute
+
 // startTrial starts everything. powered: the data lies on a disk whose power can be cut; the test is skipped where that cannot be.
 func startTrial(t *testing.T, r *proof.Report, fm form, seed uint64, powered bool, l load) *trial {
 	t.Helper()
 	x := &trial{t: t, report: r, form: fm, bin: bin(t), seed: seed, calm: func() {}, why: append([]string{}, fm.reasons...)}
-	// Machines that run this for hours stand still now and then.
-	c := testkit.GatewayConfig{Devices: "{ anonymous: true }", Patience: 2 * time.Minute}
+	c := testkit.GatewayConfig{Devices: "{ anonymous: true }", Patience: patience}
 	if powered {
 		if err := powercut.Available(); err != nil {
 			t.Skip(err)
@@ -127,7 +129,7 @@ func startTrial(t *testing.T, r *proof.Report, fm form, seed uint64, powered boo
 	x.g = testkit.StartGatewayWith(t, x.bin, gatewayID, c)
 	var err error
 	x.fleet, err = proof.StartFleet(t.Context(), proof.FleetConfig{
-		Broker: "mqtt://" + x.g.Addr, Seed: seed, Devices: l.devices, Rate: l.rate, Drain: 5 * time.Minute,
+		Broker: "mqtt://" + x.g.Addr, Seed: seed, Devices: l.devices, Rate: l.rate, Drain: patience,
 		Change: func(c *firmwaresim.Config) {
 			c.MaxBackoff = 80 * time.Millisecond // they are back soon: a life is short
 			c.Size = fm.size
@@ -191,11 +193,11 @@ func (x *trial) step(s proof.Step) {
 // look asks a gateway that has gone through something for its books: they add up, and hold whatever devices were told before.
 func (x *trial) look(s proof.Step, floor uint64) {
 	x.t.Helper()
-	books, err := x.g.Books()
-	if err != nil {
-		x.errorf("after %s: ask the gateway for its books: %v", s.Fault, err)
-		return
-	}
+	var books *proof.Books
+	testkit.EventuallyNil(x.t, patience, "after "+s.Fault+" the gateway shows its books", func() (err error) {
+		books, err = x.g.Books()
+		return err
+	})
 	for _, err := range books.Balance() {
 		x.errorf("after %s: %v", s.Fault, err)
 	}
@@ -456,7 +458,7 @@ func (x *trial) verify(dir string) {
 	if x.hurt {
 		return // it may well find what was damaged
 	}
-	ctx, cancel := context.WithTimeout(x.t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(x.t.Context(), patience)
 	defer cancel()
 	out, err := exec.CommandContext(ctx, x.bin, "spool", "verify", "--data-dir", dir).CombinedOutput()
 	if err != nil {
@@ -478,7 +480,7 @@ func (x *trial) finish() {
 	if err := x.fleet.Finish(); err != nil {
 		x.errorf("%v", err)
 	}
-	drained(x.t, x.g, "cloud", 90*time.Second)
+	drained(x.t, x.g, "cloud", patience)
 	within := 15 * time.Second
 	if x.t.Failed() {
 		within = time.Second // what is lost will not come

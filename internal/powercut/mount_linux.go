@@ -78,13 +78,22 @@ func (m *Mount) Release() { m.fs.release.Do(func() { close(m.fs.released) }) }
 // Unmount takes the disk out of the file tree, once no program uses it any more. What is on it stays. Twice does no harm.
 func (m *Mount) Unmount() error {
 	m.Release()
-	err := m.server.Unmount()
+	// A program that another one has just started still holds what that one had open, until it is its own.
+	var err error
+	for deadline := time.Now().Add(busyFor); ; {
+		if err = m.server.Unmount(); !errors.Is(err, syscall.EBUSY) || time.Now().After(deadline) {
+			break
+		}
+	}
 	if errors.Is(err, syscall.EBUSY) {
 		err = errors.Join(fmt.Errorf("unmount %s: %w", m.Dir, err), syscall.Unmount(m.Dir, syscall.MNT_DETACH))
 	}
 	m.serve.Wait()
 	return err
 }
+
+// busyFor is how long Unmount tries. The server pauses between its own tries.
+const busyFor = 30 * time.Second
 
 // fileSystem answers the kernel for one life of a disk.
 type fileSystem struct {
