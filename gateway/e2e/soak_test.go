@@ -3,6 +3,7 @@ package e2e_test
 import (
 	"fmt"
 	"os"
+	"slices"
 	"testing"
 	"time"
 
@@ -23,6 +24,10 @@ var soakFaults = []proof.Choice{
 	{Name: "fsync fails and power cut", Weight: 1},
 	{Name: "write fails", Weight: 1},
 }
+
+// hardFaults are those under which a command may be refused, or lost with what is damaged: rounds with an odd seed have them, and no
+// commands.
+var hardFaults = []proof.Choice{{Name: "disk full", Weight: 3}, {Name: "damage", Weight: 0}}
 
 // TestSoak does everything at once: devices of both protocol versions on flaky links that send messages and get commands, an upstream
 // behind a link that fails in every way, a disk that fails, is slow, and loses its power, a gateway that is killed, stopped and frozen.
@@ -53,8 +58,16 @@ func TestSoak(t *testing.T) {
 }
 
 func soakRound(t *testing.T, r *proof.Report, seed uint64, lasts time.Duration) {
+	usual := soakFaults
+	if seed%2 == 1 {
+		usual = slices.Concat(soakFaults, hardFaults)
+	}
+	from := choices("SOAK_FAULTS", usual)
+	hard := slices.ContainsFunc(from, func(c proof.Choice) bool {
+		return slices.ContainsFunc(hardFaults, func(h proof.Choice) bool { return h.Name == c.Name })
+	})
 	all := proof.Plan(seed, proof.PlanConfig{
-		Steps: 10_000, Faults: choices("SOAK_FAULTS", soakFaults), Links: linkChoices,
+		Steps: 10_000, Faults: from, Links: linkChoices,
 		MinLife: 200 * time.Millisecond, MaxLife: 1500 * time.Millisecond, MaxGone: 300 * time.Millisecond,
 	})
 	steps := 0
@@ -64,7 +77,7 @@ func soakRound(t *testing.T, r *proof.Report, seed uint64, lasts time.Duration) 
 			t.Logf("schedule:%s", schedule(all[:steps]))
 		}
 	})
-	x := startTrial(t, r, forms[seed%uint64(len(forms))], seed, true, load{devices: 10, rate: 50, commands: true})
+	x := startTrial(t, r, forms[seed%uint64(len(forms))], seed, true, load{devices: 10, rate: 50, commands: !hard})
 	for begin := time.Now(); time.Since(begin) < lasts; steps++ {
 		x.step(all[steps])
 	}
