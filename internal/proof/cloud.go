@@ -34,9 +34,10 @@ type laneKey struct{ epoch, lane string }
 
 // lane is what came of one lane in one epoch.
 type lane struct {
-	came      bits
-	count     uint64
-	announced []cloud.Range // gaps
+	came        bits
+	count       uint64
+	first, last uint64        // lowest and highest that came; 0: none did
+	announced   []cloud.Range // gaps
 }
 
 // trace is where the messages of one stream lie: places[n-1] is that of message n, 0 if it did not come with an id.
@@ -83,6 +84,10 @@ func (c *Cloud) Take(topic string, payload []byte) {
 		case cloud.Message:
 			c.message(d)
 		case cloud.Gap:
+			if d.Missing.Count() > maxTrace {
+				c.errors = append(c.errors, fmt.Errorf("gap of %d messages in lane %s: there never were so many", d.Missing.Count(), d.Lane))
+				continue
+			}
 			if !c.gaps[d.Gap] { // else told again
 				c.gaps[d.Gap] = true
 				l := c.lane(d.Epoch, d.Lane)
@@ -113,6 +118,10 @@ func (c *Cloud) message(d *cloud.Delivery) {
 		l := c.lane(d.Epoch, d.Lane)
 		l.came.set(d.ID.Seq)
 		l.count++
+		if l.first == 0 {
+			l.first = d.ID.Seq
+		}
+		l.first, l.last = min(l.first, d.ID.Seq), max(l.last, d.ID.Seq)
 	}
 	p, err := firmwaresim.ParsePayload(d.Message.Payload)
 	if err != nil {
