@@ -137,6 +137,9 @@ func (v Verdict) OK() bool { return v.Lost == 0 && v.OutOfOrder == 0 && v.Unknow
 
 const maxExamples = 10
 
+// NotArrived is what an example of Verdict.Lost ends with.
+const NotArrived = "acknowledged, not arrived"
+
 func (v *Verdict) example(device, stream, what string, r ranges) {
 	for _, s := range r {
 		if len(v.Examples) == maxExamples {
@@ -165,7 +168,7 @@ func (l *Ledger) Verify(arrived *Arrivals) Verdict {
 			for _, r := range lost {
 				v.Missing = append(v.Missing, Missing{device, stream, r.first, r.last})
 			}
-			v.example(device, stream, "acknowledged, not arrived", lost)
+			v.example(device, stream, NotArrived, lost)
 		}
 	}
 	for device, streams := range arrived.streams {

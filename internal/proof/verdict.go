@@ -149,17 +149,20 @@ func (c *Cloud) devices(v *Verdict, d firmwaresim.Verdict, o Options) {
 	v.Acknowledged += d.Acknowledged
 	v.Arrived += d.Arrived
 	v.SentAgain += d.Duplicates
-	v.OutOfOrder += d.OutOfOrder
-	if len(c.gaps) > 0 {
-		v.OutOfOrder -= d.Behind // a gap may have taken the first copy
-	}
 	v.Unexplained += d.Unknown
 	if !o.NoIDs {
 		v.Unexplained += d.Repeated
 	}
-	if d.OutOfOrder+d.Unknown+d.Repeated > 0 {
+	disorder := d.OutOfOrder
+	if len(c.gaps) > 0 {
+		disorder -= d.Behind // a gap may have taken the first copy
+	}
+	v.OutOfOrder += disorder
+	if disorder+d.Unknown+d.Repeated > 0 {
 		for _, e := range d.Examples {
-			v.wrong(new(uint64), 0, "%s", e)
+			if !strings.HasSuffix(e, ": "+firmwaresim.NotArrived) { // explain tells of those
+				v.wrong(new(uint64), 0, "%s", e)
+			}
 		}
 	}
 	c.missing = append(c.missing, d.Missing...)
