@@ -87,7 +87,7 @@ func TestCheckerFindsLies(t *testing.T) {
 	}
 	report := filepath.Join(t.TempDir(), "report.json")
 	cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^TestCrash$", "-test.count=1")
-	cmd.Env = append(os.Environ(), "HOLDFAST_BIN="+path, "CRASHES=4", "CRASH_SEED=4", "CRASH_FAULTS=lying disk and power cut", "CRASH_REPORT="+report)
+	cmd.Env = append(os.Environ(), "HOLDFAST_BIN="+path, "CRASHES=8", "CRASH_SEED=4", "CRASH_FAULTS=lying disk and power cut", "CRASH_REPORT="+report)
 	out, err := cmd.CombinedOutput()
 	if err == nil {
 		t.Fatalf("a disk that lies was not found out:\n%s", out)
