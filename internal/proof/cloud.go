@@ -38,6 +38,7 @@ type lane struct {
 	count       uint64
 	first, last uint64        // lowest and highest that came; 0: none did
 	announced   []cloud.Range // gaps
+	unnamed     []cloud.Range // holes whose announcement was lost, and that is announced; see Check
 }
 
 // trace is where the messages of one stream lie: places[n-1] is that of message n, 0 if it did not come with an id.
