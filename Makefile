@@ -9,7 +9,7 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 LDFLAGS := -s -w -X main.version=$(VERSION)
 export GOFLAGS ?= -buildvcs=false
 
-# Knobs: make fuzz FUZZTIME=5m; make e2e E2E_CYCLES=50 E2E_SEED=7; make compare BASE=v0.1.0 BENCH=Append
+# Knobs: make fuzz FUZZTIME=5m; make e2e E2E_CYCLES=50 E2E_SEED=7; make crash CRASHES=1000; make soak SOAK=1h; make compare BASE=v0.1.0 BENCH=Append
 PKGS       ?= ./...
 FUZZTIME   ?= 20s
 E2E_CYCLES ?= 5
@@ -18,6 +18,10 @@ E2E_RUN    ?= .
 E2E_TIMEOUT ?= 20m
 CRASHES    ?= 300
 CRASH_SEED ?= 0
+CRASH_FAULTS ?=
+SOAK       ?= 10m
+SOAK_SEED  ?= 0
+SOAK_FAULTS ?=
 BASE       ?= HEAD~1
 BENCH      ?= .
 COUNT      ?= 10
@@ -65,8 +69,17 @@ e2e: build ## the real binary under kill -9, bad links, hostile clients (E2E_CYC
 		go test -count=1 -v -parallel 8 -timeout $(E2E_TIMEOUT) -run '$(E2E_RUN)' ./gateway/e2e/
 
 .PHONY: crash
-crash: ## power cuts in memory: clones of the store at random moments (CRASHES=300 CRASH_SEED=…)
-	go test -count=1 -v -timeout 30m -run Crash ./spool -crashes=$(CRASHES) -crash-seed=$(CRASH_SEED)
+crash: build ## CRASHES times each: kill -9, power cut, and power cut in memory; report in dist/crash.json (CRASHES=300 CRASH_SEED=…)
+	@mkdir -p dist
+	go test -count=1 -v -timeout 60m -run Crash ./spool -crashes=$(CRASHES) -crash-seed=$(CRASH_SEED)
+	HOLDFAST_E2E=1 HOLDFAST_BIN=$(CURDIR)/bin/holdfast CRASHES=$(CRASHES) CRASH_SEED=$(CRASH_SEED) CRASH_FAULTS='$(CRASH_FAULTS)' CRASH_REPORT=$(CURDIR)/dist/crash.json \
+		go test -count=1 -v -parallel 4 -timeout 120m -run '^TestCrash$$' ./gateway/e2e/
+
+.PHONY: soak
+soak: build ## everything at once for SOAK: loads, commands, links, disks, kills; report in dist/soak.json (SOAK=10m SOAK_SEED=…)
+	@mkdir -p dist
+	HOLDFAST_E2E=1 HOLDFAST_BIN=$(CURDIR)/bin/holdfast SOAK=$(SOAK) SOAK_SEED=$(SOAK_SEED) SOAK_FAULTS='$(SOAK_FAULTS)' SOAK_REPORT=$(CURDIR)/dist/soak.json \
+		go test -count=1 -v -parallel 3 -timeout 24h -run '^TestSoak$$' ./gateway/e2e/
 
 .PHONY: bench
 bench: build ## the figures of docs/benchmarks.md with their ratios, in one run (some 7 minutes)

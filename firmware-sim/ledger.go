@@ -115,6 +115,9 @@ type Verdict struct {
 	OutOfOrder   uint64 `json:"out_of_order"` // arrived first after a later one of its stream
 	Unknown      uint64 `json:"unknown"`      // arrived although never sent
 	Repeated     uint64 `json:"repeated"`     // arrived more than once although sent only once
+	// Behind is how many of OutOfOrder their device had sent more than once: where a rule may take the first copy, the second one
+	// comes later than what was sent between them.
+	Behind uint64 `json:"behind,omitempty"`
 	// Missing is what is lost, by device, stream and number.
 	Missing []Missing `json:"-"`
 	// Examples name some of what is lost, out of order or unknown.
@@ -133,6 +136,9 @@ type Missing struct {
 func (v Verdict) OK() bool { return v.Lost == 0 && v.OutOfOrder == 0 && v.Unknown == 0 }
 
 const maxExamples = 10
+
+// NotArrived is what an example of Verdict.Lost ends with.
+const NotArrived = "acknowledged, not arrived"
 
 func (v *Verdict) example(device, stream, what string, r ranges) {
 	for _, s := range r {
@@ -162,7 +168,7 @@ func (l *Ledger) Verify(arrived *Arrivals) Verdict {
 			for _, r := range lost {
 				v.Missing = append(v.Missing, Missing{device, stream, r.first, r.last})
 			}
-			v.example(device, stream, "acknowledged, not arrived", lost)
+			v.example(device, stream, NotArrived, lost)
 		}
 	}
 	for device, streams := range arrived.streams {
@@ -170,10 +176,10 @@ func (l *Ledger) Verify(arrived *Arrivals) Verdict {
 			a := l.devices[device][stream]
 			v.Arrived += s.seen.count()
 			v.Duplicates += s.duplicates
-			v.OutOfOrder += s.outOfOrder
-			if s.outOfOrder > 0 {
-				v.example(device, stream, "arrived first after a later one", ranges{{s.example, s.example}})
-			}
+			v.OutOfOrder += s.disorder.count()
+			unsettled := s.disorder.minus(a.again)
+			v.Behind += s.disorder.count() - unsettled.count()
+			v.example(device, stream, "arrived first after a later one", s.disorder)
 			var sent ranges
 			if a.made > 0 {
 				sent = ranges{{1, a.made}}.minus(a.unsent)
@@ -188,6 +194,16 @@ func (l *Ledger) Verify(arrived *Arrivals) Verdict {
 	}
 	slices.Sort(v.Examples)
 	return v
+}
+
+// SentAgain says whether a device has sent a message more than once.
+func (l *Ledger) SentAgain(device, stream string, n uint64) bool {
+	for _, s := range l.devices[device][stream].again {
+		if s.first <= n && n <= s.last {
+			return true
+		}
+	}
+	return false
 }
 
 // String is the verdict in one paragraph.
@@ -212,11 +228,10 @@ type Arrivals struct {
 type arrived struct {
 	seen       ranges
 	again      ranges // arrived more than once
+	disorder   ranges // arrived first after a later one
 	duplicates uint64
-	outOfOrder uint64
 	highest    uint64
 	late       uint64 // highest of those added as late
-	example    uint64 // of what came out of order
 }
 
 // NewArrivals begins with nothing.
@@ -291,8 +306,7 @@ func (s *arrived) come(n uint64, highest *uint64) {
 		return
 	}
 	if n < *highest {
-		s.outOfOrder++
-		s.example = n
+		s.disorder.add(n)
 		return
 	}
 	*highest = n

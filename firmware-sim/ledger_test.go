@@ -111,6 +111,10 @@ func TestVerify(t *testing.T) {
 			want: firmwaresim.Verdict{Published: 3, Acknowledged: 3, Arrived: 3, OutOfOrder: 1}, example: "d s n=2: arrived first after a later one",
 		},
 		{
+			name: "out of order, sent again", made: 4, acked: []uint64{1, 2, 3, 4}, again: []uint64{2}, arrived: []uint64{1, 3, 2, 4},
+			want: firmwaresim.Verdict{Published: 4, Acknowledged: 4, Arrived: 4, OutOfOrder: 1, Behind: 1}, example: "d s n=2: arrived first after a later one",
+		},
+		{
 			name: "invented", made: 2, acked: []uint64{1, 2}, arrived: []uint64{1, 2, 3},
 			want: firmwaresim.Verdict{Published: 2, Acknowledged: 2, Arrived: 3, Unknown: 1}, example: "d s n=3: arrived, never sent",
 		},
@@ -135,7 +139,7 @@ func TestVerify(t *testing.T) {
 				t.Errorf("examples %q, want none", got.Examples)
 			}
 			got.Examples = nil
-			if got.String() != c.want.String() || got.Repeated != c.want.Repeated || got.OK() != c.ok {
+			if got.String() != c.want.String() || got.Repeated != c.want.Repeated || got.Behind != c.want.Behind || got.OK() != c.ok {
 				t.Errorf("got  %v, ok %v\nwant %v, ok %v", got, got.OK(), c.want, c.ok)
 			}
 		})

@@ -89,27 +89,11 @@ func TestCommandStorm(t *testing.T) {
 			link.Reset() // what hangs in there would be given up after 30 s
 
 			begin := time.Now()
-			g.AwaitCommands(t)
-			testkit.EventuallyNil(t, 60*time.Second, "what waited at the broker has come", func() error {
-				listed := listCommands(t, g)
-				for id := range hq.orders {
-					if listed[id] == "" {
-						return fmt.Errorf("%s has not, and others: the gateway has %d of %d", id, len(listed), len(hq.orders))
-					}
-				}
-				return nil
-			})
-			testkit.EventuallyNil(t, 90*time.Second, "every command has ended", func() error {
-				s, err := g.Status()
-				if n := s.Commands; err == nil && n.Queued+n.Sent+n.Delivered+n.InProgress > 0 {
-					return fmt.Errorf("%+v", n)
-				}
-				return err
-			})
+			hq.awaitEnds(g)
 			force.finish(t) // outcomes that come late
 			drained(t, g, "cloud", 60*time.Second)
 			balanced(t, g)
-			sum := reconcile(t, g, hq, force)
+			sum, _ := reconcile(t, g, hq, force)
 			t.Logf("%d times %s, %d link faults, slowest start %v, all over %v after the storm; %s",
 				c.cycles, c.how, faults.Load(), slowest.Round(time.Millisecond), time.Since(begin).Round(100*time.Millisecond), sum)
 			t.Log(force)
@@ -148,8 +132,8 @@ func startTroops(t *testing.T, addr string, seed uint64) *troops {
 		f.wg.Wait()
 	})
 	for prefix, more := range map[string]firmwaresim.Config{
-		"three":   {Version: mqtt.V311, Flaky: 0.3, Crash: 0.15, NoSamples: true},
-		"five":    {Version: mqtt.V5, Flaky: 0.3, Crash: 0.15, Rate: 10},
+		"scout":   {Version: mqtt.V311, Flaky: 0.3, Crash: 0.15, NoSamples: true},
+		"post":    {Version: mqtt.V5, Flaky: 0.3, Crash: 0.15, Rate: 10},
 		"sleeper": {Version: mqtt.V5, Flaky: 0.1, Awake: 500 * time.Millisecond, Period: 1500 * time.Millisecond, NoSamples: true},
 	} {
 		more.Broker, more.Prefix, more.Devices, more.Seed = "mqtt://"+addr, prefix, 4, seed
@@ -299,6 +283,29 @@ func (hq *headquarters) stop() {
 	hq.wg.Wait()
 }
 
+// awaitEnds waits until the gateway has every command that was submitted, and each has reached an end.
+func (hq *headquarters) awaitEnds(g *testkit.Gateway) {
+	t := hq.t
+	t.Helper()
+	g.AwaitCommands(t)
+	testkit.EventuallyNil(t, 60*time.Second, "what waited at the broker has come", func() error {
+		listed := listCommands(t, g)
+		for id := range hq.orders {
+			if listed[id] == "" {
+				return fmt.Errorf("%s has not, and others: the gateway has %d of %d", id, len(listed), len(hq.orders))
+			}
+		}
+		return nil
+	})
+	testkit.EventuallyNil(t, 90*time.Second, "every command has ended", func() error {
+		s, err := g.Status()
+		if n := s.Commands; err == nil && n.Queued+n.Sent+n.Delivered+n.InProgress > 0 {
+			return fmt.Errorf("%+v", n)
+		}
+		return err
+	})
+}
+
 // publish returns when the broker has acknowledged it.
 func (hq *headquarters) publish(device string, action wire.CommandAction, body []byte) {
 	ctx, cancel := context.WithTimeout(context.Background(), 60*time.Second)
@@ -437,8 +444,8 @@ func (hq *headquarters) note(f func()) {
 	f()
 }
 
-// reconcile holds the ledgers against each other, and returns what there was of each end.
-func reconcile(t *testing.T, g *testkit.Gateway, hq *headquarters, force *troops) string {
+// reconcile holds the ledgers against each other, and returns what there was of each end, and the devices' verdict.
+func reconcile(t *testing.T, g *testkit.Gateway, hq *headquarters, force *troops) (string, firmwaresim.CommandVerdict) {
 	t.Helper()
 	o, ledger := hq.office, force.ledger()
 	listed := listCommands(t, g)
@@ -522,7 +529,7 @@ func reconcile(t *testing.T, g *testkit.Gateway, hq *headquarters, force *troops
 		t.Errorf("the test has shown nothing: %v", v)
 	}
 	return fmt.Sprintf("%d commands (%d submitted again, %d called off, %d followed, %d over the API, %d conflicts) ended %v, %d of them late; %d events, %d came again; devices: %v",
-		len(hq.orders), hq.repeated, hq.canceled, len(hq.followers), hq.local, len(hq.conflicts), ends, late, events, again, v)
+		len(hq.orders), hq.repeated, hq.canceled, len(hq.followers), hq.local, len(hq.conflicts), ends, late, events, again, v), v
 }
 
 // listCommands gives the states of all commands, by id.

@@ -27,13 +27,17 @@ type trial struct {
 	bin    string
 	seed   uint64
 
-	disk  *powercut.Disk // nil: the data lies in a folder of the machine's own disk
-	mount *powercut.Mount
-	g     *testkit.Gateway
-	up    *upstream
-	fleet *proof.Fleet
-	calm  func()   // ends a link that comes and goes
-	why   []string // reasons for which gaps may be announced, by what was done
+	disk   *powercut.Disk // nil: the data lies in a folder of the machine's own disk
+	mount  *powercut.Mount
+	g      *testkit.Gateway
+	up     *upstream
+	fleet  *proof.Fleet
+	force  *troops       // nil: no commands
+	hq     *headquarters // with force
+	calm   func()        // ends a link that comes and goes
+	hurt   bool          // damaged: what was accepted may be gone from the books, and the verdict in the end has to find it announced
+	copies int           // of its data, made so far
+	why    []string      // reasons for which gaps may be announced, by what was done
 }
 
 // form is how the gateway of a trial is set up. More of them: add to forms.
@@ -41,6 +45,7 @@ type form struct {
 	name      string
 	yaml      string   // top-level keys, upstreams aside
 	format    string   // of the upstream; "": batch
+	size      int      // bytes of a payload; 0: as the values need
 	reasons   []string // for which its rules may take messages
 	liveFirst []string // lanes that are not drained in order
 }
@@ -48,8 +53,9 @@ type form struct {
 var forms = []form{
 	{name: "as it comes"},
 	{name: "each message by itself", format: "cloudevents"},
+	{name: "large messages", size: 5000},
 	{
-		name: "small lanes", reasons: []string{"max_bytes"},
+		name: "small lanes", reasons: []string{"max_bytes"}, size: 500,
 		yaml: "spool: { lanes: [{ name: alarm, share: 50, max_bytes: 1MiB, max_age: 720h, when_full: drop_oldest }, " +
 			"{ name: telemetry, share: 40, max_bytes: 1MiB, max_age: 168h, when_full: drop_oldest }, { name: bulk, share: 10, max_bytes: 1MiB, max_age: 72h, when_full: drop_oldest }] }\n",
 	},
@@ -76,17 +82,21 @@ var linkChoices = []proof.Choice{
 	{Name: "slow", Weight: 1},
 }
 
-// load is what devices of a trial send.
+// load is what there is to do.
 type load struct {
-	devices int
-	rate    float64
+	devices  int
+	rate     float64
+	commands bool // a cloud sends commands, to devices of their own
 }
+
+// patience is the most time for whatever takes a moment: machines that run this for hours stand still now and then.
+const patience = 5 * time.Minute
 
 // startTrial starts everything. powered: the data lies on a disk whose power can be cut; the test is skipped where that cannot be.
 func startTrial(t *testing.T, r *proof.Report, fm form, seed uint64, powered bool, l load) *trial {
 	t.Helper()
 	x := &trial{t: t, report: r, form: fm, bin: bin(t), seed: seed, calm: func() {}, why: append([]string{}, fm.reasons...)}
-	c := testkit.GatewayConfig{Devices: "{ anonymous: true }"}
+	c := testkit.GatewayConfig{Devices: "{ anonymous: true }", Patience: patience}
 	if powered {
 		if err := powercut.Available(); err != nil {
 			t.Skip(err)
@@ -112,17 +122,35 @@ func startTrial(t *testing.T, r *proof.Report, fm form, seed uint64, powered boo
 	if format == "" {
 		format = "batch"
 	}
-	c.YAML = logYAML + fm.yaml + "upstreams:\n" + upstreamYAML("cloud", x.up.link.Addr(), format, "")
+	c.YAML = logYAML + fm.yaml + fmt.Sprintf("upstreams:\n  - { name: cloud, url: %q, format: %s, commands: %v }\n", "mqtt://"+x.up.link.Addr(), format, l.commands)
+	if l.commands {
+		c.Devices = "{ anonymous: true, commands: { ack_timeout: 1s } }"
+	}
 	x.g = testkit.StartGatewayWith(t, x.bin, gatewayID, c)
 	var err error
 	x.fleet, err = proof.StartFleet(t.Context(), proof.FleetConfig{
-		Broker: "mqtt://" + x.g.Addr, Seed: seed, Devices: l.devices, Rate: l.rate,
-		Change: func(c *firmwaresim.Config) { c.MaxBackoff = 80 * time.Millisecond }, // they are back soon: a life is short
+		Broker: "mqtt://" + x.g.Addr, Seed: seed, Devices: l.devices, Rate: l.rate, Drain: patience,
+		Change: func(c *firmwaresim.Config) {
+			c.MaxBackoff = 80 * time.Millisecond // they are back soon: a life is short
+			c.Size = fm.size
+		},
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = x.fleet.Finish() })
+	if l.commands {
+		x.force = startTroops(t, x.g.Addr, seed)
+		for prefix, fleet := range x.force.fleets {
+			x.fleet.Add(prefix, fleet)
+		}
+		x.hq = openHeadquarters(t, x.g, x.up.broker.Addr, seed)
+		x.g.AwaitCommands(t)
+		for _, device := range x.force.devices() {
+			known(t, x.g, device)
+			x.hq.command(device)
+		}
+	}
 	return x
 }
 
@@ -165,15 +193,15 @@ func (x *trial) step(s proof.Step) {
 // look asks a gateway that has gone through something for its books: they add up, and hold whatever devices were told before.
 func (x *trial) look(s proof.Step, floor uint64) {
 	x.t.Helper()
-	books, err := x.g.Books()
-	if err != nil {
-		x.errorf("after %s: ask the gateway for its books: %v", s.Fault, err)
-		return
-	}
+	var books *proof.Books
+	testkit.EventuallyNil(x.t, patience, "after "+s.Fault+" the gateway shows its books", func() (err error) {
+		books, err = x.g.Books()
+		return err
+	})
 	for _, err := range books.Balance() {
 		x.errorf("after %s: %v", s.Fault, err)
 	}
-	if n := books.Accepted("cloud"); n < floor {
+	if n := books.Accepted("cloud"); n < floor && !x.hurt {
 		x.errorf("after %s: the books say that %d messages were accepted, devices were told of %d", s.Fault, n, floor)
 	}
 }
@@ -228,7 +256,7 @@ var faults = map[string]fault{
 		return false
 	}},
 	// fsync takes its time, and then the power goes, while much waits for it.
-	"slow disk, power cut": {
+	"slow disk and power cut": {
 		before: func(x *trial, rng *rand.Rand) {
 			x.disk.SetFaults(powercut.Faults{SyncTakes: time.Duration(1+rng.IntN(30)) * time.Millisecond})
 		},
@@ -243,12 +271,25 @@ var faults = map[string]fault{
 			return x.broken(powercut.Faults{SyncErr: syscall.EIO, After: rng.IntN(20)})
 		},
 	},
-	"fsync fails, power cut": {
+	"fsync fails and power cut": {
 		strike: func(x *trial, s proof.Step, rng *rand.Rand) bool {
 			x.broken(powercut.Faults{SyncErr: syscall.EIO, After: rng.IntN(20)})
 			return x.cut(s, rng)
 		},
 	},
+	// A disk, or a program, that forgets fsync: no part of any harness but the test of the checker.
+	"lying disk and power cut": {
+		before: func(x *trial, _ *rand.Rand) { x.disk.SetFaults(powercut.Faults{Lie: true}) },
+		strike: func(x *trial, s proof.Step, rng *rand.Rand) bool {
+			defer x.disk.SetFaults(powercut.Faults{})
+			return x.cut(s, rng)
+		},
+	},
+	// Others fill the disk for a while. The gateway takes nothing that it cannot keep, and goes on when there is room again, by
+	// itself or started again.
+	"disk full": {strike: (*trial).full},
+	// Bytes change, or are gone, in any file of the store. Messages may be lost by that, and then they are announced.
+	"damage": {strike: (*trial).kill, stopped: (*trial).damage},
 	"write fails": {
 		strike: func(x *trial, _ proof.Step, rng *rand.Rand) bool {
 			return x.broken(powercut.Faults{WriteErr: syscall.EIO, After: rng.IntN(50)})
@@ -272,14 +313,7 @@ func (x *trial) cut(_ proof.Step, rng *rand.Rand) bool {
 	}
 	x.mount.Release() // what hangs in the disk can end
 	<-x.g.Exited()
-	if err := x.mount.Unmount(); err != nil {
-		x.t.Fatal(err)
-	}
-	m, err := powercut.MountAt(x.mount.Dir, x.disk)
-	if err != nil {
-		x.t.Fatal(err)
-	}
-	x.mount = m
+	x.remount()
 	if loss.LostWrites > 0 {
 		x.report.Fault("power cut that took unsynced writes")
 	}
@@ -290,6 +324,94 @@ func (x *trial) cut(_ proof.Step, rng *rand.Rand) bool {
 		x.report.Fault("power cut that took unsynced names")
 	}
 	return true
+}
+
+// full leaves hardly any room for a while.
+func (x *trial) full(s proof.Step, rng *rand.Rand) (gone bool) {
+	x.t.Helper()
+	x.disk.Fill(int64(rng.IntN(2 << 20)))
+	full := time.NewTimer(s.Life)
+	defer full.Stop()
+	select {
+	case <-full.C:
+	case <-x.g.Exited():
+	}
+	if rng.IntN(3) == 0 {
+		// It goes down in the middle of it, and has to come up again on a full disk.
+		x.g.Kill()
+		x.report.Fault("start on a full disk")
+		x.report.Cycle(x.g.Restart())
+	}
+	x.disk.Fill(-1)
+	select {
+	case <-x.g.Exited():
+		return true
+	default:
+	}
+	before := x.fleet.Floor()
+	testkit.EventuallyNil(x.t, 30*time.Second, "the gateway takes messages again when there is room", func() error {
+		select {
+		case <-x.g.Exited():
+			gone = true
+			return nil
+		default:
+		}
+		if x.fleet.Floor() == before {
+			return fmt.Errorf("none since: %v", x.fleet)
+		}
+		return nil
+	})
+	return gone
+}
+
+// damage changes one file of a stopped gateway's store.
+func (x *trial) damage(rng *rand.Rand) {
+	x.t.Helper()
+	files := x.disk.Files("data/store")
+	if len(files) == 0 {
+		return
+	}
+	file := files[rng.IntN(len(files))]
+	how := "nothing"
+	err := x.disk.Damage(file.Path, func(b []byte) []byte {
+		if len(b) == 0 {
+			return b
+		}
+		at := rng.IntN(len(b))
+		switch rng.IntN(4) {
+		case 0, 1:
+			how = "a bit flipped"
+			b[at] ^= 1 << rng.IntN(8)
+		case 2:
+			how = "a stretch zeroed"
+			clear(b[at:min(len(b), at+1+rng.IntN(8<<10))])
+		case 3:
+			how = "its end cut off"
+			b = b[:at]
+		}
+		return b
+	})
+	if err != nil {
+		x.t.Fatal(err)
+	}
+	x.why = append(x.why, "damaged")
+	x.hurt = true
+	x.report.Fault("damage: " + how)
+	x.t.Logf("damage to %s (%d bytes): %s", file.Path, file.Size, how)
+	x.remount() // lengths have changed behind the kernel's back
+}
+
+// remount takes the disk of a stopped gateway out of the file tree and puts it back.
+func (x *trial) remount() {
+	x.t.Helper()
+	if err := x.mount.Unmount(); err != nil {
+		x.t.Fatal(err)
+	}
+	m, err := powercut.MountAt(x.mount.Dir, x.disk)
+	if err != nil {
+		x.t.Fatal(err)
+	}
+	x.mount = m
 }
 
 // broken breaks the disk and waits until the gateway has ended.
@@ -314,11 +436,13 @@ func (x *trial) verifyCopy() {
 	x.t.Helper()
 	var dir string
 	if x.disk != nil {
-		if err := x.disk.Copy("data", "copy"); err != nil {
+		x.copies++ // another name each time: the kernel remembers what it saw under the last one
+		name := fmt.Sprint("copy-", x.copies)
+		if err := x.disk.Copy("data", name); err != nil {
 			x.t.Fatal(err)
 		}
-		defer x.disk.Drop("copy")
-		dir = filepath.Join(x.mount.Dir, "copy")
+		defer x.disk.Drop(name)
+		dir = filepath.Join(x.mount.Dir, name)
 	} else {
 		dir = filepath.Join(x.t.TempDir(), "copy")
 		defer os.RemoveAll(dir)
@@ -331,7 +455,10 @@ func (x *trial) verifyCopy() {
 
 func (x *trial) verify(dir string) {
 	x.t.Helper()
-	ctx, cancel := context.WithTimeout(x.t.Context(), time.Minute)
+	if x.hurt {
+		return // it may well find what was damaged
+	}
+	ctx, cancel := context.WithTimeout(x.t.Context(), patience)
 	defer cancel()
 	out, err := exec.CommandContext(ctx, x.bin, "spool", "verify", "--data-dir", dir).CombinedOutput()
 	if err != nil {
@@ -345,15 +472,29 @@ func (x *trial) finish() {
 	x.calm()
 	x.up.link.Set(testkit.Faults{})
 	x.up.link.Reset() // what hangs in there would be given up after 30 s
+	if x.hq != nil {
+		x.hq.stop()
+		x.hq.awaitEnds(x.g)
+		x.force.finish(x.t) // outcomes that come late
+	}
 	if err := x.fleet.Finish(); err != nil {
 		x.errorf("%v", err)
 	}
-	drained(x.t, x.g, "cloud", 90*time.Second)
-	v, err := proof.Settle(x.t.Context(), 15*time.Second, x.fleet, x.up.inbox, x.g.Books, proof.Options{Reasons: x.why, LiveFirst: x.form.liveFirst})
+	drained(x.t, x.g, "cloud", patience)
+	within := 15 * time.Second
+	if x.t.Failed() {
+		within = time.Second // what is lost will not come
+	}
+	v, err := proof.Settle(x.t.Context(), within, x.fleet, x.up.inbox, x.g.Books, proof.Options{Reasons: x.why, LiveFirst: x.form.liveFirst})
 	if err != nil {
 		x.errorf("%v", err)
 	}
 	x.report.Verdict(v)
+	if x.hq != nil {
+		sum, orders := reconcile(x.t, x.g, x.hq, x.force)
+		x.report.Commands(orders)
+		x.t.Log(sum)
+	}
 	if !v.OK() {
 		x.t.Errorf("promise broken: %v", &v)
 	}
@@ -374,6 +515,19 @@ func told(t *testing.T, r *proof.Report, variable string) {
 	if !t.Failed() && !r.OK() {
 		t.Error("promise broken: see the report")
 	}
+}
+
+// choices are those that a variable names, each as often, separated by semicolons; else the usual ones.
+func choices(variable string, usual []proof.Choice) []proof.Choice {
+	names := os.Getenv(variable)
+	if names == "" {
+		return usual
+	}
+	var all []proof.Choice
+	for name := range strings.SplitSeq(names, ";") {
+		all = append(all, proof.Choice{Name: strings.TrimSpace(name), Weight: 1})
+	}
+	return all
 }
 
 // schedule tells a schedule, for a log.

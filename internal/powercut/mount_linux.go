@@ -8,6 +8,7 @@ import (
 	"maps"
 	"os"
 	"slices"
+	"strconv"
 	"sync"
 	"syscall"
 	"time"
@@ -34,7 +35,7 @@ func MountAt(dir string, d *Disk) (*Mount, error) {
 	m := &Mount{Dir: dir, fs: &fileSystem{RawFileSystem: fuse.NewDefaultRawFileSystem(), d: d, life: d.life, released: make(chan struct{})}}
 	d.mu.Unlock()
 	var err error
-	m.server, err = fuse.NewServer(m.fs, dir, &fuse.MountOptions{
+	m.server, err = newServer(m.fs, dir, &fuse.MountOptions{
 		FsName: "powercut", Name: "powercut", DirectMountStrict: true, MaxWrite: 1 << 20, DisableXAttrs: true,
 		DisableReadDirPlus: true, DisableSplice: true, Logger: log.New(io.Discard, "", 0),
 	})
@@ -60,7 +61,7 @@ var Available = sync.OnceValue(func() error {
 		return err
 	}
 	defer os.RemoveAll(dir)
-	server, err := fuse.NewServer(fuse.NewDefaultRawFileSystem(), dir, &fuse.MountOptions{DirectMountStrict: true, Logger: log.New(io.Discard, "", 0)})
+	server, err := newServer(fuse.NewDefaultRawFileSystem(), dir, &fuse.MountOptions{DirectMountStrict: true, Logger: log.New(io.Discard, "", 0)})
 	if err != nil {
 		return fmt.Errorf("no right to mount here: %w", err)
 	}
@@ -72,19 +73,48 @@ var Available = sync.OnceValue(func() error {
 	return err
 })
 
+// newServer mounts, and keeps the descriptor from programs that are started: go-fuse does not when it mounts by itself, and one that
+// had it would keep a disk alive, and whoever uses it hanging, after the process that answers for it is gone.
+func newServer(f fuse.RawFileSystem, dir string, o *fuse.MountOptions) (*fuse.Server, error) {
+	syscall.ForkLock.RLock()
+	defer syscall.ForkLock.RUnlock()
+	server, err := fuse.NewServer(f, dir, o)
+	if err != nil {
+		return nil, err
+	}
+	open, err := os.ReadDir("/proc/self/fd")
+	for _, e := range open {
+		if to, _ := os.Readlink("/proc/self/fd/" + e.Name()); to == "/dev/fuse" {
+			if fd, err := strconv.Atoi(e.Name()); err == nil {
+				syscall.CloseOnExec(fd)
+			}
+		}
+	}
+	return server, err
+}
+
 // Release lets calls that hang since a Cut fail, so that a program which was killed meanwhile can end.
 func (m *Mount) Release() { m.fs.release.Do(func() { close(m.fs.released) }) }
 
 // Unmount takes the disk out of the file tree, once no program uses it any more. What is on it stays. Twice does no harm.
 func (m *Mount) Unmount() error {
 	m.Release()
-	err := m.server.Unmount()
+	// A program that another one has just started still holds what that one had open, until it is its own.
+	var err error
+	for deadline := time.Now().Add(busyFor); ; {
+		if err = m.server.Unmount(); !errors.Is(err, syscall.EBUSY) || time.Now().After(deadline) {
+			break
+		}
+	}
 	if errors.Is(err, syscall.EBUSY) {
 		err = errors.Join(fmt.Errorf("unmount %s: %w", m.Dir, err), syscall.Unmount(m.Dir, syscall.MNT_DETACH))
 	}
 	m.serve.Wait()
 	return err
 }
+
+// busyFor is how long Unmount tries. The server pauses between its own tries.
+const busyFor = 30 * time.Second
 
 // fileSystem answers the kernel for one life of a disk.
 type fileSystem struct {

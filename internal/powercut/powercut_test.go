@@ -6,7 +6,9 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -432,6 +434,15 @@ func TestCutHangsThenFails(t *testing.T) {
 	}
 	_ = f.Close()
 	r.again()
+}
+
+// TestProgramsDoNotKeepTheDisk: who is started while a disk is mounted has no hand on it.
+func TestProgramsDoNotKeepTheDisk(t *testing.T) {
+	mount(t)
+	out, err := exec.CommandContext(t.Context(), "ls", "-l", "/proc/self/fd").CombinedOutput()
+	if err != nil || strings.Contains(string(out), "fuse") {
+		t.Errorf("%v\n%s", err, out)
+	}
 }
 
 // TestSlowSyncIsNoEarlySync: what is written while an fsync takes its time is not part of it, and a cut meanwhile makes it void.

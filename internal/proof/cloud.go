@@ -19,12 +19,13 @@ type Cloud struct {
 	mu       sync.Mutex                       // guards what follows
 	arrivals map[string]*firmwaresim.Arrivals // of simulated devices, by the prefix of their ids
 	traces   map[stream]*trace
-	epochs   map[string]uint64 // number of each epoch, from 1, in the order of their first arrival
+	epochs   map[string]uint64 // number of each epoch, from 1, in the order in which they were heard of
 	lanes    map[laneKey]*lane
 	gaps     map[wire.Gap]bool
 	others   []cloud.Delivery // messages of other devices, in the order of arrival
 	errors   []error
-	late     map[string]uint64 // messages that came after newer ones, by lane
+	missing  []firmwaresim.Missing // of the fleet that Check looks at
+	late     map[string]uint64     // messages that came after newer ones, by lane
 }
 
 type stream struct{ device, name string }
@@ -33,11 +34,12 @@ type laneKey struct{ epoch, lane string }
 
 // lane is what came of one lane in one epoch.
 type lane struct {
-	came      bits
-	count     uint64
-	announced []cloud.Range // gaps
-	taken     bits          // of those that did not come: explained a message, see Check
-	backlog   uint64        // the last sequence that came after a newer one
+	came        bits
+	count       uint64
+	first, last uint64        // lowest and highest that came; 0: none did
+	announced   []cloud.Range // gaps
+	backlog     uint64        // the last sequence that came after a newer one
+	unnamed     []cloud.Range // holes whose announcement was lost, and that is announced; see Check
 }
 
 // trace is where the messages of one stream lie: places[n-1] is that of message n, 0 if it did not come with an id.
@@ -84,6 +86,10 @@ func (c *Cloud) Take(topic string, payload []byte) {
 		case cloud.Message:
 			c.message(d)
 		case cloud.Gap:
+			if d.Missing.Count() > maxTrace {
+				c.errors = append(c.errors, fmt.Errorf("gap of %d messages in lane %s: there never were so many", d.Missing.Count(), d.Lane))
+				continue
+			}
 			if !c.gaps[d.Gap] { // else told again
 				c.gaps[d.Gap] = true
 				l := c.lane(d.Epoch, d.Lane)
@@ -99,7 +105,11 @@ func (c *Cloud) lane(epoch, name string) *lane {
 	l := c.lanes[key]
 	if l == nil {
 		l = new(lane)
-		c.lanes[laneKey{strings.Clone(epoch), strings.Clone(name)}] = l
+		epoch = strings.Clone(epoch)
+		c.lanes[laneKey{epoch, strings.Clone(name)}] = l
+		if c.epochs[epoch] == 0 {
+			c.epochs[epoch] = uint64(len(c.epochs)) + 1
+		}
 	}
 	return l
 }
@@ -116,6 +126,10 @@ func (c *Cloud) message(d *cloud.Delivery) {
 			}
 			l.backlog = max(l.backlog, d.ID.Seq)
 		}
+		if l.first == 0 {
+			l.first = d.ID.Seq
+		}
+		l.first, l.last = min(l.first, d.ID.Seq), max(l.last, d.ID.Seq)
 	}
 	p, err := firmwaresim.ParsePayload(d.Message.Payload)
 	if err != nil {
@@ -152,10 +166,6 @@ func (c *Cloud) trace(d *cloud.Delivery, p *firmwaresim.Payload) {
 		return // another route by now: there is no order between lanes
 	}
 	epoch := c.epochs[d.Epoch]
-	if epoch == 0 {
-		epoch = uint64(len(c.epochs)) + 1
-		c.epochs[strings.Clone(d.Epoch)] = epoch
-	}
 	if p.N > maxTrace {
 		return // no device made so many: Check finds that it was never sent
 	}

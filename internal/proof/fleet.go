@@ -28,7 +28,7 @@ type FleetConfig struct {
 
 // Fleet is simulated devices of both protocol versions that publish until Finish and send again what was not acknowledged.
 type Fleet struct {
-	halves map[string]*firmwaresim.Fleet // by the prefix of their device ids
+	halves map[string]*firmwaresim.Fleet // by the prefix of their device ids; see Add
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
 	mu     sync.Mutex
@@ -96,6 +96,9 @@ func (f *Fleet) Finish() error {
 	}
 	return err
 }
+
+// Add has Check look at other simulated devices, too, whose ids begin with prefix and a dash. Whoever started them ends them.
+func (f *Fleet) Add(prefix string, fleet *firmwaresim.Fleet) { f.halves[prefix] = fleet }
 
 // Floor is how many messages were acknowledged so far. A gateway that starts after the call must have accepted as many.
 func (f *Fleet) Floor() (n uint64) {

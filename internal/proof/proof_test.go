@@ -82,7 +82,10 @@ func (g *toy) up(t *testing.T, all []sent, gaps ...wire.Gap) *proof.Cloud {
 		c.Take(wire.MessageTopic("toy", m.Device), b)
 	}
 	for _, gap := range gaps {
-		gap.Gateway, gap.Epoch, gap.Lane, gap.Upstream = "toy", epoch, "telemetry", "cloud"
+		gap.Gateway, gap.Epoch, gap.Upstream = "toy", epoch, "cloud"
+		if gap.Lane == "" {
+			gap.Lane = "telemetry"
+		}
 		b, err := json.Marshal(gap)
 		if err != nil {
 			t.Fatal(err)
@@ -193,6 +196,19 @@ func TestCheckFinds(t *testing.T) {
 		{
 			name: "one announced, two gone", all: func() []sent { return without(100, next(100)) }, books: books(400, 1),
 			gaps: []wire.Gap{{First: 101, Last: 101, Count: 1, Reason: "damaged"}}, want: counts{Lost: 1 + 1, Unexplained: 1},
+		},
+		{
+			name: "gone with its announcement, and that is announced", all: func() []sent { return without(100, 101) }, books: books(400, 2),
+			gaps: []wire.Gap{{Lane: "system", First: 7, Last: 7, Count: 1, Reason: "damaged"}},
+		},
+		{
+			name: "two holes, and one announcement gone", all: func() []sent { return without(100, 200) }, books: books(400, 2),
+			gaps: []wire.Gap{{Lane: "system", First: 7, Last: 7, Count: 1, Reason: "damaged"}}, want: counts{Lost: 1, Unexplained: 1},
+		},
+		{
+			// Of two streams one ends between the two sequences: it has to be given the first.
+			name: "two gone whose neighbours overlap", all: func() []sent { return without(100, 101) }, books: books(400, 2),
+			gaps: []wire.Gap{{First: 101, Last: 101, Count: 1, Reason: "damaged"}, {First: 102, Last: 102, Count: 1, Reason: "damaged"}},
 		},
 		{name: "a hole in the sequences", all: func() []sent {
 			left := slices.Clone(all)

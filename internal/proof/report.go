@@ -9,6 +9,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	firmwaresim "holdfast/firmware-sim"
 )
 
 // Report is what a run tells: how often what was broken, and what came of it. Its methods may be called from many goroutines.
@@ -22,6 +24,7 @@ type Report struct {
 	faults  map[string]uint64
 	slowest time.Duration
 	verdict Verdict
+	orders  firmwaresim.CommandVerdict
 	failed  []string
 }
 
@@ -52,6 +55,23 @@ func (r *Report) Verdict(v Verdict) {
 	r.verdict.add(v)
 }
 
+// Commands adds the verdict on the commands of one round.
+func (r *Report) Commands(v firmwaresim.CommandVerdict) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	o := &r.orders
+	o.Received += v.Received
+	o.Repeats += v.Repeats
+	o.Executed += v.Executed
+	o.ExecutedTwice += v.ExecutedTwice
+	o.OutOfOrder += v.OutOfOrder
+	o.Lost += v.Lost
+	o.Disagreed += v.Disagreed
+	o.Unknown += v.Unknown
+	o.Open += v.Open
+	o.Examples = append(o.Examples, v.Examples...)
+}
+
 // Failed notes what else went wrong: a start that was refused, an account that did not add up in between.
 func (r *Report) Failed(format string, args ...any) {
 	r.mu.Lock()
@@ -67,7 +87,7 @@ func (r *Report) OK() bool {
 }
 
 func (r *Report) ok() bool {
-	return len(r.failed) == 0 && r.verdict.OK() && r.verdict.Acknowledged > 0
+	return len(r.failed) == 0 && r.verdict.OK() && r.orders.OK() && r.orders.Open == 0 && r.verdict.Acknowledged > 0
 }
 
 // String is for people.
@@ -97,7 +117,11 @@ func (r *Report) String() string {
 		line("announced", "%d messages that will not arrive: %s", v.Announced[reason], reason)
 	}
 	line("verdict", "%d lost, %d unexplained, %d out of order", v.Lost, v.Unexplained, v.OutOfOrder)
-	for _, e := range append(slices.Clone(r.failed), v.Examples...) {
+	if o := &r.orders; o.Received > 0 {
+		line("commands", "%d received, %d again, %d executed: %d twice, %d out of order, %d lost, %d seen differently, %d unknown, %d open",
+			o.Received, o.Repeats, o.Executed, o.ExecutedTwice, o.OutOfOrder, o.Lost, o.Disagreed, o.Unknown, o.Open)
+	}
+	for _, e := range slices.Concat(r.failed, v.Examples, r.orders.Examples) {
 		line("", "%s", e)
 	}
 	return b.String()
@@ -107,19 +131,24 @@ func (r *Report) String() string {
 func (r *Report) MarshalJSON() ([]byte, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	orders := &r.orders
+	if orders.Received == 0 {
+		orders = nil
+	}
 	return json.Marshal(struct {
-		Name    string            `json:"name"`
-		OK      bool              `json:"ok"`
-		Seed    uint64            `json:"seed"`
-		Replay  string            `json:"replay"`
-		Began   time.Time         `json:"began"`
-		Seconds float64           `json:"seconds"`
-		Cycles  uint64            `json:"cycles"`
-		Slowest int64             `json:"slowest_start_ms"`
-		Faults  map[string]uint64 `json:"faults"`
-		Verdict *Verdict          `json:"verdict"`
-		Failed  []string          `json:"failed,omitempty"`
-	}{r.name, r.ok(), r.seed, r.replay, r.began.UTC(), time.Since(r.began).Seconds(), r.cycles, r.slowest.Milliseconds(), r.faults, &r.verdict, r.failed})
+		Name    string                      `json:"name"`
+		OK      bool                        `json:"ok"`
+		Seed    uint64                      `json:"seed"`
+		Replay  string                      `json:"replay"`
+		Began   time.Time                   `json:"began"`
+		Seconds float64                     `json:"seconds"`
+		Cycles  uint64                      `json:"cycles"`
+		Slowest int64                       `json:"slowest_start_ms"`
+		Faults  map[string]uint64           `json:"faults"`
+		Verdict *Verdict                    `json:"verdict"`
+		Orders  *firmwaresim.CommandVerdict `json:"commands,omitempty"`
+		Failed  []string                    `json:"failed,omitempty"`
+	}{r.name, r.ok(), r.seed, r.replay, r.began.UTC(), time.Since(r.began).Seconds(), r.cycles, r.slowest.Milliseconds(), r.faults, &r.verdict, orders, r.failed})
 }
 
 // WriteJSON writes the report to a file; path "": nowhere.

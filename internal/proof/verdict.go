@@ -1,6 +1,7 @@
 package proof
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"maps"
@@ -8,6 +9,7 @@ import (
 	"strings"
 	"time"
 
+	"holdfast/bridge/cloud"
 	"holdfast/bridge/wire"
 	firmwaresim "holdfast/firmware-sim"
 )
@@ -49,10 +51,7 @@ func (v *Verdict) add(o Verdict) {
 	v.Removed += o.Removed
 	v.Late += o.Late
 	for reason, n := range o.Announced {
-		if v.Announced == nil {
-			v.Announced = map[string]uint64{}
-		}
-		v.Announced[reason] += n
+		v.announced(reason, n)
 	}
 	v.Lost += o.Lost
 	v.Unexplained += o.Unexplained
@@ -98,9 +97,7 @@ func Check(f *Fleet, c *Cloud, books *Books, o Options) Verdict {
 	var v Verdict
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	for _, l := range c.lanes {
-		l.taken = nil
-	}
+	c.missing = nil
 	v.Removed = c.receiver.Stats().Duplicates
 	for name, n := range c.late {
 		v.Late += n
@@ -123,15 +120,14 @@ func Check(f *Fleet, c *Cloud, books *Books, o Options) Verdict {
 		}
 		c.devices(&v, f.halves[prefix].Ledger().Verify(arrivals), o)
 	}
+	c.unnamed(&v)
+	c.explain(&v)
 	if !o.NoIDs {
-		c.order(&v)
+		c.order(&v, f)
 		c.holes(&v)
 	}
 	for _, g := range slices.SortedFunc(maps.Keys(c.gaps), func(a, b wire.Gap) int { return int(int64(a.First) - int64(b.First)) }) {
-		if v.Announced == nil {
-			v.Announced = map[string]uint64{}
-		}
-		v.Announced[g.Reason] += g.Count
+		v.announced(g.Reason, g.Count)
 		if o.Reasons != nil && !slices.Contains(o.Reasons, g.Reason) {
 			v.wrong(&v.Unexplained, g.Count, "lane %s: %d to %d announced as %s, and there was no cause", g.Lane, g.First, g.Last, g.Reason)
 		}
@@ -148,86 +144,128 @@ func (c *Cloud) devices(v *Verdict, d firmwaresim.Verdict, o Options) {
 	v.Acknowledged += d.Acknowledged
 	v.Arrived += d.Arrived
 	v.SentAgain += d.Duplicates
-	v.OutOfOrder += d.OutOfOrder
 	v.Unexplained += d.Unknown
 	if !o.NoIDs {
 		v.Unexplained += d.Repeated
 	}
-	if d.OutOfOrder+d.Unknown+d.Repeated > 0 {
+	disorder := d.OutOfOrder
+	if len(c.gaps) > 0 {
+		disorder -= d.Behind // a gap may have taken the first copy
+	}
+	v.OutOfOrder += disorder
+	if disorder+d.Unknown+d.Repeated > 0 {
 		for _, e := range d.Examples {
-			v.wrong(new(uint64), 0, "%s", e)
+			if !strings.HasSuffix(e, ": "+firmwaresim.NotArrived) { // explain tells of those
+				v.wrong(new(uint64), 0, "%s", e)
+			}
 		}
 	}
-	for _, m := range d.Missing {
-		all := m.Last - m.First + 1
-		if lost := all - min(all, c.explain(m, all)); lost > 0 {
-			v.wrong(&v.Lost, lost, "%s %s n=%d-%d: acknowledged, %d of them not arrived and not announced", m.Device, m.Stream, m.First, m.Last, lost)
-		}
-	}
+	c.missing = append(c.missing, d.Missing...)
 }
 
-// explain says for how many of a stretch of messages that did not come there is room in what gaps announced: sequences between
-// those of its neighbours that were announced and did not come. What it takes explains nothing else: a gap of one sequence
-// explains one message. Under mu.
-func (c *Cloud) explain(m firmwaresim.Missing, most uint64) (n uint64) {
-	if len(c.gaps) == 0 {
-		return 0
+// span is a stretch of messages of one stream that did not come. Their sequences lie between those of its neighbours that came.
+type span struct {
+	firmwaresim.Missing
+	after, before place
+	left          uint64 // messages that nothing explains yet
+}
+
+// where tells what lies on both sides.
+func (s *span) where() string {
+	switch none := ^place(0); {
+	case s.after == 0 && s.before == none:
+		return "nothing of their stream came"
+	case s.after == 0:
+		return fmt.Sprintf("the one after them has sequence %d", s.before.seq())
+	case s.before == none:
+		return fmt.Sprintf("the one before them has sequence %d, none after them came", s.after.seq())
 	}
-	t := c.traces[stream{m.Device, m.Stream}]
-	if t == nil {
-		t = new(trace) // nothing came of the stream: it may have been anything
-	}
-	var before, after place // its neighbours that came
-	for i := min(m.First-1, uint64(len(t.places))); i > 0 && before == 0; i-- {
-		before = t.places[i-1]
-	}
-	for i := m.Last; i < uint64(len(t.places)) && after == 0; i++ {
-		after = t.places[i]
-	}
+	return fmt.Sprintf("those about them have sequences %d and %d", s.after.seq(), s.before.seq())
+}
+
+// explain holds what did not come against what gaps announced: a sequence that was announced and did not come explains one
+// message, and only one whose neighbours lie on both sides of it. Nothing is lost if they can all be matched. Under mu.
+func (c *Cloud) explain(v *Verdict) {
+	gone := map[string][]place{} // by lane
 	for key, l := range c.lanes {
-		if t.lane != "" && key.lane != t.lane || t.lane == "" && key.lane == systemLane {
+		if key.lane == systemLane {
 			continue
 		}
-		epoch := c.epochs[key.epoch] // 0: nothing came in it
-		first, last := uint64(0), ^uint64(0)
-		if epoch != 0 && before != 0 {
-			switch e := uint64(before >> epochShift); {
-			case e > epoch:
-				continue
-			case e == epoch:
-				first = before.seq()
+		taken := bits(nil) // gaps may overlap
+		for _, r := range slices.Concat(l.announced, l.unnamed) {
+			for seq := r.First; seq <= r.Last; seq++ {
+				if !l.came.has(seq) && !taken.has(seq) {
+					taken.set(seq)
+					gone[key.lane] = append(gone[key.lane], place(c.epochs[key.epoch]<<epochShift|seq))
+				}
 			}
-		}
-		if epoch != 0 && after != 0 {
-			switch e := uint64(after >> epochShift); {
-			case e < epoch:
-				continue
-			case e == epoch:
-				last = after.seq()
-			}
-		}
-		if n += l.take(first, last, most-n); n == most {
-			break
 		}
 	}
-	return n
+	spans := map[string][]*span{} // by lane; "": of streams of which nothing came
+	for _, m := range c.missing {
+		s := &span{Missing: m, before: ^place(0), left: m.Last - m.First + 1}
+		t := c.traces[stream{m.Device, m.Stream}]
+		if t == nil {
+			t = new(trace)
+		}
+		for i := min(m.First-1, uint64(len(t.places))); i > 0 && s.after == 0; i-- {
+			s.after = t.places[i-1]
+		}
+		for i := m.Last; i < uint64(len(t.places)); i++ {
+			if t.places[i] != 0 {
+				s.before = t.places[i]
+				break
+			}
+		}
+		spans[t.lane] = append(spans[t.lane], s)
+	}
+	var rest uint64 // of what was announced
+	for lane, places := range gone {
+		slices.Sort(places)
+		rest += match(places, spans[lane])
+	}
+	for _, s := range spans[""] {
+		n := min(rest, s.left)
+		rest -= n
+		s.left -= n
+	}
+	for _, lane := range spans {
+		for _, s := range lane {
+			if s.left > 0 {
+				v.wrong(&v.Lost, s.left, "%s %s n=%d-%d: acknowledged, %d of them not arrived and not announced; %s", s.Device, s.Stream, s.First, s.Last, s.left, s.where())
+			}
+		}
+	}
 }
 
-// take takes up to most sequences between the two that were announced as a gap, did not come, and were not taken.
-func (l *lane) take(after, before, most uint64) (n uint64) {
-	for _, r := range l.announced {
-		for seq := max(r.First, after+1); seq <= r.Last && seq < before && n < most; seq++ {
-			if !l.came.has(seq) && !l.taken.has(seq) {
-				l.taken.set(seq)
-				n++
-			}
+// match gives each place, in order, to the span about it that ends first, and returns how many nobody wanted.
+func match(places []place, spans []*span) (rest uint64) {
+	slices.SortFunc(spans, func(a, b *span) int { return cmp.Compare(a.after, b.after) })
+	var open []*span // those that have begun, by their ends
+	next := 0
+	for _, p := range places {
+		for ; next < len(spans) && spans[next].after < p; next++ {
+			i, _ := slices.BinarySearchFunc(open, spans[next], func(a, b *span) int { return cmp.Compare(a.before, b.before) })
+			open = slices.Insert(open, i, spans[next])
 		}
+		for len(open) > 0 && (open[0].before <= p || open[0].left == 0) {
+			open = open[1:]
+		}
+		if len(open) == 0 {
+			rest++
+			continue
+		}
+		open[0].left--
 	}
-	return n
+	return rest
 }
 
 // order checks that the gateway gave sequences in the order in which each device sent. Under mu.
-func (c *Cloud) order(v *Verdict) {
+func (c *Cloud) order(v *Verdict, f *Fleet) {
+	ledgers := map[string]*firmwaresim.Ledger{}
+	for prefix, half := range f.halves {
+		ledgers[prefix] = half.Ledger()
+	}
 	for s, t := range c.traces {
 		var highest place
 		var n int
@@ -235,7 +273,8 @@ func (c *Cloud) order(v *Verdict) {
 			if p == 0 {
 				continue
 			}
-			if p < highest {
+			prefix, _, _ := strings.Cut(s.device, "-")
+			if p < highest && (len(c.gaps) == 0 || ledgers[prefix] == nil || !ledgers[prefix].SentAgain(s.device, s.name, uint64(n))) {
 				v.wrong(&v.OutOfOrder, 1, "%s %s: n=%d has sequence %d, n=%d before it has %d", s.device, s.name, i+1, p.seq(), n, highest.seq())
 				continue
 			}
@@ -244,15 +283,89 @@ func (c *Cloud) order(v *Verdict) {
 	}
 }
 
-// holes are sequences that nobody explains. Under mu.
+// holes are sequences that neither came nor were announced as a gap. What a lane that is not drained in order still owes counts as well:
+// nothing is on its way any more. Under mu.
 func (c *Cloud) holes(v *Verdict) {
-	missing := c.receiver.Stats().Missing
-	v.Unexplained += missing
-	for _, l := range c.receiver.Lanes() {
-		if l.Missing > 0 {
-			v.wrong(new(uint64), 0, "lane %s of %s: %d sequences missing, no gap names them: %v", l.Lane, l.Epoch, l.Missing, l.Holes[:min(len(l.Holes), 5)])
+	for key, l := range c.lanes {
+		if key.lane == systemLane {
+			continue
+		}
+		holes := l.holes()
+		if n := size(holes); n > 0 {
+			v.wrong(&v.Unexplained, n, "lane %s of %s: %d sequences missing, no gap names them: %v", key.lane, key.epoch, n, holes[:min(len(holes), 5)])
 		}
 	}
+}
+
+func size(all []cloud.Range) (n uint64) {
+	for _, r := range all {
+		n += r.Count()
+	}
+	return n
+}
+
+// holes are what is missing between the first and the last sequence that came or was announced.
+func (l *lane) holes() (where []cloud.Range) {
+	var announced bits
+	first, last := l.first, l.last
+	for _, r := range slices.Concat(l.announced, l.unnamed) {
+		if first == 0 {
+			first = r.First
+		}
+		first, last = min(first, r.First), max(last, r.Last)
+		for seq := r.First; seq <= r.Last; seq++ {
+			announced.set(seq)
+		}
+	}
+	for seq := first; seq <= last; seq++ {
+		if l.came.has(seq) || announced.has(seq) {
+			continue
+		}
+		if k := len(where) - 1; k >= 0 && where[k].Last+1 == seq {
+			where[k].Last = seq
+		} else {
+			where = append(where, cloud.Range{First: seq, Last: seq})
+		}
+	}
+	return where
+}
+
+// announcementLost is what a hole counts as whose own announcement was lost, where a gap in the lane of announcements says so.
+const announcementLost = "announcement lost"
+
+// unnamed forgives as many holes as announcements were lost and announced as that: each may have named one. Under mu.
+func (c *Cloud) unnamed(v *Verdict) {
+	for _, l := range c.lanes {
+		l.unnamed = nil
+	}
+	left := c.lostAnnouncements()
+	for key, l := range c.lanes {
+		if key.lane == systemLane || left == 0 {
+			continue
+		}
+		holes := l.holes()
+		l.unnamed = holes[:min(uint64(len(holes)), left)]
+		left -= uint64(len(l.unnamed))
+		if n := size(l.unnamed); n > 0 {
+			v.announced(announcementLost, n)
+		}
+	}
+}
+
+func (c *Cloud) lostAnnouncements() (n uint64) {
+	for g := range c.gaps {
+		if g.Lane == systemLane {
+			n += g.Count
+		}
+	}
+	return n
+}
+
+func (v *Verdict) announced(reason string, n uint64) {
+	if v.Announced == nil {
+		v.Announced = map[string]uint64{}
+	}
+	v.Announced[reason] += n
 }
 
 // books checks what the gateway says of itself. Under mu.
@@ -276,7 +389,7 @@ func (c *Cloud) books(v *Verdict, b *Books, o Options) {
 				told += g.Count
 			}
 		}
-		if gone := a.gone(); gone != told && !o.Pending {
+		if gone := a.gone(); gone != told && !o.Pending && (told > gone || c.lostAnnouncements() == 0) {
 			v.wrong(&v.Unexplained, max(gone, told)-min(gone, told), "lane %s: the books say that %d will not arrive, %d were announced: %+v", a.Lane, gone, told, a)
 		}
 		came := uint64(0)

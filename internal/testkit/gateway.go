@@ -49,7 +49,8 @@ type GatewayConfig struct {
 	Devices   string   // what stands under devices, a YAML mapping in braces; "": nothing, so that nobody comes in without credentials
 	YAML      string   // other top-level keys
 
-	Clock *FakeClock // its wall clock; nil: the machine's
+	Clock    *FakeClock    // its wall clock; nil: the machine's
+	Patience time.Duration // most time for a start and for a stop; 0: as Command says
 }
 
 // StartGatewayWith runs `bin run` with the given configuration.
@@ -63,7 +64,7 @@ func StartGatewayWith(t T, bin, id string, c GatewayConfig) *Gateway {
 	if err := g.Configure(c); err != nil {
 		t.Fatalf("write the gateway's configuration: %v", err)
 	}
-	g.Process = Start(t, Command{Name: "holdfast", Path: bin, Args: []string{"run", "--config", g.File}, Clock: c.Clock})
+	g.Process = Start(t, Command{Name: "holdfast", Path: bin, Args: []string{"run", "--config", g.File}, Clock: c.Clock, Grace: c.Patience})
 	return g
 }
 
