@@ -320,7 +320,7 @@ func (s *Spool) Append(to Lane, r *Record, ops []kv.Op, done kv.Done, token uint
 			return err
 		}
 	}
-	g, err := s.store.Begin(!shed)
+	g, err := s.begin(to, !shed)
 	if err != nil {
 		if l != nil && errors.Is(err, ErrBusy) {
 			l.shed.Add(1)
@@ -347,6 +347,7 @@ func (s *Spool) Append(to Lane, r *Record, ops []kv.Op, done kv.Done, token uint
 // AppendAll is Append for several records of one lane, all of them or none: one batch takes them, and ops with
 // them. done gets the last one's sequence, 0 if there is none.
 func (s *Spool) AppendAll(to Lane, rs []Record, ops []kv.Op, done kv.Done, token uint64) error {
+	asked := to
 	if len(rs) == 0 {
 		to = LaneNone
 	}
@@ -359,7 +360,7 @@ func (s *Spool) AppendAll(to Lane, rs []Record, ops []kv.Op, done kv.Done, token
 			return err
 		}
 	}
-	g, err := s.store.Begin(true)
+	g, err := s.begin(asked, true)
 	if err != nil {
 		return err
 	}
@@ -380,6 +381,15 @@ func (s *Spool) AppendAll(to Lane, rs []Record, ops []kv.Op, done kv.Done, token
 		g.Done(done, token, seq)
 	}
 	return nil
+}
+
+// begin has those lanes served first that are not to wait behind a flood: the gateway's own, and the first that is configured if it
+// is not the only one.
+func (s *Spool) begin(to Lane, mayWait bool) (*kv.Group, error) {
+	if mayWait && (to == 0 || to == 1 && len(s.cfg.Lanes) > 1) {
+		return s.store.BeginFirst()
+	}
+	return s.store.Begin(mayWait)
 }
 
 // laneFor gives a lane that takes messages; nil for LaneNone.

@@ -45,6 +45,7 @@ type GatewayConfig struct {
 	Limit     int      // max_connections of the listener test; 0: none
 	Devices   string   // what stands under devices, a YAML mapping in braces; "": nothing, so that nobody comes in without credentials
 	YAML      string   // other top-level keys
+	Before    string   // shell commands that the process does before it becomes the gateway, such as ulimit; "": none
 }
 
 // StartGatewayWith runs `bin run` with the given configuration.
@@ -55,7 +56,11 @@ func StartGatewayWith(t T, bin, id string, c GatewayConfig) *Gateway {
 	if err := g.Configure(c); err != nil {
 		t.Fatalf("write the gateway's configuration: %v", err)
 	}
-	g.Process = Start(t, Command{Name: "holdfast", Path: bin, Args: []string{"run", "--config", g.File}})
+	run := Command{Name: "holdfast", Path: bin, Args: []string{"run", "--config", g.File}}
+	if c.Before != "" {
+		run.Path, run.Args = "/bin/sh", append([]string{"-ec", c.Before + "\nexec \"$0\" \"$@\"", bin}, run.Args...)
+	}
+	g.Process = Start(t, run)
 	return g
 }
 
