@@ -88,10 +88,12 @@ func fillAndDrain(t *testing.T, path, before string, size int64, tell func(strin
 		Devices: "{ anonymous: true }", Before: before, YAML: logYAML + "upstreams:\n" + upstreamYAML("cloud", away, "batch", ""),
 	})
 	const devices, payloadSize, window = 16, 2000, 64
-	payload := make([]byte, payloadSize)
-	_, _ = rand.NewChaCha8([32]byte{1}).Read(payload)
-	// Half of it is text that compresses, as telemetry does.
-	copy(payload, strings.Repeat("temperature 21.5, ", payloadSize/36))
+	// Digits compress to a half, as telemetry does, and no two messages are the same.
+	digits := make([]byte, 4*mib)
+	rng := rand.New(rand.NewPCG(1, 1))
+	for i := range digits {
+		digits[i] = byte('0' + rng.IntN(10))
+	}
 	var left atomic.Int64
 	left.Store(size / payloadSize)
 	begin := time.Now()
@@ -107,6 +109,7 @@ func fillAndDrain(t *testing.T, path, before string, size int64, tell func(strin
 			return
 		}
 		id := uint16(0)
+		rng := rand.New(rand.NewPCG(2, uint64(i)))
 		for left.Add(-1) >= 0 {
 			select {
 			case open <- struct{}{}:
@@ -115,7 +118,8 @@ func fillAndDrain(t *testing.T, path, before string, size int64, tell func(strin
 				return
 			}
 			id = id%60_000 + 1
-			if err := c.Publish(&mqtt.Publish{QoS: 1, ID: id, Topic: topic, Payload: payload}); err != nil {
+			off := rng.IntN(len(digits) - payloadSize)
+			if err := c.Publish(&mqtt.Publish{QoS: 1, ID: id, Topic: topic, Payload: digits[off : off+payloadSize]}); err != nil {
 				t.Errorf("while it is filled: %v", err)
 				return
 			}
