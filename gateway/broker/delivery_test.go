@@ -222,6 +222,8 @@ func TestRetainHandling(t *testing.T) {
 	r := newRig(t, nil)
 	p := r.client(mqtt.V5, "pub")
 	p.publishDone(1, 1, "t", "x", retain)
+	// It is kept shortly after it is acknowledged: who subscribes in between gets it once more as it passes.
+	eventually(t, "it is kept", func() bool { return r.b.Stats().Retained == 1 })
 	for _, x := range []struct {
 		handling   byte
 		new, again bool
