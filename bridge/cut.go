@@ -196,7 +196,10 @@ func (b *Bridge) cut(l *lane, maxRaw int) piece {
 		correction, corrected = l.times.Correction()
 	}
 	replayed := l.backlog || first < l.sentUpTo
-	behind := min(l.since, first)
+	behind := l.since
+	if behind != 0 {
+		behind = min(max(behind, l.epochFirst), first) // sequences of an earlier epoch do not come in this one
+	}
 	switch l.format {
 	case FormatBatch:
 		if n == 1 {

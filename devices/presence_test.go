@@ -551,3 +551,43 @@ func TestAClockThatJumpsTakesNoCredentialsAway(t *testing.T) {
 		s.mustLogin("d", secret)
 	}, withClock(func() time.Time { mu.Lock(); defer mu.Unlock(); return time.Now().Add(jump) }))
 }
+
+// TestManyDevicesThatComeAndGoDoNotFlood: what is told of all devices together is bounded, too, and in the end it is told how each is.
+func TestManyDevicesThatComeAndGoDoNotFlood(t *testing.T) {
+	bubble(t, func(t *testing.T, s *site) {
+		const many, most = 50, 60
+		s.BoundTold(most, 1)
+		secrets := map[string]string{}
+		for i := range many {
+			id := fmt.Sprintf("d%02d", i)
+			secrets[id] = s.add(devices.NewDevice{ID: id})
+		}
+		stop := s.run()
+		defer stop()
+		for range 3 {
+			for id, secret := range secrets {
+				s.Disconnected(id, s.connect(id, secret), "flaps")
+			}
+		}
+		for id, secret := range secrets {
+			s.connect(id, secret)
+		}
+		if n := len(s.told(true)); n != most {
+			t.Errorf("%d told upstream at once, want %d", n, most)
+		}
+		if n := len(s.told(false)); n != 7*many {
+			t.Errorf("watchers were shown %d of %d", n, 7*many)
+		}
+		time.Sleep(10 * time.Minute) //nolint:forbidigo // the bubble's clock
+		last := map[string]string{}
+		for _, line := range s.told(true) {
+			id, state, _ := strings.Cut(line, " ")
+			last[id] = state
+		}
+		for id := range secrets {
+			if last[id] != "online" {
+				t.Errorf("%s is told to be %q", id, last[id])
+			}
+		}
+	})
+}

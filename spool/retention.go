@@ -56,7 +56,7 @@ func (s *Spool) keepHouse(ticked bool) error {
 		s.mu.Unlock()
 	}
 	if ticked && s.anythingDirty() {
-		g, err := s.store.Begin(true)
+		g, err := s.store.BeginFirst()
 		if err != nil {
 			return err
 		}

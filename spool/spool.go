@@ -394,7 +394,8 @@ func (s *Spool) Append(to Lane, r *Record, ops []kv.Op, done kv.Done, token uint
 	return nil
 }
 
-// begin opens the commit for n records of l, which may be nil: then there are only rows.
+// begin opens the commit for n records of l, which may be nil: then there are only rows. Those lanes are served first that are not to
+// wait behind a flood: the gateway's own, and the first that is configured if it is not the only one.
 func (s *Spool) begin(l *lane, n int, shed bool) (*kv.Group, error) {
 	if l == nil {
 		return s.store.Begin(!shed)
@@ -403,11 +404,16 @@ func (s *Spool) begin(l *lane, n int, shed bool) (*kv.Group, error) {
 		if err := l.admit(n, shed); err != nil {
 			return nil, err
 		}
-		begin := s.store.BeginMessage
-		if l.number == systemNumber {
-			begin = s.store.Begin
+		var g *kv.Group
+		var err error
+		switch {
+		case l.number == systemNumber && !shed:
+			g, err = s.store.BeginFirst()
+		case l.number == systemNumber:
+			g, err = s.store.Begin(false)
+		default:
+			g, err = s.store.BeginMessage(!shed, len(s.cfg.Lanes) > 1 && l == s.lanes[1])
 		}
-		g, err := begin(!shed)
 		switch {
 		case errors.Is(err, ErrBusy):
 			l.shed.Add(uint64(n))

@@ -38,6 +38,9 @@ type Broker struct {
 	notices  noticeLimit
 
 	queuedBytes atomic.Int64 // of the messages in queues and flights of all sessions
+	flyingBytes atomic.Int64 // of those in flights
+	noRoomUntil time.Time    // when pushOut looks again; only the fan-out touches it
+	noRoomFor   int          // and for how short queues it found none; as noRoomUntil
 	writing     atomic.Int64 // bytes that peers are to take
 	reading     atomic.Int64 // bytes of read buffers
 	relief      sync.Mutex   // held by whoever looks for slow peers

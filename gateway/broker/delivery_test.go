@@ -222,6 +222,8 @@ func TestRetainHandling(t *testing.T) {
 	r := newRig(t, nil)
 	p := r.client(mqtt.V5, "pub")
 	p.publishDone(1, 1, "t", "x", retain)
+	// It is kept shortly after it is acknowledged: who subscribes in between gets it once more as it passes.
+	eventually(t, "it is kept", func() bool { return r.b.Stats().Retained == 1 })
 	for _, x := range []struct {
 		handling   byte
 		new, again bool
@@ -706,8 +708,8 @@ func TestAllQueuesTogetherAreBounded(t *testing.T) {
 	for i := range 3 {
 		p.publishDone(1, uint16(i+1), "t", strings.Repeat("x", 10_000))
 	}
-	r.counted(6, "deliveries_dropped_total", "all_queues_full") // a second one each would leave less than they had
-	for i := range 3 {                                          // what was taken out makes room again
+	r.counted(5, "deliveries_dropped_total", "all_queues_full")
+	for i := range 3 { // what was taken out makes room again
 		s := r.client(mqtt.V311, fmt.Sprint(i), keep)
 		for {
 			f, err := s.next(50 * time.Millisecond)

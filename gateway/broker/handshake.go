@@ -13,8 +13,8 @@ import (
 	"time"
 )
 
-// places are where TLS handshakes compute: as many at once as there are processors, so that thousands of devices that
-// come back at the same time do not take them from those who are connected. A place is held while a handshake computes or
+// places are where TLS handshakes compute: on half of the processors at most, so that thousands of devices that come back
+// at the same time do not take them from those who are connected. A place is held while a handshake computes or
 // writes, not while it waits for the peer. Who has computed already goes before who has not: a handshake that is half done
 // and given up was work for nothing. Else it is first come, first served.
 type places struct {
@@ -38,7 +38,7 @@ const waitMost = time.Minute
 // seconds, and to answer those that did would keep the others waiting until they give up as well.
 const lookFirst = 200 * time.Millisecond
 
-func newPlaces() *places { return &places{free: runtime.GOMAXPROCS(0)} }
+func newPlaces() *places { return &places{free: max(runtime.GOMAXPROCS(0)/2, 1)} }
 
 // take gives a place at once, or a ticket to wait with.
 func (p *places) take(begun bool) *ticket {

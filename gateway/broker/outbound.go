@@ -52,6 +52,18 @@ func (q *queue) pop() {
 	}
 }
 
+// popNewest takes the last one back.
+func (q *queue) popNewest() *message {
+	last := len(q.items) - 1
+	m := q.items[last].message
+	q.bytes -= m.size()
+	q.items[last] = queued{}
+	if q.items = q.items[:last]; q.head == last {
+		*q = queue{}
+	}
+	return m
+}
+
 // dropQueuedLocked takes out what drop says, as denied.
 func (s *session) dropQueuedLocked(drop func(m *message) bool) {
 	if !slices.ContainsFunc(s.queue.items[s.queue.head:], func(x queued) bool { return drop(x.message) }) {
@@ -71,24 +83,22 @@ func (s *session) dropQueuedLocked(drop func(m *message) bool) {
 }
 
 // deliver queues a message for the client. A queue that is full takes nothing more: what waits
-// keeps its order and has no hole, and the newest is dropped and counted. Of what all clients may
-// hold together one may hold as much as is left: so some is left however many read nothing, and
-// who keeps up is not dropped for their sake (docs/decisions/0023).
+// keeps its order and has no hole, and the newest is dropped and counted. Only the fan-out calls it.
 func (s *session) deliver(x queued) {
 	size := x.message.size()
 	s.mu.Lock()
+	if s.takesLocked(&x) == "" && !s.b.fits(size) {
+		// What all clients may hold is held: by the longest queues most of all, and they have to give.
+		mine := s.load
+		s.mu.Unlock()
+		s.b.pushOut(mine + size)
+		s.mu.Lock()
+	}
 	c := s.conn
-	left := s.b.cfg.MaxQueuedBytes - int(s.b.queuedBytes.Load())
-	reason := ""
+	reason := s.takesLocked(&x)
 	switch {
-	case s.gone:
-		reason = dropGone
-	case c == nil && x.qos == 0:
-		reason = dropOffline // MQTT 5.0 §4.1: QoS 0 need not wait for a client
-	case s.queue.len() >= s.b.cfg.MaxSessionQueue,
-		s.queue.len() > 0 && s.queue.bytes+size > s.b.cfg.MaxSessionQueueBytes:
-		reason = dropQueueFull
-	case size > left, s.load > 0 && s.load+size > left:
+	case reason != "":
+	case !s.b.fits(size):
 		reason = dropAllFull
 	default:
 		s.queue.push(x)
@@ -106,15 +116,90 @@ func (s *session) deliver(x queued) {
 	}
 }
 
+// takesLocked says why the session does not take x, whatever all others hold; "": it does.
+func (s *session) takesLocked(x *queued) string {
+	switch {
+	case s.gone:
+		return dropGone
+	case s.conn == nil && x.qos == 0:
+		return dropOffline // MQTT 5.0 §4.1: QoS 0 need not wait for a client
+	case s.queue.len() >= s.b.cfg.MaxSessionQueue,
+		s.queue.len() > 0 && s.queue.bytes+x.message.size() > s.b.cfg.MaxSessionQueueBytes:
+		return dropQueueFull
+	}
+	return ""
+}
+
+func (b *Broker) fits(size int) bool { return int(b.queuedBytes.Load())+size <= b.cfg.MaxQueuedBytes }
+
+// pushOut makes room by halving the longest queues, as long as they are longer than least: who keeps up holds little, and
+// loses nothing for the sake of those who read nothing (docs/decisions/0023). It makes much room at once, since it looks at all
+// sessions, and looks no more for a while where it finds none. Only the fan-out calls it, with no lock held.
+func (b *Broker) pushOut(least int) {
+	now := time.Now()
+	if now.Before(b.noRoomUntil) && least >= b.noRoomFor {
+		return
+	}
+	type holder struct {
+		s     *session
+		bytes int
+	}
+	var long []holder
+	b.sessMu.RLock()
+	all := make([]*session, 0, len(b.sessions))
+	for _, s := range b.sessions {
+		all = append(all, s)
+	}
+	b.sessMu.RUnlock()
+	for _, s := range all {
+		s.mu.Lock()
+		if s.queue.bytes > least {
+			long = append(long, holder{s, s.queue.bytes})
+		}
+		s.mu.Unlock()
+	}
+	slices.SortFunc(long, func(a, b holder) int { return b.bytes - a.bytes })
+	goal := b.cfg.MaxQueuedBytes - b.cfg.MaxQueuedBytes/8
+	for _, h := range long {
+		h.s.cut(max(h.bytes/2, least))
+		if int(b.queuedBytes.Load()) < goal {
+			return
+		}
+	}
+	if len(long) == 0 {
+		b.noRoomUntil, b.noRoomFor = now.Add(100*time.Millisecond), least
+	}
+}
+
+// cut drops the newest messages of the queue until no more than most bytes are left.
+func (s *session) cut(most int) {
+	n := 0
+	s.mu.Lock()
+	for s.queue.len() > 0 && s.queue.bytes > most {
+		s.unloadLocked(s.queue.popNewest())
+		n++
+	}
+	s.mu.Unlock()
+	s.b.m.queued.Sub(float64(n))
+	s.b.m.drops.WithLabelValues(dropAllFull).Add(float64(n))
+}
+
 // unloadLocked says that m waits no more and is not in flight.
 func (s *session) unloadLocked(m *message) {
 	s.load -= m.size()
 	s.b.queuedBytes.Add(-int64(m.size()))
 }
 
+// mayFlyLocked says whether one more message may be sent that the client has to acknowledge: what is in flight can not be dropped
+// for others, so half of what all may hold is kept from it.
+func (s *session) mayFlyLocked(size int) bool {
+	return s.flying+size <= s.b.cfg.MaxSessionQueueBytes && int(s.b.flyingBytes.Load())+size <= s.b.cfg.MaxQueuedBytes/2
+}
+
 // landedLocked is unloadLocked for a flight, whose message is needed no more.
 func (s *session) landedLocked(f *flight) {
 	s.flying -= f.message.size()
+	s.b.flyingBytes.Add(-int64(f.message.size()))
 	s.unloadLocked(f.message)
 	f.message = nil
 }
@@ -161,7 +246,7 @@ func (s *session) fill(c *conn) {
 			s.unacked++
 		case s.queue.len() > 0:
 			x := *s.queue.front()
-			if x.qos > 0 && (s.unacked >= c.sendMax || s.flying > 0 && s.flying+x.message.size() > s.b.cfg.MaxSessionQueueBytes) {
+			if x.qos > 0 && (s.unacked >= c.sendMax || s.flying > 0 && !s.mayFlyLocked(x.message.size())) {
 				return
 			}
 			s.queue.pop()
@@ -184,6 +269,7 @@ func (s *session) fill(c *conn) {
 				s.unloadLocked(x.message)
 			} else {
 				s.flying += x.message.size()
+				s.b.flyingBytes.Add(int64(x.message.size()))
 				s.flights = append(s.flights, f)
 				s.resend = len(s.flights)
 				s.unacked++

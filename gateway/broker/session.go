@@ -368,6 +368,7 @@ func (s *session) clearLocked(ops []kv.Op) []kv.Op {
 	s.rx = nil
 	s.b.m.queued.Sub(float64(s.queue.len()))
 	s.b.queuedBytes.Add(-int64(s.load))
+	s.b.flyingBytes.Add(-int64(s.flying))
 	s.load, s.flying = 0, 0
 	s.queue = queue{}
 	s.flights, s.resend, s.unacked = nil, 0, 0

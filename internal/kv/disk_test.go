@@ -476,7 +476,7 @@ func TestNoSpaceRefusesAndHealsByItself(t *testing.T) {
 	var rec recorder
 	n, refused := 0, false
 	for begin := time.Now(); time.Since(begin) < 20*time.Second && !refused; {
-		g, err := s.BeginMessage(true)
+		g, err := s.BeginMessage(true, false)
 		switch {
 		case errors.Is(err, kv.ErrDiskFull):
 			refused = true

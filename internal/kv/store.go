@@ -57,7 +57,7 @@ type Store struct {
 	stop      chan struct{} // closed by Close
 
 	mu     sync.Mutex // guards what follows
-	room   sync.Cond  // broadcast when the open group was sealed or the store failed
+	turns  turns      // of those who wait for room in the open group
 	open   *Group
 	spare  *Group // an empty group to open next
 	part   Participant
@@ -96,7 +96,6 @@ func Open(dir string, o Options) (*Store, error) {
 		dead:   make(chan struct{}),
 		stop:   make(chan struct{}),
 	}
-	s.room.L = &s.mu
 	if s.opt.MaxTables == 0 {
 		s.opt.MaxTables = 190
 	}
@@ -182,14 +181,15 @@ func (s *Store) OnGroup(fn func()) {
 // Group is the commit that is gathering. Begin hands it out with the store locked; End unlocks.
 // In between nothing may block.
 type Group struct {
-	s      *Store
-	batch  *pebble.Batch
-	size   int // bytes gathered, the participant's included
-	dones  []completion
-	usual  int // decaying maximum of the batch's size
-	sealed any
-	empty  bool // nothing to write
-	began  time.Time
+	s       *Store
+	batch   *pebble.Batch
+	size    int // bytes gathered, the participant's included
+	entries int // of Begin
+	dones   []completion
+	usual   int // decaying maximum of the batch's size
+	sealed  any
+	empty   bool // nothing to write
+	began   time.Time
 	// memtable is the one that took the batch: read right after it was applied, by the only writer.
 	memtable uint64
 }
@@ -199,16 +199,23 @@ type completion struct {
 	token, seq uint64
 }
 
-// Begin locks the store and returns the open group. While the group is full it waits, or
+// Begin locks the store and returns the open group. While the group is full it waits for its turn, or
 // returns ErrBusy if it may not. After an error there is nothing to End.
-func (s *Store) Begin(mayWait bool) (*Group, error) { return s.begin(mayWait, false) }
+func (s *Store) Begin(mayWait bool) (*Group, error) { return s.begin(mayWait, false, false) }
 
-// BeginMessage is Begin for what is refused on a full disk: instead of waiting there it returns ErrDiskFull.
-func (s *Store) BeginMessage(mayWait bool) (*Group, error) { return s.begin(mayWait, true) }
+// BeginFirst is Begin for what must not wait behind a flood: alarms, what frees space, what devices and commands stand on.
+func (s *Store) BeginFirst() (*Group, error) { return s.begin(true, true, false) }
 
-func (s *Store) begin(mayWait, message bool) (*Group, error) {
+// BeginMessage is Begin, or BeginFirst, for what is refused on a full disk: instead of waiting there it returns ErrDiskFull.
+func (s *Store) BeginMessage(mayWait, first bool) (*Group, error) {
+	return s.begin(mayWait, first && mayWait, true)
+}
+
+func (s *Store) begin(mayWait, first, message bool) (*Group, error) {
+	var t *turn
 	s.mu.Lock()
 	for {
+		full := s.open.size >= s.maxGroup
 		switch {
 		case s.failed != nil:
 			err := s.failed
@@ -217,7 +224,8 @@ func (s *Store) begin(mayWait, message bool) (*Group, error) {
 		case s.closed:
 			s.mu.Unlock()
 			return nil, ErrClosed
-		case s.open.size < s.maxGroup:
+		case !full && (t != nil || !mayWait || s.turns.none(first)):
+			s.open.entries++
 			return s.open, nil
 		case !mayWait:
 			s.mu.Unlock()
@@ -226,7 +234,15 @@ func (s *Store) begin(mayWait, message bool) (*Group, error) {
 			s.mu.Unlock()
 			return nil, ErrDiskFull
 		}
-		s.room.Wait()
+		again := t != nil
+		if !again {
+			t = &turn{first: first}
+		}
+		s.turns.wait(t, again)
+		s.mu.Unlock()
+		<-t.come
+		s.mu.Lock()
+		s.turns.called--
 	}
 }
 
@@ -234,7 +250,7 @@ func (s *Store) begin(mayWait, message bool) (*Group, error) {
 func (s *Store) wakeWriters(Level) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.room.Broadcast()
+	s.turns.call(s.turns.all())
 }
 
 // Set adds or replaces a row. key and value are copied.
@@ -271,6 +287,9 @@ func (g *Group) Done(d Done, token, seq uint64) {
 // End unlocks the store and has the group committed.
 func (g *Group) End() {
 	s := g.s
+	if s.turns.called == 0 && s.turns.all() > 0 && g.size < s.maxGroup {
+		s.turns.call(g.more())
+	}
 	s.mu.Unlock()
 	select {
 	case s.wake <- struct{}{}:
@@ -278,10 +297,15 @@ func (g *Group) End() {
 	}
 }
 
+// more is how many writers g has room for, as large as those in it, and at least one.
+func (g *Group) more() int { return g.fits(g.s.maxGroup - g.size) }
+
+func (g *Group) fits(bytes int) int { return max(bytes/max(g.size/max(g.entries, 1), 1), 1) }
+
 // Apply hands in rows that are committed together with the next group; done may be nil.
 // It waits while too much is under way. An error means that nothing was taken.
 func (s *Store) Apply(ops []Op, done Done, token uint64) error {
-	g, err := s.Begin(true)
+	g, err := s.BeginFirst()
 	if err != nil {
 		return err
 	}
@@ -447,7 +471,9 @@ func (s *Store) seal() (*Group, bool) {
 		next = s.newGroup()
 	}
 	s.open = next
-	s.room.Broadcast()
+	if s.turns.all() > 0 {
+		s.turns.call(g.fits(s.maxGroup))
+	}
 	return g, s.closed
 }
 
@@ -582,7 +608,7 @@ func (s *Store) recycle(g *Group) {
 		g.batch.Reset()
 		clear(g.dones)
 		g.dones = g.dones[:0]
-		g.sealed, g.size, g.empty = nil, 0, false
+		g.sealed, g.size, g.entries, g.empty = nil, 0, 0, false
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -629,7 +655,7 @@ func (s *Store) fail(err error) {
 		s.failed = err
 		close(s.dead)
 	}
-	s.room.Broadcast()
+	s.turns.call(s.turns.all())
 	s.mu.Unlock()
 	if first {
 		s.opt.Log.Error("store failed", "err", err)
@@ -652,7 +678,7 @@ func (s *Store) Close() error {
 	s.closeOnce.Do(func() {
 		s.mu.Lock()
 		s.closed = true
-		s.room.Broadcast()
+		s.turns.call(s.turns.all())
 		s.mu.Unlock()
 		select {
 		case s.wake <- struct{}{}:

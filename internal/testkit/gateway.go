@@ -51,6 +51,7 @@ type GatewayConfig struct {
 
 	Clock    *FakeClock    // its wall clock; nil: the machine's
 	Patience time.Duration // most time for a start and for a stop; 0: as Command says
+	Before   string        // shell commands that the process does before it becomes the gateway, such as ulimit; "": none
 }
 
 // StartGatewayWith runs `bin run` with the given configuration.
@@ -64,7 +65,11 @@ func StartGatewayWith(t T, bin, id string, c GatewayConfig) *Gateway {
 	if err := g.Configure(c); err != nil {
 		t.Fatalf("write the gateway's configuration: %v", err)
 	}
-	g.Process = Start(t, Command{Name: "holdfast", Path: bin, Args: []string{"run", "--config", g.File}, Clock: c.Clock, Grace: c.Patience})
+	run := Command{Name: "holdfast", Path: bin, Args: []string{"run", "--config", g.File}, Clock: c.Clock, Grace: c.Patience}
+	if c.Before != "" {
+		run.Path, run.Args = "/bin/sh", append([]string{"-ec", c.Before + "\nexec \"$0\" \"$@\"", bin}, run.Args...)
+	}
+	g.Process = Start(t, run)
 	return g
 }
 

@@ -198,6 +198,9 @@ func (p *Process) Logs() string { return p.log.tail(1 << 20) }
 // RSS is the memory that the program holds, in bytes, as the kernel counts it; 0 if it is gone.
 func (p *Process) RSS() int64 { return p.status("VmRSS:") * 1024 }
 
+// PeakRSS is the most that it ever held.
+func (p *Process) PeakRSS() int64 { return p.status("VmHWM:") * 1024 }
+
 // CPU is the processor time it has used.
 func (p *Process) CPU() time.Duration {
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", p.PID()))
