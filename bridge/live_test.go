@@ -209,17 +209,15 @@ func TestMessageThatKillsTheLinkIsParkedBesideTheNewest(t *testing.T) {
 	}
 	store, sp = openLive(t, fs)
 	putLive(t, sp, 500, 10)
-	lane, _ := sp.Lane("telemetry")
 	up := bridgetest.NewUpstream()
+	newer := 510
+	up.OnDial = func(int) error {
+		newer = putLive(t, sp, newer, 1) // goes first and is acked
+		return nil
+	}
 	up.OnSend = func(_, _ int, m bridge.Message) bridgetest.Step {
 		if m.Lane == "telemetry" && m.Seq == 77 {
-			// A newer one comes, and is acked before the connection ends.
-			newer := message("pump", "dt/pump", "newer")
-			if err := sp.Append(lane, &newer, nil, nil, 0, false); err != nil {
-				t.Error(err)
-			}
-			time.AfterFunc(50*time.Millisecond, func() { up.End(bridge.ErrPeerClosed) })
-			return bridgetest.Step{Lose: true}
+			return bridgetest.Step{Lose: true, End: bridge.ErrPeerClosed}
 		}
 		return bridgetest.Step{}
 	}
