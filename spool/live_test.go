@@ -65,21 +65,6 @@ func readOn(t testing.TB, rd *spool.Reader, maxBytes int) (seqs []int, end spool
 	}
 }
 
-// putOnce is put in one commit, and so in one chunk.
-func (r *rig) putOnce(lane string, from, to int) {
-	r.t.Helper()
-	var all []spool.Record
-	for i := from; i < to; i++ {
-		all = append(all, *rec(i))
-	}
-	if err := r.AppendAll(r.lane(lane), all, nil, nil, 0); err != nil {
-		r.t.Fatal(err)
-	}
-	if err := r.store.Flush(); err != nil {
-		r.t.Fatal(err)
-	}
-}
-
 // away is a spool with a backlog of some 200 KiB, opened again, for which no time passes. It ends at sequence 1001.
 func away(t *testing.T, cfg spool.Config) *rig {
 	fs := vfs.NewMem()
@@ -98,7 +83,7 @@ func away(t *testing.T, cfg spool.Config) *rig {
 func TestNewestGoFirst(t *testing.T) {
 	r := away(t, liveFirst("telemetry"))
 	newest, backlog, _ := r.parts("cloud", "telemetry")
-	r.putOnce("telemetry", 1000, 1010)
+	r.putChunk("telemetry", 1000, 1010)
 	run, err := newest.Next(1 << 20)
 	if err != nil || run.Pos.Seq != 1001 || run.Behind != 1 {
 		t.Fatalf("the newest begin at %d behind %d, %v; want 1001 behind 1", run.Pos.Seq, run.Behind, err)
@@ -118,7 +103,7 @@ func TestNewestGoFirst(t *testing.T) {
 	if a.Pending.Messages != 0 || a.Backlog.Messages != 0 || a.Islands != 0 || a.Cursor != 1011 {
 		t.Errorf("account %+v, want everything delivered and no island", a)
 	}
-	r.putOnce("telemetry", 1010, 1020)
+	r.putChunk("telemetry", 1010, 1020)
 	if run, err = newest.Next(1 << 20); err != nil || run.Pos.Seq != 1011 || run.Behind != 0 {
 		t.Errorf("afterwards: %d behind %d, %v; want 1011 behind 0", run.Pos.Seq, run.Behind, err)
 	}
@@ -238,13 +223,13 @@ func TestDamageBesideIslands(t *testing.T) {
 	cfg.Upstreams = map[string][]string{"cloud": nil}
 	r := open(t, fs, cfg)
 	for i := range 100 {
-		r.putOnce("telemetry", i*10, i*10+10)
+		r.putChunk("telemetry", i*10, i*10+10)
 	}
 	r.close()
 	r = open(t, fs, cfg)
 	spool.SetElapsed(r.Spool, func() time.Duration { return 0 })
 	for i := 100; i < 110; i++ {
-		r.putOnce("telemetry", i*10, i*10+10)
+		r.putChunk("telemetry", i*10, i*10+10)
 	}
 	var ops []kv.Op
 	for _, seq := range []uint64{1, 501, 511, 991, 1001, 1051, 1091} {

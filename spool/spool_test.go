@@ -95,6 +95,21 @@ func (r *rig) put(lane string, from, to int) {
 	}
 }
 
+// putChunk puts messages that one chunk holds, whatever commits when.
+func (r *rig) putChunk(lane string, from, to int) {
+	r.t.Helper()
+	var all []spool.Record
+	for i := from; i < to; i++ {
+		all = append(all, *rec(i))
+	}
+	if err := r.AppendAll(r.lane(lane), all, nil, nil, 0); err != nil {
+		r.t.Fatal(err)
+	}
+	if err := r.store.Flush(); err != nil {
+		r.t.Fatal(err)
+	}
+}
+
 func (r *rig) lane(name string) spool.Lane {
 	l, ok := r.Lane(name)
 	if !ok {
