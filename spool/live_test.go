@@ -83,7 +83,7 @@ func away(t *testing.T, cfg spool.Config) *rig {
 func TestNewestGoFirst(t *testing.T) {
 	r := away(t, liveFirst("telemetry"))
 	newest, backlog, _ := r.parts("cloud", "telemetry")
-	r.put("telemetry", 1000, 1010)
+	r.putChunk("telemetry", 1000, 1010)
 	run, err := newest.Next(1 << 20)
 	if err != nil || run.Pos.Seq != 1001 || run.Behind != 1 {
 		t.Fatalf("the newest begin at %d behind %d, %v; want 1001 behind 1", run.Pos.Seq, run.Behind, err)
@@ -103,7 +103,7 @@ func TestNewestGoFirst(t *testing.T) {
 	if a.Pending.Messages != 0 || a.Backlog.Messages != 0 || a.Islands != 0 || a.Cursor != 1011 {
 		t.Errorf("account %+v, want everything delivered and no island", a)
 	}
-	r.put("telemetry", 1010, 1020)
+	r.putChunk("telemetry", 1010, 1020)
 	if run, err = newest.Next(1 << 20); err != nil || run.Pos.Seq != 1011 || run.Behind != 0 {
 		t.Errorf("afterwards: %d behind %d, %v; want 1011 behind 0", run.Pos.Seq, run.Behind, err)
 	}
@@ -169,7 +169,7 @@ func TestIslandsAreBounded(t *testing.T) {
 		written += 410
 		newest.Rewind()
 		seqs, end := readOn(t, newest, 1<<20)
-		if seqs[0] == written-9 {
+		if seqs[0] > written-410 && len(seqs) < 410 {
 			leaps++
 		}
 		got = append(got, seqs...)

@@ -55,7 +55,7 @@ func outage(ctx context.Context, e *env, c config, drain string, drainTime time.
 	}()
 	e.Cleanup(func() {
 		stop()
-		<-loaded
+		<-loaded //nolint:errcheck // it says that it was stopped
 	})
 	time.Sleep(freshWithin + time.Second) // so that what the devices sent last is no part of a flood
 	down := proxy.Traffic().Down
