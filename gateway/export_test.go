@@ -6,9 +6,9 @@ import (
 	"github.com/cockroachdb/pebble/v2/vfs"
 
 	"holdfast/devices"
+	"holdfast/gateway/broker"
 	"holdfast/gateway/httpapi"
 	"holdfast/internal/config"
-	"holdfast/gateway/broker"
 	"holdfast/internal/kv"
 	"holdfast/spool"
 )
