@@ -6,6 +6,7 @@ import (
 	"github.com/cockroachdb/pebble/v2/vfs"
 
 	"holdfast/devices"
+	"holdfast/gateway/broker"
 	"holdfast/gateway/httpapi"
 	"holdfast/internal/clock"
 	"holdfast/internal/config"
@@ -82,4 +83,11 @@ func Commands(g *Gateway) *devices.Queue { return g.commands }
 func Share(files int, memory int64, others int) (tables, http, connections int, scarce string, err error) {
 	r, err := share(files, memory, others)
 	return r.tables, r.http, r.connections, r.scarce, err
+}
+
+// Bounds tells what the broker may hold for devices in a process with so much memory.
+func Bounds(memory int64) broker.Config {
+	var c broker.Config
+	bounds(&c, memory)
+	return c
 }

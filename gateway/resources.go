@@ -23,6 +23,9 @@ const (
 
 	// What a connected device takes at most when it is quiet: TLS, client certificate, session, command link.
 	connectionBytes = 64 << 10
+
+	mostSessions = 50_000
+	sessionBytes = 16 << 10 // of one, with its share of what the collector has not taken yet and room for subscriptions
 )
 
 // share divides files (0: unknown) and memory (bytes, 0: unknown) among the parts. others is how many descriptors listeners
@@ -58,6 +61,7 @@ func bounds(c *broker.Config, memory int64) {
 		return
 	}
 	part := func(of, least, most int64) int { return int(min(max(memory/of, least<<20), most<<20)) }
+	c.MaxSessions = int(min(max(memory/sessionBytes, 1000), mostSessions))
 	c.MaxQueuedBytes = part(8, 4, 64)
 	c.MaxRetainedBytes = part(8, 4, 64)
 	c.MaxFanoutBytes = part(16, 2, 16)

@@ -39,3 +39,17 @@ func TestShare(t *testing.T) {
 		}
 	}
 }
+
+// TestBounds: what the broker may hold together is a part of the memory, and no more than it is without a limit.
+func TestBounds(t *testing.T) {
+	for _, memory := range []int64{64 << 20, 128 << 20, 1 << 30, 64 << 30} {
+		c := gateway.Bounds(memory)
+		sum := int64(c.MaxQueuedBytes + c.MaxRetainedBytes + c.MaxFanoutBytes + c.MaxWriteBytes + 2*c.MaxReadBytes)
+		if sum > memory*5/8 || c.MaxQueuedBytes > 64<<20 || c.MaxSessions < 1000 || c.MaxSessions > 50_000 || int64(c.MaxSessions)*4<<10 > memory/2 {
+			t.Errorf("%d MiB: %+v", memory>>20, c)
+		}
+	}
+	if c := gateway.Bounds(0); c.MaxQueuedBytes != 0 || c.MaxSessions != 0 {
+		t.Errorf("unknown memory: %+v", c)
+	}
+}
