@@ -69,7 +69,7 @@ crash: ## power cuts in memory: clones of the store at random moments (CRASHES=3
 	go test -count=1 -v -timeout 30m -run Crash ./spool -crashes=$(CRASHES) -crash-seed=$(CRASH_SEED)
 
 .PHONY: bench
-bench: build ## the figures of docs/benchmarks.md with their ratios, in one run (some 7 minutes)
+bench: build ## the figures of docs/benchmarks.md with their ratios, in one run (some 11 minutes)
 	HOLDFAST_BIN=$(CURDIR)/bin/holdfast go run ./internal/bench $(BENCH_ARGS)
 
 .PHONY: link
