@@ -90,7 +90,7 @@ soak: build ## everything at once for SOAK: loads, commands, links, disks, kills
 		go test -count=1 -v -parallel 3 -timeout 24h -run '^TestSoak$$' ./gateway/e2e/
 
 .PHONY: bench
-bench: build ## the figures of docs/benchmarks.md with their ratios, in one run (some 7 minutes)
+bench: build ## the figures of docs/benchmarks.md with their ratios, in one run (some 11 minutes)
 	HOLDFAST_BIN=$(CURDIR)/bin/holdfast go run ./internal/bench $(BENCH_ARGS)
 
 .PHONY: link
