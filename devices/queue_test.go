@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -1284,4 +1285,28 @@ func TestAConnectionThatWasTakenOverTakesNothingBack(t *testing.T) {
 	}
 	r.ack(newer)
 	r.wantState("a", devices.Delivered)
+}
+
+// TestNoRoomRefusesNewCommands has a disk that is full: what is there goes on, also the same command again.
+func TestNoRoomRefusesNewCommands(t *testing.T) {
+	var full atomic.Bool
+	r := newQueueRig(t, devices.QueueConfig{Room: func() error {
+		if full.Load() {
+			return errors.New("disk is full: free some")
+		}
+		return nil
+	}})
+	old := &devices.Request{ID: "old", Device: "d", Name: "n"}
+	if _, _, err := r.SubmitWait(t.Context(), old); err != nil {
+		t.Fatal(err)
+	}
+	full.Store(true)
+	_, _, err := r.SubmitWait(t.Context(), &devices.Request{ID: "new", Device: "d", Name: "n"})
+	wantRefusal(t, err, devices.CodeUnavailable, "free some")
+	if _, repeat, err := r.SubmitWait(t.Context(), old); err != nil || !repeat {
+		t.Errorf("the same again: repeat %t, %v", repeat, err)
+	}
+	if _, err := r.CancelWait(t.Context(), "old", ""); err != nil {
+		t.Errorf("cancel: %v", err)
+	}
 }

@@ -41,6 +41,9 @@ func NewIntake(sp appender, table []config.Route) (*Intake, error) {
 	return newIntake(sp, table, systemClock())
 }
 
+// SetLevel tells the intake how full the disk is.
+func (i *Intake) SetLevel(level func() kv.Level) { i.level = level }
+
 // Reserved says whether only Holdfast itself publishes to a topic.
 var Reserved = reserved
 

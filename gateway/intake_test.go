@@ -114,6 +114,46 @@ func TestIntakeErrors(t *testing.T) {
 	}
 }
 
+// A retained message that stays local takes a row: on a full disk it is refused, and one that deletes is not.
+func TestIntakeKeepsNothingOnAFullDisk(t *testing.T) {
+	in, err := gateway.NewIntake(&lanes{names: []string{"telemetry"}}, []config.Route{{Match: "local/#", Lane: config.LaneNone}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	level := kv.LevelHigh
+	in.SetLevel(func() kv.Level { return level })
+	kept := message("local/a", 1)
+	kept.Retain = true
+	if err := in.Publish(kept, nil, nil, 0); err != nil {
+		t.Errorf("while it is nearly full: %v", err)
+	}
+	level = kv.LevelFull
+	if err := in.Publish(kept, nil, nil, 0); !errors.Is(err, broker.ErrQuota) || !errors.Is(err, kv.ErrDiskFull) {
+		t.Errorf("Publish = %v", err)
+	}
+	kept.Record.Payload = nil
+	if err := in.Publish(kept, nil, nil, 0); err != nil {
+		t.Errorf("one that deletes: %v", err)
+	}
+	if err := in.Publish(message("local/a", 1), nil, nil, 0); err != nil {
+		t.Errorf("one that is not kept: %v", err)
+	}
+}
+
+func TestDiskWarnings(t *testing.T) {
+	c := &config.Config{Gateway: config.Gateway{DataDir: t.TempDir() + "/not/there/yet"}}
+	c.Spool.Lanes = []spool.LaneConfig{{Name: "a", MaxBytes: 1 << 20}}
+	if got := gateway.DiskWarnings(c); len(got) > 0 {
+		t.Errorf("a small lane: %v", got)
+	}
+	c.Spool.Lanes[0].MaxBytes = 1 << 60
+	c.Spool.DiskReserve = 1 << 60
+	got := gateway.DiskWarnings(c)
+	if len(got) != 2 || !got[0].Warning || got[0].Key != "spool.disk_reserve" || got[1].Key != "spool.lanes" || !strings.Contains(got[1].Text, "when_full") {
+		t.Errorf("too much of everything: %v", got)
+	}
+}
+
 func TestIntakeNeedsItsLanes(t *testing.T) {
 	for name, tc := range map[string]struct {
 		lanes []string

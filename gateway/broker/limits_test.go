@@ -201,6 +201,33 @@ func TestLimitsSlowMQTT311(t *testing.T) {
 	}
 }
 
+// On a disk that is nearly full only who cannot be told is slowed down.
+func TestSlowSlowsMQTT311(t *testing.T) {
+	t.Parallel()
+	for v, slowed := range map[mqtt.Version]bool{mqtt.V311: true, mqtt.V5: false} {
+		var slow atomic.Bool
+		r := newRig(t, func(r *rig) { r.cfg.Slow = slow.Load })
+		p := r.client(v, "dev")
+		send := func(from uint16) {
+			for i := range uint16(10) {
+				p.publish(1, from+i, "t", "x")
+			}
+			for i := range uint16(10) {
+				p.success(mqtt.TypePuback, from+i)
+			}
+		}
+		send(1)
+		if s := r.metric("publish_slowed_seconds_total"); s > 0 {
+			t.Errorf("version %v: slowed for %v s before it was asked for", v, s)
+		}
+		slow.Store(true)
+		send(11)
+		if s := r.metric("publish_slowed_seconds_total"); (s > 0.19) != slowed {
+			t.Errorf("version %v: slowed for %v s", v, s)
+		}
+	}
+}
+
 // A pause is short against the keep alive, and a stop does not wait for it.
 func TestPausesAreShort(t *testing.T) {
 	t.Parallel()
