@@ -138,7 +138,7 @@ func startTrial(t *testing.T, r *proof.Report, fm form, seed uint64, powered boo
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { _ = x.fleet.Finish() })
+	t.Cleanup(x.fleet.Abort)
 	if l.commands {
 		x.force = startTroops(t, x.g.Addr, seed)
 		for prefix, fleet := range x.force.fleets {
