@@ -55,6 +55,12 @@ var forms = []form{
 	{name: "each message by itself", format: "cloudevents"},
 	{name: "large messages", size: 5000},
 	{
+		name: "newest first", liveFirst: []string{"alarm", "telemetry", "bulk"},
+		yaml: "spool: { lanes: [{ name: alarm, share: 50, max_bytes: 256MiB, max_age: 720h, when_full: reject, drain: live_first }, " +
+			"{ name: telemetry, share: 40, max_bytes: 1GiB, max_age: 168h, when_full: drop_oldest, drain: live_first }, " +
+			"{ name: bulk, share: 10, max_bytes: 1GiB, max_age: 72h, when_full: drop_oldest, drain: live_first }] }\n",
+	},
+	{
 		name: "small lanes", reasons: []string{"max_bytes"}, size: 500,
 		yaml: "spool: { lanes: [{ name: alarm, share: 50, max_bytes: 1MiB, max_age: 720h, when_full: drop_oldest }, " +
 			"{ name: telemetry, share: 40, max_bytes: 1MiB, max_age: 168h, when_full: drop_oldest }, { name: bulk, share: 10, max_bytes: 1MiB, max_age: 72h, when_full: drop_oldest }] }\n",
