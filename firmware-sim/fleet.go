@@ -32,6 +32,7 @@ type Fleet struct {
 	ghosts   ghosts
 	dials    chan struct{} // bounds how many devices dial at once
 	draining atomic.Bool   // no more samples and faults
+	aborted  atomic.Bool   // Abort was called
 
 	dialling  sync.WaitGroup
 	connected sync.WaitGroup // connections that have not called OnClose yet
@@ -157,13 +158,13 @@ func (f *Fleet) Run(ctx context.Context) (Report, error) {
 		sampling, cancel = context.WithTimeout(ctx, f.cfg.Duration)
 		defer cancel()
 	}
-	f.schedule(sampling, life, func() bool { return f.cfg.Messages > 0 && f.all((*device).doneSampling) })
+	f.schedule(sampling, life, func() bool { return f.aborted.Load() || f.cfg.Messages > 0 && f.all((*device).doneSampling) })
 	f.ended.Store(int64(f.elapsed()))
 	f.draining.Store(true)
 	if f.cfg.Drain > 0 {
 		f.Wake(wakeSpread)
 		drain, stop := context.WithTimeout(life, f.cfg.Drain)
-		f.schedule(drain, life, func() bool { return f.all((*device).idle) })
+		f.schedule(drain, life, func() bool { return f.aborted.Load() || f.all((*device).idle) })
 		stop()
 	}
 	cancel()
@@ -179,6 +180,9 @@ func (f *Fleet) Run(ctx context.Context) (Report, error) {
 	}
 	return r, nil
 }
+
+// Abort has Run end soon, whatever is not acknowledged yet.
+func (f *Fleet) Abort() { f.aborted.Store(true) }
 
 // all says whether holds is true for each device, asked under its mu.
 func (f *Fleet) all(holds func(*device) bool) bool {

@@ -77,6 +77,32 @@ func TestFleetPublishes(t *testing.T) {
 	})
 }
 
+// TestAbort: a fleet that nobody acknowledges anything ends when it is told to, not when its drain time is over.
+func TestAbort(t *testing.T) {
+	s := mqtttest.New(t, mqtttest.Script{Publish: func(string, *mqtt.Publish) mqtttest.Answer { return mqtttest.Answer{Silent: true} }})
+	f, err := firmwaresim.New(firmwaresim.Config{Broker: "mqtt://" + s.Addr, Devices: 2, Rate: 100, QoS: firmwaresim.QoS1, Drain: time.Hour}, logger(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() {
+		_, err := f.Run(ctx)
+		ended <- err
+	}()
+	testkit.Eventually(t, 10*time.Second, "something is in flight", func() bool { return f.Snapshot().InFlight > 0 })
+	cancel() // it drains now
+	f.Abort()
+	select {
+	case err := <-ended:
+		if err != nil {
+			t.Error(err)
+		}
+	case <-time.After(20 * time.Second):
+		t.Fatal("it drains on")
+	}
+}
+
 func TestFleetFillsTheWindow(t *testing.T) {
 	for _, qos := range []firmwaresim.QoS{firmwaresim.ByProfile, firmwaresim.QoS0, firmwaresim.QoS1, firmwaresim.QoS2} {
 		t.Run(fmt.Sprintf("qos=%d", int(qos)-1), func(t *testing.T) {

@@ -16,7 +16,7 @@ func startFleet(t *testing.T, addr string, seed uint64, devices int, rate float6
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { _ = f.Finish() })
+	t.Cleanup(f.Abort)
 	return f
 }
 

@@ -55,6 +55,12 @@ var forms = []form{
 	{name: "each message by itself", format: "cloudevents"},
 	{name: "large messages", size: 5000},
 	{
+		name: "newest first", liveFirst: []string{"alarm", "telemetry", "bulk"},
+		yaml: "spool: { lanes: [{ name: alarm, share: 50, max_bytes: 256MiB, max_age: 720h, when_full: reject, drain: live_first }, " +
+			"{ name: telemetry, share: 40, max_bytes: 1GiB, max_age: 168h, when_full: drop_oldest, drain: live_first }, " +
+			"{ name: bulk, share: 10, max_bytes: 1GiB, max_age: 72h, when_full: drop_oldest, drain: live_first }] }\n",
+	},
+	{
 		name: "small lanes", reasons: []string{"max_bytes"}, size: 500,
 		yaml: "spool: { lanes: [{ name: alarm, share: 50, max_bytes: 1MiB, max_age: 720h, when_full: drop_oldest }, " +
 			"{ name: telemetry, share: 40, max_bytes: 1MiB, max_age: 168h, when_full: drop_oldest }, { name: bulk, share: 10, max_bytes: 1MiB, max_age: 72h, when_full: drop_oldest }] }\n",
@@ -138,7 +144,7 @@ func startTrial(t *testing.T, r *proof.Report, fm form, seed uint64, powered boo
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { _ = x.fleet.Finish() })
+	t.Cleanup(x.fleet.Abort)
 	if l.commands {
 		x.force = startTroops(t, x.g.Addr, seed)
 		for prefix, fleet := range x.force.fleets {

@@ -29,6 +29,7 @@ type FleetConfig struct {
 // Fleet is simulated devices of both protocol versions that publish until Finish and send again what was not acknowledged.
 type Fleet struct {
 	halves map[string]*firmwaresim.Fleet // by the prefix of their device ids; see Add
+	own    []*firmwaresim.Fleet          // those that StartFleet has started
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
 	mu     sync.Mutex
@@ -68,6 +69,7 @@ func StartFleet(ctx context.Context, c FleetConfig) (*Fleet, error) {
 			return nil, err
 		}
 		f.halves[prefix] = fleet
+		f.own = append(f.own, fleet)
 	}
 	for prefix, half := range f.halves {
 		f.wg.Go(func() {
@@ -95,6 +97,15 @@ func (f *Fleet) Finish() error {
 		}
 	}
 	return err
+}
+
+// Abort ends the devices at once. After Finish, and twice, it does nothing.
+func (f *Fleet) Abort() {
+	for _, half := range f.own {
+		half.Abort()
+	}
+	f.cancel()
+	f.wg.Wait()
 }
 
 // Add has Check look at other simulated devices, too, whose ids begin with prefix and a dash. Whoever started them ends them.
