@@ -103,7 +103,7 @@ func listen(t *testing.T, b *proof.Cloud, addr string) {
 	defer cancel()
 	c, err := mqtt.Dial(ctx, mqtt.ClientOptions{
 		Address: addr,
-		Connect: mqtt.Connect{Version: mqtt.V311, ClientID: "inbox", CleanStart: true, KeepAlive: 60},
+		Connect: mqtt.Connect{Version: mqtt.V311, ClientID: "inbox", CleanStart: true},
 		OnMessage: func(_ *mqtt.Client, p *mqtt.Publish) {
 			b.Take(string(p.Topic), p.Payload)
 		},

@@ -312,11 +312,7 @@ func (x *trial) kill(proof.Step, *rand.Rand) bool {
 func (x *trial) cut(_ proof.Step, rng *rand.Rand) bool {
 	x.t.Helper()
 	loss := x.disk.Cut(rng.Uint64())
-	select {
-	case <-x.g.Exited():
-	default:
-		x.g.Signal(syscall.SIGKILL)
-	}
+	x.g.SendKill()
 	x.mount.Release() // what hangs in the disk can end
 	<-x.g.Exited()
 	x.remount()
