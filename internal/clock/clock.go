@@ -92,6 +92,7 @@ type stamp struct {
 const (
 	start    = 1000                  // t of the very first moment: 0 stays "never"
 	jitter   = 5                     // ms that two readings of two clocks may differ by
+	maxReads = 100                   // until a reading is taken although the clock jumped meanwhile, again and again
 	askEvery = time.Second           // how long the kernel's word is believed
 	jump     = 2000                  // ms by which wall and t may drift apart between two looks
 	doubtful = 10 * 60 * 1000        // ms without a jump until a clock that jumped is believed again
@@ -130,7 +131,7 @@ func (c *Clock) Read() Moment {
 	for try := 0; ; try++ {
 		wall, elapsed := c.src.read()
 		s := c.stamp.Load()
-		if d := wall - elapsed.Milliseconds() - s.off; try == 2 || d <= jitter && d >= -jitter && elapsed-s.asked < askEvery {
+		if d := wall - elapsed.Milliseconds() - s.off; try == maxReads || d <= jitter && d >= -jitter && elapsed-s.asked < askEvery {
 			return Moment{T: c.base.Load() + (elapsed - c.elapsed0).Milliseconds(), Wall: wall, Booted: s.booted, Unsynced: s.unsynced}
 		}
 		c.ask(s) // a reading from before a jump must not meet a stamp from after it, so read again
