@@ -224,7 +224,8 @@ func (s *Store) begin(mayWait, first, message bool) (*Group, error) {
 		case s.closed:
 			s.mu.Unlock()
 			return nil, ErrClosed
-		case !full && (t != nil || !mayWait || s.turns.none(first)):
+		case !full && (t != nil || !mayWait || s.turns.none(first) || s.open.more() > 8*s.turns.waiting()):
+			// As long as there is ample room for all who wait, whoever comes meanwhile takes nothing from them.
 			s.open.entries++
 			return s.open, nil
 		case !mayWait:

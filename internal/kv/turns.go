@@ -56,5 +56,8 @@ func (q *turns) call(n int) {
 	}
 }
 
+// waiting is how many have not come yet, called or not.
+func (q *turns) waiting() int { return len(q.first) + len(q.rest) + q.called }
+
 // all is how many wait and are not called.
 func (q *turns) all() int { return len(q.first) + len(q.rest) }
