@@ -330,6 +330,7 @@ func (x *trial) cut(_ proof.Step, rng *rand.Rand) bool {
 
 // full leaves hardly any room for a while.
 func (x *trial) full(s proof.Step, rng *rand.Rand) (gone bool) {
+	x.why = append(x.why, "disk_full")
 	x.t.Helper()
 	x.disk.Fill(int64(rng.IntN(2 << 20)))
 	full := time.NewTimer(s.Life)
