@@ -32,7 +32,6 @@ type Bridge struct {
 	counts counts
 	meter  *Meter
 	onLink func(up bool, reason string)
-	today  func() time.Time // what messages and days go by
 
 	mu     sync.Mutex
 	status Status // guarded by mu; the counters in it are filled in by Status
@@ -78,7 +77,10 @@ func New(cfg Config, gateway string, sp *spool.Spool, up Upstream, log *slog.Log
 	if err != nil {
 		return nil, fmt.Errorf("upstream %q: %w", cfg.Name, err)
 	}
-	b, err := NewFrom(cfg, gateway, sp.Epoch(), consumer{c, sp.Time}, up, log, metrics)
+	if cfg.Tuning.Now == nil {
+		cfg.Tuning.Now = sp.Time
+	}
+	b, err := NewFrom(cfg, gateway, sp.Epoch(), consumer{c}, up, log, metrics)
 	if err != nil {
 		c.Close()
 		return nil, err
@@ -92,10 +94,7 @@ func New(cfg Config, gateway string, sp *spool.Spool, up Upstream, log *slog.Log
 func (b *Bridge) OnLink(fn func(up bool, reason string)) { b.onLink = fn }
 
 // consumer makes a Source of a spool's consumer.
-type consumer struct {
-	*spool.Consumer
-	today func() time.Time
-}
+type consumer struct{ *spool.Consumer }
 
 func (c consumer) Readers() []Reader {
 	lanes := c.Lanes()
@@ -116,10 +115,6 @@ func NewFrom(cfg Config, gateway, epoch string, src Source, up Upstream, log *sl
 	if err != nil {
 		return nil, err
 	}
-	today := time.Now
-	if c, ok := src.(consumer); ok {
-		today = c.today
-	}
 	cfg = cfg.withDefaults()
 	readers := src.Readers()
 	b := &Bridge{
@@ -127,7 +122,6 @@ func NewFrom(cfg Config, gateway, epoch string, src Source, up Upstream, log *sl
 		epochOf:      func(string, uint64) (string, uint64, uint64) { return epoch, 0, math.MaxUint64 },
 		inbox:        inbox{ring: make(chan struct{}, 1)},
 		onLink:       func(bool, string) {},
-		today:        today,
 		window:       newWindow(len(readers)),
 		pace:         newPace(cfg.Tuning.InFlightBytes),
 		backoff:      newBackoff(cfg.Tuning.BackoffMin, cfg.Tuning.BackoffMax),
@@ -677,7 +671,7 @@ func (b *Bridge) setState(f func(*Status)) {
 
 // now is the bridge's clock, which never goes back; wall is the one that messages carry.
 func (b *Bridge) now() time.Duration { return time.Since(b.start) }
-func (b *Bridge) wall() time.Time    { return b.today() }
+func (b *Bridge) wall() time.Time    { return b.cfg.Tuning.Now() }
 
 func clamp[T int | time.Duration](v, lo, hi T) T { return max(min(v, hi), lo) }
 

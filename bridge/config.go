@@ -75,7 +75,7 @@ type Tuning struct {
 	// Kicks is how many connections one message may cost, all ended by the upstream with nothing acked, before it
 	// is parked: 10.
 	Kicks int
-	// Now is the wall clock: time.Now. Synced tells whether it is set right; nil: it always is.
+	// Now is the wall clock, by which messages and days go: the spool's, time.Now without one. Synced tells whether it is set right; nil: it always is.
 	Now    func() time.Time
 	Synced func() bool
 }

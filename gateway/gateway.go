@@ -327,7 +327,7 @@ func (g *Gateway) openBroker(context.Context) error {
 func (g *Gateway) openBridges(context.Context) error {
 	for _, u := range g.cfg.Upstreams {
 		u.Tuning.DrainTimeout = bridgeDrain
-		u.Tuning.Now, u.Tuning.Synced = g.clock.Time, func() bool { return !g.clock.Read().Unsynced }
+		u.Tuning.Synced = func() bool { return !g.clock.Read().Unsynced }
 		up, err := mqttup.FromConfig(u, g.cfg.Gateway.ID, g.spool.Epoch(), g.version, g.clock.Time)
 		if err != nil {
 			return fmt.Errorf("upstream %q: %w", u.Name, err)
