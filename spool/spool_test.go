@@ -554,7 +554,8 @@ func TestRetentionWithoutAnUpstream(t *testing.T) {
 	for i := range 20 {
 		r.put("bulk", i*100, i*100+100)
 	}
-	eventually(t, "the lane is within its limit", func() bool { return r.Lanes()[1].Kept.Bytes <= 32<<10 })
+	// It drops from an eighth below its limit on; below that it keeps what it has.
+	eventually(t, "the lane is within its limit", func() bool { return r.Lanes()[1].Kept.Bytes < 28<<10 })
 	a := r.account("", "bulk")
 	if a.Accepted.Messages != 2000 || a.Evicted.Messages == 0 {
 		t.Fatalf("account %+v", a)
