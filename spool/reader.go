@@ -365,6 +365,9 @@ var errMissing = errors.New("chunks are missing")
 
 // passDamage goes on with the first chunk after pos that can be read, if cause is damage.
 func (r *Reader) passDamage(cause error, durable Position) error {
+	if err := r.s.store.Passable(cause); err != nil {
+		return err
+	}
 	to, err := r.afterDamage(cause, durable)
 	if err != nil {
 		return err

@@ -10,7 +10,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/google/uuid"
 	"github.com/prometheus/client_golang/prometheus"
 
 	"holdfast/internal/clock"
@@ -135,6 +134,10 @@ type Spool struct {
 	tailMax   int64
 	replaying sync.Mutex // one Replay at a time: two would take the same message
 
+	damaged  bool       // something of the store was lost; only Open uses it and what follows
+	markLost bool       // and nobody knows how far the log went
+	marked   *markState // nil: there is none
+
 	elapsed func() time.Duration // since the spool was opened, and beforeOpen; only marks use it
 }
 
@@ -161,6 +164,7 @@ func Open(store *kv.Store, cfg Config) (*Spool, error) {
 	if s.cfg.TailBytes <= 0 {
 		s.cfg.TailBytes = 4 << 20
 	}
+	s.readMark()
 	if err := s.openEpoch(); err != nil {
 		return nil, err
 	}
@@ -180,6 +184,8 @@ func Open(store *kv.Store, cfg Config) (*Spool, error) {
 		if err := s.beginEpoch(s.cfg.Restored); err != nil {
 			return nil, err
 		}
+	} else if err := s.epochAfterDamage(); err != nil {
+		return nil, err
 	}
 	s.tailMax = s.cfg.TailBytes / int64(len(s.lanes))
 	if err := s.openCursors(); err != nil {
@@ -197,34 +203,10 @@ func Open(store *kv.Store, cfg Config) (*Spool, error) {
 	return s, nil
 }
 
-func (s *Spool) openEpoch() error {
-	v, found, err := s.store.Get(keyEpoch)
-	if err != nil {
-		return err
-	}
-	if found {
-		s.epoch = string(v)
-		return nil
-	}
-	id, err := uuid.NewV7()
-	if err != nil {
-		return fmt.Errorf("make epoch: %w", err)
-	}
-	s.epoch = id.String()
-	return s.store.ApplyWait([]kv.Op{{Key: keyEpoch, Value: []byte(s.epoch)}})
-}
-
 // openLanes gives every lane its number. Numbers outlive configurations: a lane that is no longer
 // configured takes nothing more, but is still read until it is empty.
 func (s *Spool) openLanes() error {
-	numbers := map[string]byte{}
-	err := s.store.Scan(prefixLaneNum, func(k, v []byte) error {
-		if len(v) != 1 {
-			return fmt.Errorf("lane number %x: %w", k, ErrCorrupt)
-		}
-		numbers[string(k[len(prefixLaneNum):])] = v[0]
-		return nil
-	})
+	numbers, err := s.laneNumbers()
 	if err != nil {
 		return err
 	}
@@ -245,7 +227,7 @@ func (s *Spool) openLanes() error {
 			if len(numbers) > 250 {
 				return fmt.Errorf("lane %q: the store has held %d lanes, and there are numbers for 250", c.Name, len(numbers))
 			}
-			number = byte(len(numbers))
+			number = newNumber(numbers)
 			numbers[c.Name] = number
 			ops = append(ops, kv.Op{Key: append(slices.Clone(prefixLaneNum), c.Name...), Value: []byte{number}})
 		}
@@ -261,12 +243,22 @@ func (s *Spool) openLanes() error {
 		}
 		l.errDisk = fmt.Errorf("append to lane %q: %w: %w", c.Name, ErrFull, ErrDisk)
 		row := laneRow{Next: Position{Seq: 1}, Head: Position{Seq: 1}}
-		if v, found, err := s.store.Get(keyLane(number)); err != nil {
+		v, kept, err := s.store.Get(keyLane(number))
+		if err != nil {
 			return err
-		} else if found {
-			if err := row.parse(v); err != nil {
+		}
+		if kept {
+			err := row.parse(v)
+			switch {
+			case unreadable(err):
+				s.cfg.Log.Error("row of a lane is damaged", "lane", c.Name, "err", err)
+				row, kept, s.damaged = laneRow{Next: Position{Seq: 1}, Head: Position{Seq: 1}}, false, true
+			case err != nil:
 				return fmt.Errorf("lane %q: %w", c.Name, err)
 			}
+		}
+		if err := s.recoverLane(l, &row, kept); err != nil {
+			return err
 		}
 		l.next, l.durable = row.Next, row.Next
 		l.expired, l.evicted = row.Expired, row.Evicted
@@ -289,7 +281,10 @@ func (s *Spool) openCursors() error {
 		prefix := keyCursor(l.number, "")
 		err := s.store.Scan(prefix, func(k, v []byte) error {
 			c := &cursor{upstream: string(k[len(prefix):])}
-			if err := c.row.parse(v); err != nil {
+			if err := c.row.parse(v); unreadable(err) {
+				s.cfg.Log.Error("row of a cursor is damaged: what may have been sent is sent again", "lane", l.cfg.Name, "upstream", c.upstream, "err", err)
+				return nil
+			} else if err != nil {
 				return fmt.Errorf("lane %q, upstream %q: %w", l.cfg.Name, c.upstream, err)
 			}
 			c.active = s.cfg.Upstreams == nil
@@ -309,6 +304,7 @@ func (s *Spool) openCursors() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, l := range s.lanes {
+		s.recoverCursors(l)
 		for _, c := range l.cursors {
 			if !c.active && c.row.Pos.Seq < l.durable.Seq {
 				s.cfg.Log.Warn("upstream is no longer configured, its messages no longer wait for it",

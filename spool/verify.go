@@ -1,6 +1,9 @@
 package spool
 
-import "fmt"
+import (
+	"errors"
+	"fmt"
+)
 
 // Report is what Verify found.
 type Report struct {
@@ -144,6 +147,9 @@ func (s *Spool) Peek(name string, from uint64, limit int, fn func(seq uint64, r 
 			return err
 		}
 		m, raw, err := decodeChunk(nil, v)
+		if errors.Is(err, ErrCorrupt) {
+			continue // Verify and Walk tell of it
+		}
 		if err != nil {
 			return fmt.Errorf("lane %q: %w", name, err)
 		}

@@ -65,6 +65,10 @@ type Options struct {
 	Metrics      prometheus.Registerer // nil: none
 	MaxTables    int                   // that are open at once, each a descriptor; 0: 190
 	Guard        *Guard                // how the disk is watched; nil: it is not
+	// Quarantine is the folder in which damaged files of the store are set aside; "": "quarantine" beside the store's.
+	Quarantine string
+	// Look leaves a damaged store as it is, and opens what can be read of it as a copy beside it. It is for tools.
+	Look bool
 	// Fatal is called when a write or sync failed in a way that leaves open what the disk has. The store takes nothing
 	// more and acknowledges nothing more; the process has to end and start again.
 	Fatal func(error)
