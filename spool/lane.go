@@ -35,6 +35,7 @@ type lane struct {
 	durable          Position
 	head             Position // no upstream needs anything before
 	safeHead         Position // head, as the last commit wrote it
+	rowHead          Position // head, as Open found it in the lane's row
 	cursors          []*cursor
 	expired, evicted Count // by retention, while no upstream waited
 

@@ -226,6 +226,7 @@ func newNumber(numbers map[string]byte) byte {
 // recoverLane brings a lane's row up to what the mark and the chunks say, if something was lost. found is whether the row was there.
 func (s *Spool) recoverLane(l *lane, row *laneRow, found bool) error {
 	was := row.Next
+	l.rowHead = row.Head
 	if s.marked != nil {
 		if m := s.marked.lane(l.number); m != nil {
 			if m.next.Seq > row.Next.Seq {
@@ -291,6 +292,7 @@ func (s *Spool) recoverLane(l *lane, row *laneRow, found bool) error {
 	}
 	if row.Next != was {
 		l.dirty = true
+		s.recovered += row.Next.Seq - was.Seq
 		s.cfg.Log.Error("end of the log was lost: messages that were acknowledged are missing", "lane", l.cfg.Name,
 			"first", was.Seq, "last", row.Next.Seq-1, "found", found)
 	}
@@ -308,17 +310,15 @@ func metaAt(v []byte, err error) (chunkMeta, bool) {
 	return m, err == nil
 }
 
-// recoverCursors puts cursors where they can be: what lies before a lane's head has had its end, even if the row that said so is
-// lost. It counts as delivered, as most of it was.
-func (s *Spool) recoverCursors(l *lane) {
-	for _, c := range l.cursors {
-		if c.row.Pos.Seq < l.head.Seq && c.active {
-			s.cfg.Log.Warn("cursor was lost: what had its end counts as delivered", "lane", l.cfg.Name, "upstream", c.upstream,
-				"first", c.row.Pos.Seq, "last", l.head.Seq-1)
-			c.resolve(l.head, loss{outcome: Delivered})
-			c.restart()
-		}
+// recoverCursor puts a cursor where it can be: what lies before a lane's head has had its end, even if the row that said so is
+// lost. It counts as delivered, as most of it was. One that lies before the head of the lane's own row was not waited for.
+func (s *Spool) recoverCursor(l *lane, c *cursor) {
+	if c.row.Pos.Seq < l.rowHead.Seq || c.row.Pos.Seq >= l.head.Seq {
+		return
 	}
+	s.cfg.Log.Warn("place of an upstream was lost: what had its end counts as delivered", "lane", l.cfg.Name, "upstream", c.upstream,
+		"first", c.row.Pos.Seq, "last", l.head.Seq-1)
+	c.resolve(l.head, loss{outcome: Delivered})
 }
 
 // epochAfterDamage begins a new epoch if sequences may be given twice: the end of a log was lost, or may have been, and no mark says how far
@@ -340,3 +340,7 @@ func (s *Spool) epochAfterDamage() error {
 
 // unreadable says whether a row's error is about the row, and not about a newer version of it.
 func unreadable(err error) bool { return errors.Is(err, ErrCorrupt) }
+
+// Recovered says how many messages that were acknowledged the store had lost when it was opened, as far as the mark beside the log
+// told: readers announce them.
+func (s *Spool) Recovered() uint64 { return s.recovered }

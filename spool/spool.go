@@ -134,9 +134,10 @@ type Spool struct {
 	tailMax   int64
 	replaying sync.Mutex // one Replay at a time: two would take the same message
 
-	damaged  bool       // something of the store was lost; only Open uses it and what follows
-	markLost bool       // and nobody knows how far the log went
-	marked   *markState // nil: there is none
+	damaged   bool // something of the store was lost; only Open uses it and what follows
+	recovered uint64
+	markLost  bool       // and nobody knows how far the log went
+	marked    *markState // nil: there is none
 
 	elapsed func() time.Duration // since the spool was opened, and beforeOpen; only marks use it
 }
@@ -288,6 +289,7 @@ func (s *Spool) openCursors() error {
 				return fmt.Errorf("lane %q, upstream %q: %w", l.cfg.Name, c.upstream, err)
 			}
 			c.active = s.cfg.Upstreams == nil
+			s.recoverCursor(l, c)
 			c.restart()
 			l.cursors = append(l.cursors, c)
 			return nil
@@ -304,7 +306,6 @@ func (s *Spool) openCursors() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, l := range s.lanes {
-		s.recoverCursors(l)
 		for _, c := range l.cursors {
 			if !c.active && c.row.Pos.Seq < l.durable.Seq {
 				s.cfg.Log.Warn("upstream is no longer configured, its messages no longer wait for it",

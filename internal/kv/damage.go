@@ -45,6 +45,18 @@ type Damage struct {
 	SetAside string `json:"set_aside,omitempty"`
 }
 
+// String tells of it in one line.
+func (d Damage) String() string {
+	s := fmt.Sprintf("file %s: %s; %d bytes cannot be read, %d rows or commits can", d.File, d.What, d.LostBytes, d.Kept)
+	if d.From != "" {
+		s += fmt.Sprintf("; it held %s to %s", d.From, d.To)
+	}
+	if d.SetAside != "" {
+		s += "; set aside as " + d.SetAside
+	}
+	return s
+}
+
 // suspectsName is the file, in the store's folder, that names tables of which something could not be read while the store was open. The
 // next start reads them wholly.
 const suspectsName = "suspects"
@@ -845,6 +857,19 @@ func (m *mender) syncDir(dir string) error {
 		return err
 	}
 	return errors.Join(f.Sync(), f.Close())
+}
+
+// damagedMarks tells of marks that could not be read.
+func (s *Store) damagedMarks() {
+	for _, name := range s.marks.bad {
+		d := Damage{At: time.Now().UTC().Truncate(time.Second), File: name, What: "mark of what was committed cannot be read; the other one can", LostBytes: markSize}
+		if s.marks.last == nil {
+			d.What = "mark of what was committed cannot be read: whether the end of the log is all there is not known"
+		}
+		s.damage = append(s.damage, d)
+		s.m.damaged.Inc()
+		s.opt.Log.Warn("store was damaged", "file", d.File, "what", d.What)
+	}
 }
 
 // forgetSuspects is for when the store is open: they were read.

@@ -12,63 +12,91 @@ import (
 
 // A log whose end is damaged looks like one that was never written so far: what was acknowledged would be gone without
 // a word, and its sequences given out again. So after each commit's fsync, and before anybody is told of it, what was committed
-// is noted in a small file of its own, without an fsync: two slots in turn, so that a torn write leaves the other.
-// A power cut may take the note back, never make it say too much.
+// is noted in two small files, one after the other, without an fsync: a torn write, or damage, leaves one. A power cut may take the note
+// back, never make it say too much.
 //
-//	0      4     5          13      15      ...     end of the slot
-//	| "HFmk" | ver | number | length | state | crc32c of all before | zeros
+//	0      4     5          13      15      ...     end
+//	| "HFmk" | ver | number | length | state | crc32c of all before | zeros to 4 KiB
 //
 // Written to disk: never renumber, never reuse.
 const (
-	markName    = "mark"
 	markMagic   = "HFmk"
 	markV1      = 1
 	markHeader  = 15
-	markSlot    = 4 << 10
+	markSize    = 4 << 10
 	markTrailer = 4
 )
 
-// marks is that file. Nil writes nothing. Only the goroutine that completes commits writes it.
+var markNames = [...]string{"mark", "mark.2"}
+
+// marks is those files. Nil writes nothing. Only the goroutine that completes commits writes them.
 type marks struct {
-	f      vfs.File
+	files  []vfs.File
 	log    *slog.Logger
 	number uint64
 	last   []byte // the state found at the start; nil: none
 	lost   bool   // there was one, or may have been, that cannot be read
+	bad    []string
 	buf    []byte
 	told   bool
 }
 
-// openMarks opens the file, or makes it. One that cannot be read has no last state.
-func openMarks(fsys vfs.FS, dir string, log *slog.Logger) (*marks, error) {
+// openMarks opens the files, or makes them; with look it only reads them.
+func openMarks(fsys vfs.FS, dir string, log *slog.Logger, look bool) (*marks, error) {
 	m := &marks{log: log}
-	path := fsys.PathJoin(dir, markName)
-	b, _, err := readTolerant(fsys, path)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return nil, err
-	}
-	for at := 0; at+markSlot <= len(b); at += markSlot {
-		if n, state, ok := parseMark(b[at : at+markSlot]); ok && n > m.number {
+	found := 0
+	whole := [len(markNames)]bool{}
+	for i, name := range markNames {
+		b, _, err := readTolerant(fsys, fsys.PathJoin(dir, name))
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return nil, err
+		}
+		if err != nil {
+			continue
+		}
+		found++
+		n, state, ok := parseMark(b)
+		if whole[i] = len(b) == markSize && (ok || allZero(b)); !whole[i] {
+			m.bad = append(m.bad, name)
+		}
+		if ok && n > m.number {
 			m.number, m.last = n, append([]byte{}, state...)
 		}
 	}
-	m.lost = err == nil && m.last == nil
-	if len(b) == 2*markSlot {
-		m.f, err = fsys.OpenReadWrite(path, vfs.WriteCategoryUnspecified)
-		return m, err
+	m.lost = found > 0 && m.last == nil
+	if look {
+		return m, nil
 	}
-	// Its blocks are allocated now: on a full disk it can still be written.
-	if m.f, err = fsys.Create(path, vfs.WriteCategoryUnspecified); err != nil {
-		return nil, err
+	for i, name := range markNames {
+		if err := m.open(fsys, fsys.PathJoin(dir, name), whole[i]); err != nil {
+			return nil, errors.Join(err, m.close())
+		}
 	}
-	zeros := make([]byte, 2*markSlot)
+	return m, nil
+}
+
+// open opens a file that is whole, or makes it. All its blocks are allocated: on a full disk it can still be written.
+func (m *marks) open(fsys vfs.FS, path string, whole bool) error {
+	if whole {
+		f, err := fsys.OpenReadWrite(path, vfs.WriteCategoryUnspecified)
+		if err == nil {
+			m.files = append(m.files, f)
+		}
+		return err
+	}
+	f, err := fsys.Create(path, vfs.WriteCategoryUnspecified)
+	if err != nil {
+		return err
+	}
+	m.files = append(m.files, f)
+	b := make([]byte, markSize)
 	if m.last != nil {
-		copy(zeros, appendMark(nil, m.number, m.last))
+		copy(b, appendMark(nil, m.number, m.last))
 	}
-	if _, err := m.f.Write(zeros); err != nil {
-		return nil, errors.Join(err, m.f.Close())
+	if _, err := f.Write(b); err != nil {
+		return err
 	}
-	return m, m.f.Sync()
+	return f.Sync()
 }
 
 func appendMark(dst []byte, number uint64, state []byte) []byte {
@@ -79,6 +107,9 @@ func appendMark(dst []byte, number uint64, state []byte) []byte {
 }
 
 func parseMark(b []byte) (number uint64, state []byte, ok bool) {
+	if len(b) < markHeader+markTrailer {
+		return 0, nil, false
+	}
 	if string(b[:4]) != markMagic || b[4] != markV1 {
 		return 0, nil, false
 	}
@@ -91,7 +122,7 @@ func parseMark(b []byte) (number uint64, state []byte, ok bool) {
 
 // write notes the state that appendTo gives. A disk that does not take it fails at the next commit.
 func (m *marks) write(appendTo func([]byte) []byte) {
-	if m == nil {
+	if m == nil || len(m.files) == 0 {
 		return
 	}
 	m.number++
@@ -99,7 +130,7 @@ func (m *marks) write(appendTo func([]byte) []byte) {
 	b = binary.BigEndian.AppendUint64(append(b, markV1), m.number)
 	b = appendTo(append(b, 0, 0))
 	state := len(b) - markHeader
-	if len(b)+markTrailer > markSlot {
+	if len(b)+markTrailer > markSize {
 		if !m.told {
 			m.told = true
 			m.log.Warn("too many lanes for the mark of what is committed: damage of the log's end may go unnoticed", "size_bytes", state)
@@ -109,9 +140,11 @@ func (m *marks) write(appendTo func([]byte) []byte) {
 	binary.BigEndian.PutUint16(b[13:], uint16(state))
 	b = binary.BigEndian.AppendUint32(b, crc32.Checksum(b, castagnoli))
 	m.buf = b
-	if _, err := m.f.WriteAt(b, int64(m.number%2)*markSlot); err != nil && !m.told {
-		m.told = true
-		m.log.Warn("mark of what is committed cannot be written", "err", err)
+	for _, f := range m.files {
+		if _, err := f.WriteAt(b, 0); err != nil && !m.told {
+			m.told = true
+			m.log.Warn("mark of what is committed cannot be written", "err", err)
+		}
 	}
 }
 
@@ -119,7 +152,11 @@ func (m *marks) close() error {
 	if m == nil {
 		return nil
 	}
-	return m.f.Close()
+	var err error
+	for _, f := range m.files {
+		err = errors.Join(err, f.Close())
+	}
+	return err
 }
 
 // Marked returns what the participant's Mark gave for the last commit before the store was opened; nil: that is not known.

@@ -29,7 +29,7 @@ func (s *Store) checkFormat() error {
 	switch {
 	case found && binary.BigEndian.Uint32(v) > FormatVersion:
 		return ErrVersion
-	case found && binary.BigEndian.Uint32(v) == FormatVersion:
+	case found && binary.BigEndian.Uint32(v) == FormatVersion, s.opt.Look:
 		return nil
 	case found:
 		// Whatever is written from now on may be of this version, and an older holdfast must not take it for damage. What is there is

@@ -155,7 +155,9 @@ func (s *Store) openPebble(dir string) error {
 		s.db = db
 		err = s.checkFormat()
 		if err == nil {
-			s.marks, err = openMarks(s.opt.FS, cmp.Or(s.copied, dir), s.opt.Log)
+			if s.marks, err = openMarks(s.opt.FS, cmp.Or(s.copied, dir), s.opt.Log, s.opt.Look); err == nil {
+				s.damagedMarks()
+			}
 		}
 		if err != nil {
 			opened <- errors.Join(err, db.Close())
@@ -408,6 +410,9 @@ func (s *Store) Iter(start, end []byte) (*pebble.Iterator, error) {
 // (see Memtable); rows in a memtable would force a flush. It is durable when it returns, so
 // whatever says that these rows are no longer needed has to be durable before the call.
 func (s *Store) Excise(start, end []byte) error {
+	if s.opt.Look {
+		return nil
+	}
 	s.excising.Store(time.Now().UnixNano())
 	defer s.excising.Store(0)
 	err := s.db.Excise(context.Background(), pebble.KeyRange{Start: start, End: end})
@@ -500,7 +505,7 @@ func (s *Store) write(g *Group) {
 		err = s.part.Stage(g.sealed, writer{g.batch})
 	}
 	if err == nil {
-		if g.batch.Empty() {
+		if g.batch.Empty() || s.opt.Look {
 			// Nothing to store: the group only waits for its place in the order.
 			g.empty = true
 		} else {
