@@ -63,9 +63,11 @@ type cursor struct {
 	active   bool // configured: what it has not resolved stays
 	dirty    bool // its row has to be written
 	row      cursorRow
-	holes    []hole // damaged stretches ahead, in order: they count as evicted once everything before is resolved
-	lost     []loss // what ended otherwise than delivered since the last commit, to be announced by the next
-	live     stream // of a lane that drains live_first; see live.go
+	// committed is the row as the last commit wrote it.
+	committed []byte
+	holes     []hole // damaged stretches ahead, in order: they count as evicted once everything before is resolved
+	lost      []loss // what ended otherwise than delivered since the last commit, to be announced by the next
+	live      stream // of a lane that drains live_first; see live.go
 }
 
 type hole struct{ from, to Position }

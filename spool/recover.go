@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/google/uuid"
@@ -20,6 +21,7 @@ import (
 // mark is what each commit notes beside the log: the epoch, and each lane's name, end and begin.
 //
 //	| version 1 | epoch length | epoch | lanes | for each: number | name length | name | next seq | next bytes | head seq | head bytes |
+//	                                            cursors | for each: upstream length | upstream | row length | cursorRow |
 //
 // All numbers are varints. Written to disk: never renumber, never reuse.
 type markState struct {
@@ -31,6 +33,7 @@ type markLane struct {
 	number     byte
 	name       string
 	next, head Position
+	cursors    map[string]cursorRow // by upstream
 }
 
 // Mark implements kv.Participant.
@@ -45,6 +48,11 @@ func (s *Spool) Mark(dst []byte) []byte {
 		dst = append(binary.AppendUvarint(dst, uint64(len(l.cfg.Name))), l.cfg.Name...)
 		for _, n := range [...]uint64{l.durable.Seq, l.durable.Bytes, l.safeHead.Seq, l.safeHead.Bytes} {
 			dst = binary.AppendUvarint(dst, n)
+		}
+		dst = binary.AppendUvarint(dst, uint64(len(l.cursors)))
+		for _, c := range l.cursors {
+			dst = append(binary.AppendUvarint(dst, uint64(len(c.upstream))), c.upstream...)
+			dst = append(binary.AppendUvarint(dst, uint64(len(c.committed))), c.committed...)
 		}
 	}
 	return dst
@@ -61,23 +69,29 @@ func parseMarkState(b []byte) (m markState, err error) {
 		}
 		return n
 	}
-	text := func() string {
+	text := func() []byte {
 		n := number()
 		if err == nil && n > uint64(len(b)) {
 			err = fmt.Errorf("mark: %w: too short", ErrCorrupt)
 		}
 		if err != nil {
-			return ""
+			return nil
 		}
-		t := string(b[:n])
+		t := b[:n]
 		b = b[n:]
 		return t
 	}
-	m.epoch = text()
+	m.epoch = string(text())
 	for range min(number(), 256) {
-		l := markLane{number: byte(number()), name: text()}
+		l := markLane{number: byte(number()), name: string(text()), cursors: map[string]cursorRow{}}
 		l.next = Position{number(), number()}
 		l.head = Position{number(), number()}
+		for range min(number(), 1024) {
+			upstream, row := string(text()), cursorRow{}
+			if raw := text(); len(raw) > 0 && row.parse(raw) == nil {
+				l.cursors[upstream] = row
+			}
+		}
 		m.lanes = append(m.lanes, l)
 	}
 	return m, err
@@ -139,11 +153,11 @@ func (s *Spool) openEpoch() error {
 	return s.store.ApplyWait([]kv.Op{{Key: keyEpoch, Value: []byte(s.epoch)}})
 }
 
-// laneNumbers reads the lanes' numbers. Those whose rows are lost come from the mark; numbers of which there are only
+// laneNumbers reads the lanes' numbers, and gives the rows that are to be written for those that were lost. Those whose rows are lost come from the mark; numbers of which there are only
 // chunks go to the configured lanes that have none, in their order, which is how they were given.
-func (s *Spool) laneNumbers() (map[string]byte, error) {
-	numbers := map[string]byte{}
-	err := s.store.Scan(prefixLaneNum, func(k, v []byte) error {
+func (s *Spool) laneNumbers() (numbers map[string]byte, rows []kv.Op, err error) {
+	numbers = map[string]byte{}
+	err = s.store.Scan(prefixLaneNum, func(k, v []byte) error {
 		if name := string(k[len(prefixLaneNum):]); len(v) == 1 {
 			numbers[name] = v[0]
 		} else {
@@ -153,11 +167,12 @@ func (s *Spool) laneNumbers() (map[string]byte, error) {
 		return nil
 	})
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
+	had := maps.Clone(numbers)
 	if s.marked != nil {
 		for _, l := range s.marked.lanes {
-			if _, ok := numbers[l.name]; !ok && !slices.Contains(slices.Collect(maps.Values(numbers)), l.number) {
+			if _, ok := numbers[l.name]; !ok && l.name != "" && !slices.Contains(slices.Collect(maps.Values(numbers)), l.number) {
 				s.damaged = true
 				s.cfg.Log.Warn("row of a lane's number was lost, the mark beside the log has it", "lane", l.name)
 				numbers[l.name] = l.number
@@ -169,10 +184,15 @@ func (s *Spool) laneNumbers() (map[string]byte, error) {
 			numbers[SystemLane] = systemNumber
 		}
 		if err := s.nameOrphans(numbers); err != nil {
-			return nil, err
+			return nil, nil, err
 		}
 	}
-	return numbers, nil
+	for name, number := range numbers {
+		if _, ok := had[name]; !ok {
+			rows = append(rows, kv.Op{Key: append(slices.Clone(prefixLaneNum), name...), Value: []byte{number}})
+		}
+	}
+	return numbers, rows, nil
 }
 
 // nameOrphans gives a name to each number under which there are chunks, and which no lane has.
@@ -310,15 +330,41 @@ func metaAt(v []byte, err error) (chunkMeta, bool) {
 	return m, err == nil
 }
 
-// recoverCursor puts a cursor where it can be: what lies before a lane's head has had its end, even if the row that said so is
-// lost. It counts as delivered, as most of it was. One that lies before the head of the lane's own row was not waited for.
-func (s *Spool) recoverCursor(l *lane, c *cursor) {
-	if c.row.Pos.Seq < l.rowHead.Seq || c.row.Pos.Seq >= l.head.Seq {
-		return
+// recoverCursors takes the places of upstreams from the mark, where it is further on than the lane's rows: or they are lost. Nothing goes
+// back while the gateway works, so further is where more has had its end.
+func (s *Spool) recoverCursors(l *lane) {
+	var m *markLane
+	if s.marked != nil {
+		m = s.marked.lane(l.number)
 	}
-	s.cfg.Log.Warn("place of an upstream was lost: what had its end counts as delivered", "lane", l.cfg.Name, "upstream", c.upstream,
-		"first", c.row.Pos.Seq, "last", l.head.Seq-1)
-	c.resolve(l.head, loss{outcome: Delivered})
+	if m != nil {
+		for _, upstream := range slices.Sorted(maps.Keys(m.cursors)) {
+			row := m.cursors[upstream]
+			c := l.cursor(upstream)
+			if c == nil {
+				c = &cursor{upstream: upstream, active: s.cfg.Upstreams == nil}
+				l.cursors = append(l.cursors, c)
+			} else if c.row.through() >= row.through() {
+				continue
+			}
+			s.cfg.Log.Warn("place of an upstream was lost, the mark beside the log has it", "lane", l.cfg.Name, "upstream", upstream, "sequence", row.Pos.Seq)
+			c.row, c.dirty = row, true
+		}
+	}
+	for _, c := range l.cursors {
+		// Before the head everything has had its end. Who is not that far, and was when the lane's row was written, has lost that.
+		if c.row.Pos.Seq >= l.rowHead.Seq && c.row.Pos.Seq < l.head.Seq {
+			s.cfg.Log.Warn("place of an upstream was lost: what had its end counts as delivered", "lane", l.cfg.Name, "upstream", c.upstream,
+				"first", c.row.Pos.Seq, "last", l.head.Seq-1)
+			c.resolve(l.head, loss{outcome: Delivered})
+		}
+		c.restart()
+	}
+}
+
+// through is how many messages have had their end.
+func (r *cursorRow) through() uint64 {
+	return r.Delivered.Messages + r.Expired.Messages + r.Evicted.Messages + r.Parked.Messages
 }
 
 // epochAfterDamage begins a new epoch if sequences may be given twice: the end of a log was lost, or may have been, and no mark says how far
@@ -344,3 +390,9 @@ func unreadable(err error) bool { return errors.Is(err, ErrCorrupt) }
 // Recovered says how many messages that were acknowledged the store had lost when it was opened, as far as the mark beside the log
 // told: readers announce them.
 func (s *Spool) Recovered() uint64 { return s.recovered }
+
+// firstLine leaves out the stack that some of the store's errors carry.
+func firstLine(err error) string {
+	line, _, _ := strings.Cut(err.Error(), "\n")
+	return line
+}

@@ -207,7 +207,7 @@ func Open(store *kv.Store, cfg Config) (*Spool, error) {
 // openLanes gives every lane its number. Numbers outlive configurations: a lane that is no longer
 // configured takes nothing more, but is still read until it is empty.
 func (s *Spool) openLanes() error {
-	numbers, err := s.laneNumbers()
+	numbers, ops, err := s.laneNumbers()
 	if err != nil {
 		return err
 	}
@@ -218,7 +218,6 @@ func (s *Spool) openLanes() error {
 			configs = append(configs, LaneConfig{Name: name, Share: 1, WhenFull: Reject})
 		}
 	}
-	var ops []kv.Op
 	for i, c := range configs {
 		if _, twice := s.names[c.Name]; twice {
 			return fmt.Errorf("lane %q is configured twice, or uses the name of the gateway's own lane", c.Name)
@@ -289,14 +288,14 @@ func (s *Spool) openCursors() error {
 				return fmt.Errorf("lane %q, upstream %q: %w", l.cfg.Name, c.upstream, err)
 			}
 			c.active = s.cfg.Upstreams == nil
-			s.recoverCursor(l, c)
-			c.restart()
+			c.committed = append(c.committed, v...)
 			l.cursors = append(l.cursors, c)
 			return nil
 		})
 		if err != nil {
 			return err
 		}
+		s.recoverCursors(l)
 	}
 	for _, name := range slices.Sorted(maps.Keys(s.cfg.Upstreams)) {
 		if err := s.attach(name, s.cfg.Upstreams[name]); err != nil {
@@ -570,9 +569,11 @@ type sealed struct {
 	rows  []byte // encoded rows, back to back
 	ends  []rowEnd
 	heads []sealedHead
-	gaps  []gap  // announced by this commit
-	chunk []byte // room to encode a chunk
-	now   clock.Moment
+	// cursors are those whose rows are written.
+	cursors []sealedCursor
+	gaps    []gap  // announced by this commit
+	chunk   []byte // room to encode a chunk
+	now     clock.Moment
 }
 
 type sealedLane struct {
@@ -583,6 +584,12 @@ type sealedLane struct {
 
 // rowEnd says where a row's key and value end in sealed.rows. A row without a value is deleted.
 type rowEnd struct{ key, value int }
+
+// sealedCursor says which of sealed.ends is a cursor's row.
+type sealedCursor struct {
+	c   *cursor
+	end int
+}
 
 type sealedHead struct {
 	l    *lane
@@ -612,6 +619,7 @@ func (s *Spool) Seal() any {
 			if c.dirty {
 				c.dirty = false
 				st.row(append(append(st.rows, kv.PrefixCursor, l.number), c.upstream...), c.row.append)
+				st.cursors = append(st.cursors, sealedCursor{c, len(st.ends) - 1})
 			}
 		}
 		for _, d := range l.deletes {
@@ -711,11 +719,16 @@ func (s *Spool) Committed(v any, memtable uint64) {
 	for _, h := range st.heads {
 		h.l.safeHead = h.head
 	}
+	for _, sc := range st.cursors {
+		e := st.ends[sc.end]
+		sc.c.committed = append(sc.c.committed[:0], st.rows[e.key:e.value]...)
+	}
 	if len(st.lanes) > 0 {
 		s.notify()
 	}
 	clear(st.lanes)
 	st.lanes, st.rows, st.ends, st.heads, st.gaps = st.lanes[:0], st.rows[:0], st.ends[:0], st.heads[:0], st.gaps[:0]
+	st.cursors = st.cursors[:0]
 	if cap(st.chunk) > 4*maxChunk {
 		st.chunk = nil
 	}

@@ -16,14 +16,14 @@ import (
 // back, never make it say too much.
 //
 //	0      4     5          13      15      ...     end
-//	| "HFmk" | ver | number | length | state | crc32c of all before | zeros to 4 KiB
+//	| "HFmk" | ver | number | length | state | crc32c of all before | zeros to 16 KiB
 //
 // Written to disk: never renumber, never reuse.
 const (
 	markMagic   = "HFmk"
 	markV1      = 1
 	markHeader  = 15
-	markSize    = 4 << 10
+	markSize    = 16 << 10
 	markTrailer = 4
 )
 
@@ -35,7 +35,7 @@ type marks struct {
 	log    *slog.Logger
 	number uint64
 	last   []byte // the state found at the start; nil: none
-	lost   bool   // there was one, or may have been, that cannot be read
+	lost   bool   // there was one that cannot be read
 	bad    []string
 	buf    []byte
 	told   bool
@@ -44,7 +44,6 @@ type marks struct {
 // openMarks opens the files, or makes them; with look it only reads them.
 func openMarks(fsys vfs.FS, dir string, log *slog.Logger, look bool) (*marks, error) {
 	m := &marks{log: log}
-	found := 0
 	whole := [len(markNames)]bool{}
 	for i, name := range markNames {
 		b, _, err := readTolerant(fsys, fsys.PathJoin(dir, name))
@@ -54,16 +53,16 @@ func openMarks(fsys vfs.FS, dir string, log *slog.Logger, look bool) (*marks, er
 		if err != nil {
 			continue
 		}
-		found++
 		n, state, ok := parseMark(b)
-		if whole[i] = len(b) == markSize && (ok || allZero(b)); !whole[i] {
+		if whole[i] = len(b) == markSize && (ok || allZero(b)); !whole[i] && len(b) > 0 {
 			m.bad = append(m.bad, name)
 		}
 		if ok && n > m.number {
 			m.number, m.last = n, append([]byte{}, state...)
 		}
 	}
-	m.lost = found > 0 && m.last == nil
+	// Zeros are what a power cut may leave of it.
+	m.lost = len(m.bad) > 0 && m.last == nil
 	if look {
 		return m, nil
 	}
@@ -167,5 +166,5 @@ func (s *Store) Marked() []byte {
 	return s.marks.last
 }
 
-// MarkLost says whether there was a mark that cannot be read, or a store that has taken one may not have.
+// MarkLost says whether there was a mark that cannot be read.
 func (s *Store) MarkLost() bool { return s.marks != nil && s.marks.lost }
