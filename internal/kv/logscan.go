@@ -91,6 +91,9 @@ func scanRecords(b []byte, number uint32, unfinished bool) recordScan {
 			continue
 		}
 		claimed = max(claimed, c.synced)
+		if c.header != headerLogSync { // the first log of a new store claims nothing: what follows in it has to do
+			claimed = max(claimed, int64(at))
+		}
 		if bad >= 0 {
 			s.holes = append(s.holes, span{bad, int64(at)})
 			bad = -1
