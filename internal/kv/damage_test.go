@@ -159,7 +159,7 @@ func writeFile(t *testing.T, fs vfs.FS, name string, b []byte) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := f.Write(b); err != nil {
+	if _, err := f.Write(slices.Clone(b)); err != nil { // under the race detector it spoils what it was given
 		t.Fatal(err)
 	}
 	if err := errors.Join(f.Sync(), f.Close()); err != nil {
@@ -226,7 +226,7 @@ func TestDamagedStoreOpens(t *testing.T) {
 				}
 			}()
 			if rnd.IntN(4) == 0 {
-				lookAt(t, fs, want)
+				lookAt(t, fs)
 			}
 			s := openAt(t, fs, "data/store", nil)
 			got, damaged := readRows(t, s)
@@ -273,7 +273,7 @@ func TestDamagedStoreOpens(t *testing.T) {
 }
 
 // lookAt opens the store as a tool does: it changes nothing.
-func lookAt(t *testing.T, fs vfs.FS, want map[string][]byte) {
+func lookAt(t *testing.T, fs vfs.FS) {
 	t.Helper()
 	before := snapshot(t, fs, "data/store")
 	s := openAt(t, fs, "data/store", func(o *kv.Options) { o.Look = true })
