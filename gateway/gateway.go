@@ -554,12 +554,8 @@ func (g *Gateway) Status() httpapi.Status {
 
 func (g *Gateway) storeStatus() httpapi.Store {
 	d := g.store.Disk()
-	damage := g.store.Damage()
-	if damage == nil {
-		damage = []kv.Damage{}
-	}
 	return httpapi.Store{
-		Damage: damage, LostMessages: g.spool.Recovered(),
+		Damage: g.store.Damage(), LostMessages: g.spool.Recovered(),
 		Bytes: g.store.DiskBytes(), FreeBytes: d.Free, ReserveBytes: d.Reserve, BallastBytes: d.Ballast, Level: d.Level.String(), Since: d.Since,
 	}
 }

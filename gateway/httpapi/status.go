@@ -81,7 +81,7 @@ type Store struct {
 	Level        string    `json:"level" enum:"ok,high,full"` // how full the disk is
 	Since        time.Time `json:"since,omitzero"`            // of the level
 	// Damage is what was found damaged when the store was opened, and set aside.
-	Damage []kv.Damage `json:"damage"`
+	Damage []kv.Damage `json:"damage,omitempty"`
 	// LostMessages is how many acknowledged messages the end of a damaged log had at the start; upstreams are told which.
 	LostMessages uint64 `json:"lost_messages"`
 }
