@@ -9,7 +9,7 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 LDFLAGS := -s -w -X main.version=$(VERSION)
 export GOFLAGS ?= -buildvcs=false
 
-# Knobs: make fuzz FUZZTIME=5m; make e2e E2E_CYCLES=50 E2E_SEED=7; make crash CRASHES=1000; make soak SOAK=1h; make compare BASE=v0.1.0 BENCH=Append
+# Knobs: make fuzz FUZZTIME=5m; make e2e E2E_CYCLES=50 E2E_SEED=7; make crash CRASHES=1000; make damage DAMAGES=1000; make soak SOAK=1h; make compare BASE=v0.1.0 BENCH=Append
 PKGS       ?= ./...
 FUZZTIME   ?= 20s
 E2E_CYCLES ?= 5
@@ -19,6 +19,8 @@ E2E_TIMEOUT ?= 20m
 CRASHES    ?= 300
 CRASH_SEED ?= 0
 CRASH_FAULTS ?=
+DAMAGES    ?= 10000
+DAMAGE_SEED ?= 0
 SOAK       ?= 10m
 SOAK_SEED  ?= 0
 SOAK_FAULTS ?=
@@ -82,6 +84,11 @@ crash: build ## CRASHES times each: kill -9, power cut, and power cut in memory;
 	go test -count=1 -v -timeout 60m -run Crash ./spool -crashes=$(CRASHES) -crash-seed=$(CRASH_SEED)
 	HOLDFAST_E2E=1 HOLDFAST_BIN=$(CURDIR)/bin/holdfast CRASHES=$(CRASHES) CRASH_SEED=$(CRASH_SEED) CRASH_FAULTS='$(CRASH_FAULTS)' CRASH_REPORT=$(CURDIR)/dist/crash.json \
 		go test -count=1 -v -parallel 4 -timeout 120m -run '^TestCrash$$' ./gateway/e2e/
+
+.PHONY: damage
+damage: ## starts from DAMAGES stores damaged by seed (DAMAGES=10000 DAMAGE_SEED=…), half an hour
+	go test -count=1 -v -timeout 60m -run 'TestDamagedStores$$' ./gateway -damages=$(DAMAGES) -damage-seed=$(DAMAGE_SEED) | grep -v -e '=== RUN' -e '--- PASS: TestDamagedStores/'
+	go test -count=1 -timeout 60m -run 'TestDamagedStoreOpens$$' ./internal/kv -kv-damages=$$(( $(DAMAGES) / 5 ))
 
 .PHONY: soak
 soak: build ## everything at once for SOAK: loads, commands, links, disks, kills; report in dist/soak.json (SOAK=10m SOAK_SEED=…)

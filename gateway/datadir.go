@@ -180,7 +180,7 @@ func openForTools(path, gateway string, change bool, log *slog.Logger) (*dataDir
 	}
 	store, err := kv.Open(dir.store(), kv.Options{
 		Log: log, Fatal: func(err error) { log.Error("store failed", "err", err) },
-		Guard: &kv.Guard{Look: true, Ballast: dir.ballast()},
+		Guard: &kv.Guard{Look: true, Ballast: dir.ballast()}, Look: !change,
 	})
 	if err != nil {
 		return nil, nil, nil, errors.Join(err, dir.Close())

@@ -555,6 +555,7 @@ func (g *Gateway) Status() httpapi.Status {
 func (g *Gateway) storeStatus() httpapi.Store {
 	d := g.store.Disk()
 	return httpapi.Store{
+		Damage: g.store.Damage(), LostMessages: g.spool.Recovered(),
 		Bytes: g.store.DiskBytes(), FreeBytes: d.Free, ReserveBytes: d.Reserve, BallastBytes: d.Ballast, Level: d.Level.String(), Since: d.Since,
 	}
 }

@@ -35,6 +35,7 @@ type lane struct {
 	durable          Position
 	head             Position // no upstream needs anything before
 	safeHead         Position // head, as the last commit wrote it
+	rowHead          Position // head, as Open found it in the lane's row
 	cursors          []*cursor
 	expired, evicted Count // by retention, while no upstream waited
 
@@ -62,9 +63,11 @@ type cursor struct {
 	active   bool // configured: what it has not resolved stays
 	dirty    bool // its row has to be written
 	row      cursorRow
-	holes    []hole // damaged stretches ahead, in order: they count as evicted once everything before is resolved
-	lost     []loss // what ended otherwise than delivered since the last commit, to be announced by the next
-	live     stream // of a lane that drains live_first; see live.go
+	// committed is the row as the last commit wrote it.
+	committed []byte
+	holes     []hole // damaged stretches ahead, in order: they count as evicted once everything before is resolved
+	lost      []loss // what ended otherwise than delivered since the last commit, to be announced by the next
+	live      stream // of a lane that drains live_first; see live.go
 }
 
 type hole struct{ from, to Position }

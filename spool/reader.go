@@ -365,6 +365,9 @@ var errMissing = errors.New("chunks are missing")
 
 // passDamage goes on with the first chunk after pos that can be read, if cause is damage.
 func (r *Reader) passDamage(cause error, durable Position) error {
+	if err := r.s.store.Passable(cause); err != nil {
+		return err
+	}
 	to, err := r.afterDamage(cause, durable)
 	if err != nil {
 		return err
@@ -425,7 +428,7 @@ func (r *Reader) damaged(from, to Position, cause error) {
 			return // met again after a rewind
 		}
 	}
-	r.s.cfg.Log.Error("messages are damaged on disk", "lane", r.l.cfg.Name, "first", from.Seq, "last", to.Seq-1, "err", cause)
+	r.s.cfg.Log.Error("messages are damaged on disk", "lane", r.l.cfg.Name, "first", from.Seq, "last", to.Seq-1, "err", firstLine(cause))
 	i := 0
 	for i < len(r.cur.holes) && r.cur.holes[i].from.Seq <= from.Seq {
 		i++

@@ -4,6 +4,8 @@ import (
 	"time"
 
 	"github.com/cockroachdb/pebble/v2"
+
+	"holdfast/internal/kv"
 )
 
 // housekeepingInterval is how often ages are looked at, and the longest that a moved cursor waits
@@ -202,11 +204,11 @@ func (s *Spool) drop(l *lane, to Position, how loss) (gone Count) {
 // before it was received.
 func dropWithin(it *pebble.Iterator, l *lane, to Position, toMS int64, stays func(uint64, *Record) bool) (Position, int64, error) {
 	if !it.SeekLT(keyData(l.number, to.Seq+1)) {
-		return to, toMS, it.Error()
+		return to, toMS, unlessDamage(it.Error())
 	}
 	v, err := it.ValueAndErr()
 	if err != nil {
-		return to, toMS, err
+		return to, toMS, unlessDamage(err)
 	}
 	m, raw, err := decodeChunk(nil, v)
 	if err != nil || m.First.Seq > to.Seq || m.End().Seq <= to.Seq || to.Bytes-m.First.Bytes > uint64(len(raw)) {
@@ -230,14 +232,22 @@ func dropWithin(it *pebble.Iterator, l *lane, to Position, toMS int64, stays fun
 // chunkAt reads the header of the stored chunk that holds seq. ok is false if there is none that can be read.
 func chunkAt(it *pebble.Iterator, l *lane, seq uint64, m *chunkMeta) (ok bool, err error) {
 	if !it.SeekLT(keyData(l.number, seq+1)) {
-		return false, it.Error()
+		return false, unlessDamage(it.Error())
 	}
 	v, err := it.ValueAndErr()
 	if err != nil {
-		return false, err
+		return false, unlessDamage(err)
 	}
 	if *m, err = parseChunkMeta(v); err != nil {
 		return false, nil //nolint:nilerr // a damaged chunk is the reader's to report
 	}
 	return m.First.Seq <= seq && seq < m.End().Seq, nil
+}
+
+// unlessDamage leaves out what is the reader's to report.
+func unlessDamage(err error) error {
+	if kv.IsDamage(err) {
+		return nil
+	}
+	return err
 }

@@ -10,7 +10,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/google/uuid"
 	"github.com/prometheus/client_golang/prometheus"
 
 	"holdfast/internal/clock"
@@ -135,6 +134,11 @@ type Spool struct {
 	tailMax   int64
 	replaying sync.Mutex // one Replay at a time: two would take the same message
 
+	damaged   bool // something of the store was lost; only Open uses it and what follows
+	recovered uint64
+	markLost  bool       // and nobody knows how far the log went
+	marked    *markState // nil: there is none
+
 	elapsed func() time.Duration // since the spool was opened, and beforeOpen; only marks use it
 }
 
@@ -161,6 +165,7 @@ func Open(store *kv.Store, cfg Config) (*Spool, error) {
 	if s.cfg.TailBytes <= 0 {
 		s.cfg.TailBytes = 4 << 20
 	}
+	s.readMark()
 	if err := s.openEpoch(); err != nil {
 		return nil, err
 	}
@@ -180,6 +185,8 @@ func Open(store *kv.Store, cfg Config) (*Spool, error) {
 		if err := s.beginEpoch(s.cfg.Restored); err != nil {
 			return nil, err
 		}
+	} else if err := s.epochAfterDamage(); err != nil {
+		return nil, err
 	}
 	s.tailMax = s.cfg.TailBytes / int64(len(s.lanes))
 	if err := s.openCursors(); err != nil {
@@ -197,34 +204,10 @@ func Open(store *kv.Store, cfg Config) (*Spool, error) {
 	return s, nil
 }
 
-func (s *Spool) openEpoch() error {
-	v, found, err := s.store.Get(keyEpoch)
-	if err != nil {
-		return err
-	}
-	if found {
-		s.epoch = string(v)
-		return nil
-	}
-	id, err := uuid.NewV7()
-	if err != nil {
-		return fmt.Errorf("make epoch: %w", err)
-	}
-	s.epoch = id.String()
-	return s.store.ApplyWait([]kv.Op{{Key: keyEpoch, Value: []byte(s.epoch)}})
-}
-
 // openLanes gives every lane its number. Numbers outlive configurations: a lane that is no longer
 // configured takes nothing more, but is still read until it is empty.
 func (s *Spool) openLanes() error {
-	numbers := map[string]byte{}
-	err := s.store.Scan(prefixLaneNum, func(k, v []byte) error {
-		if len(v) != 1 {
-			return fmt.Errorf("lane number %x: %w", k, ErrCorrupt)
-		}
-		numbers[string(k[len(prefixLaneNum):])] = v[0]
-		return nil
-	})
+	numbers, ops, err := s.laneNumbers()
 	if err != nil {
 		return err
 	}
@@ -235,7 +218,6 @@ func (s *Spool) openLanes() error {
 			configs = append(configs, LaneConfig{Name: name, Share: 1, WhenFull: Reject})
 		}
 	}
-	var ops []kv.Op
 	for i, c := range configs {
 		if _, twice := s.names[c.Name]; twice {
 			return fmt.Errorf("lane %q is configured twice, or uses the name of the gateway's own lane", c.Name)
@@ -245,7 +227,7 @@ func (s *Spool) openLanes() error {
 			if len(numbers) > 250 {
 				return fmt.Errorf("lane %q: the store has held %d lanes, and there are numbers for 250", c.Name, len(numbers))
 			}
-			number = byte(len(numbers))
+			number = newNumber(numbers)
 			numbers[c.Name] = number
 			ops = append(ops, kv.Op{Key: append(slices.Clone(prefixLaneNum), c.Name...), Value: []byte{number}})
 		}
@@ -261,12 +243,22 @@ func (s *Spool) openLanes() error {
 		}
 		l.errDisk = fmt.Errorf("append to lane %q: %w: %w", c.Name, ErrFull, ErrDisk)
 		row := laneRow{Next: Position{Seq: 1}, Head: Position{Seq: 1}}
-		if v, found, err := s.store.Get(keyLane(number)); err != nil {
+		v, kept, err := s.store.Get(keyLane(number))
+		if err != nil {
 			return err
-		} else if found {
-			if err := row.parse(v); err != nil {
+		}
+		if kept {
+			err := row.parse(v)
+			switch {
+			case unreadable(err):
+				s.cfg.Log.Error("row of a lane is damaged", "lane", c.Name, "err", err)
+				row, kept, s.damaged = laneRow{Next: Position{Seq: 1}, Head: Position{Seq: 1}}, false, true
+			case err != nil:
 				return fmt.Errorf("lane %q: %w", c.Name, err)
 			}
+		}
+		if err := s.recoverLane(l, &row, kept); err != nil {
+			return err
 		}
 		l.next, l.durable = row.Next, row.Next
 		l.expired, l.evicted = row.Expired, row.Evicted
@@ -289,17 +281,21 @@ func (s *Spool) openCursors() error {
 		prefix := keyCursor(l.number, "")
 		err := s.store.Scan(prefix, func(k, v []byte) error {
 			c := &cursor{upstream: string(k[len(prefix):])}
-			if err := c.row.parse(v); err != nil {
+			if err := c.row.parse(v); unreadable(err) {
+				s.cfg.Log.Error("row of a cursor is damaged: what may have been sent is sent again", "lane", l.cfg.Name, "upstream", c.upstream, "err", err)
+				return nil
+			} else if err != nil {
 				return fmt.Errorf("lane %q, upstream %q: %w", l.cfg.Name, c.upstream, err)
 			}
 			c.active = s.cfg.Upstreams == nil
-			c.restart()
+			c.committed = append(c.committed, v...)
 			l.cursors = append(l.cursors, c)
 			return nil
 		})
 		if err != nil {
 			return err
 		}
+		s.recoverCursors(l)
 	}
 	for _, name := range slices.Sorted(maps.Keys(s.cfg.Upstreams)) {
 		if err := s.attach(name, s.cfg.Upstreams[name]); err != nil {
@@ -573,9 +569,11 @@ type sealed struct {
 	rows  []byte // encoded rows, back to back
 	ends  []rowEnd
 	heads []sealedHead
-	gaps  []gap  // announced by this commit
-	chunk []byte // room to encode a chunk
-	now   clock.Moment
+	// cursors are those whose rows are written.
+	cursors []sealedCursor
+	gaps    []gap  // announced by this commit
+	chunk   []byte // room to encode a chunk
+	now     clock.Moment
 }
 
 type sealedLane struct {
@@ -586,6 +584,12 @@ type sealedLane struct {
 
 // rowEnd says where a row's key and value end in sealed.rows. A row without a value is deleted.
 type rowEnd struct{ key, value int }
+
+// sealedCursor says which of sealed.ends is a cursor's row.
+type sealedCursor struct {
+	c   *cursor
+	end int
+}
 
 type sealedHead struct {
 	l    *lane
@@ -615,6 +619,7 @@ func (s *Spool) Seal() any {
 			if c.dirty {
 				c.dirty = false
 				st.row(append(append(st.rows, kv.PrefixCursor, l.number), c.upstream...), c.row.append)
+				st.cursors = append(st.cursors, sealedCursor{c, len(st.ends) - 1})
 			}
 		}
 		for _, d := range l.deletes {
@@ -714,11 +719,16 @@ func (s *Spool) Committed(v any, memtable uint64) {
 	for _, h := range st.heads {
 		h.l.safeHead = h.head
 	}
+	for _, sc := range st.cursors {
+		e := st.ends[sc.end]
+		sc.c.committed = append(sc.c.committed[:0], st.rows[e.key:e.value]...)
+	}
 	if len(st.lanes) > 0 {
 		s.notify()
 	}
 	clear(st.lanes)
 	st.lanes, st.rows, st.ends, st.heads, st.gaps = st.lanes[:0], st.rows[:0], st.ends[:0], st.heads[:0], st.gaps[:0]
+	st.cursors = st.cursors[:0]
 	if cap(st.chunk) > 4*maxChunk {
 		st.chunk = nil
 	}

@@ -1,6 +1,11 @@
 package spool
 
-import "fmt"
+import (
+	"errors"
+	"fmt"
+
+	"holdfast/internal/kv"
+)
 
 // Report is what Verify found.
 type Report struct {
@@ -24,6 +29,9 @@ type LaneReport struct {
 func (s *Spool) Verify(progress func(messages uint64)) (Report, error) {
 	rep := Report{Epoch: s.epoch, Accounts: s.Accounts()}
 	problem := func(format string, args ...any) { rep.Problems = append(rep.Problems, fmt.Sprintf(format, args...)) }
+	for _, d := range s.store.Damage() {
+		problem("%s", d.String())
+	}
 	total := uint64(0)
 	for _, l := range s.lanes {
 		s.mu.Lock()
@@ -51,7 +59,21 @@ func (s *Spool) Verify(progress func(messages uint64)) (Report, error) {
 			problem("lane %q: messages %d to %d are missing", l.cfg.Name, at.Seq, to.Seq-1)
 			at = to
 		}
-		for ok := it.First(); ok; ok = it.Next() {
+		for ok := it.First(); ; ok = it.Next() {
+			if !ok {
+				cause := it.Error()
+				if !kv.IsDamage(cause) {
+					break
+				}
+				problem("lane %q: chunks behind message %d: %v", l.cfg.Name, max(at.Seq, 1)-1, cause)
+				next, err := s.readableAfter(l, at.Seq, end.Seq)
+				if err != nil {
+					return rep, errors.Join(err, it.Close())
+				}
+				if ok = it.SeekGE(keyData(l.number, next)); !ok {
+					break
+				}
+			}
 			seq, _ := dataSeq(it.Key())
 			v, err := it.ValueAndErr()
 			if err != nil {
@@ -87,12 +109,10 @@ func (s *Spool) Verify(progress func(messages uint64)) (Report, error) {
 				progress(total)
 			}
 		}
-		if err := it.Error(); err != nil {
-			problem("lane %q: after %d: %v", l.cfg.Name, at.Seq, err)
+		if err := it.Error(); err != nil && !kv.IsDamage(err) {
+			return rep, fmt.Errorf("read lane %q after %d: %w", l.cfg.Name, at.Seq, errors.Join(err, it.Close()))
 		}
-		if err := it.Close(); err != nil {
-			return rep, err
-		}
+		_ = it.Close() // what it met is told
 		if at.Seq < end.Seq {
 			missing(end)
 		}
@@ -144,6 +164,9 @@ func (s *Spool) Peek(name string, from uint64, limit int, fn func(seq uint64, r 
 			return err
 		}
 		m, raw, err := decodeChunk(nil, v)
+		if errors.Is(err, ErrCorrupt) {
+			continue // Verify and Walk tell of it
+		}
 		if err != nil {
 			return fmt.Errorf("lane %q: %w", name, err)
 		}

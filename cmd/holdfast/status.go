@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/http"
+	"path/filepath"
 	"strings"
 	"time"
 
@@ -63,6 +64,12 @@ func (p *program) printStatus(st *httpapi.Status, now time.Time) {
 		fmt.Fprintf(p.stdout, "disk    NEARLY FULL since %s: QoS 0 is shed, MQTT 3.1.1 publishers are slowed\n", clockText(st.Store.Since))
 	case "full":
 		fmt.Fprintf(p.stdout, "disk    FULL since %s: lanes refuse messages or drop the oldest; free space, or holdfast spool purge\n", clockText(st.Store.Since))
+	}
+	if n := len(st.Store.Damage); n > 0 {
+		fmt.Fprintf(p.stdout, "damage  %s of the store set aside at the start, in %s: the disk may be failing\n", count(n, "file"), filepath.Join(st.DataDir, "quarantine"))
+	}
+	if n := st.Store.LostMessages; n > 0 {
+		fmt.Fprintf(p.stdout, "damage  %s that were acknowledged are lost; upstreams are told which\n", count(int(n), "message"))
 	}
 	if !st.ClockSync {
 		since := ""

@@ -26,8 +26,8 @@ var soakFaults = []proof.Choice{
 }
 
 // hardFaults are those under which a command may be refused, or lost with what is damaged: rounds with an odd seed have them, and no
-// commands. Weight 0: not yet.
-var hardFaults = []proof.Choice{{Name: "disk full", Weight: 3}, {Name: "damage", Weight: 0}}
+// commands.
+var hardFaults = []proof.Choice{{Name: "disk full", Weight: 3}, {Name: "damage", Weight: 2}}
 
 // TestSoak does everything at once: devices of both protocol versions on flaky links that send messages and get commands, an upstream
 // behind a link that fails in every way, a disk that fails, is slow, and loses its power, a gateway that is killed, stopped and frozen.

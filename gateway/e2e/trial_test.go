@@ -407,9 +407,8 @@ func (x *trial) damage(rng *rand.Rand) {
 // remount takes the disk of a stopped gateway out of the file tree and puts it back.
 func (x *trial) remount() {
 	x.t.Helper()
-	if err := x.mount.Unmount(); err != nil {
-		x.t.Fatal(err)
-	}
+	// The kernel may still be closing what the killed gateway had open.
+	testkit.EventuallyNil(x.t, 10*time.Second, "the disk can be taken out", x.mount.Unmount)
 	m, err := powercut.MountAt(x.mount.Dir, x.disk)
 	if err != nil {
 		x.t.Fatal(err)

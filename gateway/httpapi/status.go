@@ -5,6 +5,7 @@ import (
 
 	"holdfast/bridge"
 	"holdfast/devices"
+	"holdfast/internal/kv"
 	"holdfast/spool"
 )
 
@@ -79,6 +80,10 @@ type Store struct {
 	BallastBytes int64     `json:"ballast_bytes"`
 	Level        string    `json:"level" enum:"ok,high,full"` // how full the disk is
 	Since        time.Time `json:"since,omitzero"`            // of the level
+	// Damage is what was found damaged when the store was opened, and set aside.
+	Damage []kv.Damage `json:"damage,omitempty"`
+	// LostMessages is how many acknowledged messages the end of a damaged log had at the start; upstreams are told which.
+	LostMessages uint64 `json:"lost_messages"`
 }
 
 // Upstream is one link to the cloud. Counters are since the process started.

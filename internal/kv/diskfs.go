@@ -139,6 +139,14 @@ func (d *diskFS) syncFolder(name string) error {
 	return errors.Join(f.Sync(), f.Close())
 }
 
+// Open opens a file to be read.
+func (d *diskFS) Open(name string, o ...vfs.OpenOption) (vfs.File, error) {
+	if d.ours(name) && table(name) {
+		return openTable(d.FS, name, o...)
+	}
+	return d.FS.Open(name, o...)
+}
+
 // OpenDir is for syncing names.
 func (d *diskFS) OpenDir(name string) (vfs.File, error) {
 	f, err := d.FS.OpenDir(name)

@@ -25,10 +25,11 @@ func (s *Store) checkFormat() error {
 	if err != nil {
 		return err
 	}
+	found = found && len(v) == 4 // another length is damage: no version had one
 	switch {
-	case found && (len(v) != 4 || binary.BigEndian.Uint32(v) > FormatVersion):
+	case found && binary.BigEndian.Uint32(v) > FormatVersion:
 		return ErrVersion
-	case found && binary.BigEndian.Uint32(v) == FormatVersion:
+	case found && binary.BigEndian.Uint32(v) == FormatVersion, s.opt.Look:
 		return nil
 	case found:
 		// Whatever is written from now on may be of this version, and an older holdfast must not take it for damage. What is there is
@@ -69,7 +70,7 @@ func (s *Store) pebbleOptions(dir string, tables *pebble.FileCache) *pebble.Opti
 			return 1, 1
 		},
 		Logger:        log,
-		EventListener: s.events(log),
+		EventListener: s.events(log, dir),
 	}
 	o.TargetFileSizes[0] = 16 << 20
 	o.Experimental.SpanPolicyFunc = cutTables
@@ -95,7 +96,7 @@ func cutTables(start []byte) (pebble.SpanPolicy, []byte, error) {
 	}
 }
 
-func (s *Store) events(log pebbleLogger) *pebble.EventListener {
+func (s *Store) events(log pebbleLogger, dir string) *pebble.EventListener {
 	l := s.opt.Log
 	e := &pebble.EventListener{
 		WALCreated: func(i pebble.WALCreateInfo) {
@@ -110,13 +111,19 @@ func (s *Store) events(log pebbleLogger) *pebble.EventListener {
 		},
 		BackgroundError: func(err error) {
 			s.m.backgroundErrors.Inc()
+			if pebble.IsCorruptionError(err) && s.suspects.stuck() {
+				s.fail(fmt.Errorf("a table is damaged and cannot be compacted: %w: start again, the start sets aside what is damaged", err))
+				return
+			}
 			if now := time.Now().Unix(); s.toldStall.Swap(now) != now { // it is tried again at once
 				l.Warn("store background work stalls", "err", err)
 			}
 		},
 		DataCorruption: func(i pebble.DataCorruptionInfo) {
 			s.m.corruptions.Inc()
-			l.Error("store data damaged", "file", i.Path, "err", i.Details)
+			if s.suspects.note(s.opt.FS, dir, i.Path) {
+				l.Error("store data damaged", "file", i.Path, "err", firstLine(i.Details))
+			}
 		},
 		TableDeleted: func(pebble.TableDeleteInfo) { s.guard.poke() },
 		DiskSlow: func(i pebble.DiskSlowInfo) {

@@ -1,6 +1,7 @@
 package kv
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -32,6 +33,9 @@ type Participant interface {
 	// Committed is called after the fsync, before the group's Done calls (with
 	// Durability Interval: after the fsync that follows them), in the order of the groups.
 	Committed(sealed any, memtable uint64)
+	// Mark appends what has to be known of what is committed if the end of the log should be lost, in some hundred bytes.
+	// It is called after Committed, on its goroutine, and written beside the log, see Store.Marked.
+	Mark(dst []byte) []byte
 }
 
 // Writer adds rows to the batch that is being committed.
@@ -69,6 +73,11 @@ type Store struct {
 	sealed  chan *Group   // committer -> completer; unbuffered, so that two commits are under way at most
 	done    sync.WaitGroup
 	syncNS  atomic.Int64 // moving average of the fsync's time, ns
+
+	damage   []Damage // found when it was opened
+	copied   string   // the folder of a copy, to be removed; "": it is the store itself
+	suspects suspects
+	marks    *marks // nil: none
 
 	memtable atomic.Uint64 // number of the mutable memtable
 	flushed  atomic.Uint64 // every memtable up to this one is in tables
@@ -138,16 +147,19 @@ func (s *Store) openPebble(dir string) error {
 	defer s.opening.Store(false)
 	opened := make(chan error, 1)
 	go func() {
-		// One of our own: by MaxOpenFiles it would never hold fewer than 64.
-		tables := pebble.NewFileCache(1, s.opt.MaxTables)
-		defer tables.Unref() // the store holds it
-		db, err := pebble.Open(dir, s.pebbleOptions(dir, tables))
+		db, err := s.openWhole(dir)
 		if err != nil {
 			opened <- fmt.Errorf("open store %q: %w", dir, err)
 			return
 		}
 		s.db = db
-		if err := s.checkFormat(); err != nil {
+		err = s.checkFormat()
+		if err == nil {
+			if s.marks, err = openMarks(s.opt.FS, cmp.Or(s.copied, dir), s.opt.Log, s.opt.Look); err == nil {
+				s.damagedMarks()
+			}
+		}
+		if err != nil {
 			opened <- errors.Join(err, db.Close())
 			return
 		}
@@ -168,6 +180,7 @@ func (s *Store) Join(p Participant) {
 	if s.part != nil {
 		panic("kv: a second participant joined the group commit")
 	}
+	s.marks.write(p.Mark) // nobody else writes it yet
 	s.part = p
 }
 
@@ -346,7 +359,7 @@ func (s *Store) Get(key []byte) (value []byte, found bool, err error) {
 	case errors.Is(err, pebble.ErrNotFound):
 		return nil, false, nil
 	case err != nil:
-		return nil, false, fmt.Errorf("get row %x: %w", key, err)
+		return nil, false, s.rowsDamaged(key, fmt.Errorf("get row %x: %w", key, err))
 	}
 	value = append([]byte{}, v...)
 	return value, true, closer.Close()
@@ -363,11 +376,14 @@ func (s *Store) Scan(prefix []byte, fn func(key, value []byte) error) (err error
 	for it.First(); it.Valid(); it.Next() {
 		v, err := it.ValueAndErr()
 		if err != nil {
-			return fmt.Errorf("scan rows %x: %w", prefix, err)
+			return s.rowsDamaged(prefix, fmt.Errorf("scan rows %x: %w", prefix, err))
 		}
 		if err := fn(it.Key(), v); err != nil {
 			return err
 		}
+	}
+	if err := it.Error(); err != nil {
+		return s.rowsDamaged(prefix, fmt.Errorf("scan rows %x: %w", prefix, err))
 	}
 	return nil
 }
@@ -394,6 +410,9 @@ func (s *Store) Iter(start, end []byte) (*pebble.Iterator, error) {
 // (see Memtable); rows in a memtable would force a flush. It is durable when it returns, so
 // whatever says that these rows are no longer needed has to be durable before the call.
 func (s *Store) Excise(start, end []byte) error {
+	if s.opt.Look {
+		return nil
+	}
 	s.excising.Store(time.Now().UnixNano())
 	defer s.excising.Store(0)
 	err := s.db.Excise(context.Background(), pebble.KeyRange{Start: start, End: end})
@@ -486,7 +505,7 @@ func (s *Store) write(g *Group) {
 		err = s.part.Stage(g.sealed, writer{g.batch})
 	}
 	if err == nil {
-		if g.batch.Empty() {
+		if g.batch.Empty() || s.opt.Look {
 			// Nothing to store: the group only waits for its place in the order.
 			g.empty = true
 		} else {
@@ -533,6 +552,7 @@ func (s *Store) completeLoop() {
 		for _, g := range unsynced {
 			if s.failure() == nil && g.sealed != nil {
 				s.part.Committed(g.sealed, g.memtable)
+				s.marks.write(s.part.Mark)
 			}
 			s.recycle(g)
 		}
@@ -573,6 +593,7 @@ func (s *Store) complete(g *Group) {
 	s.m.commit.Observe(time.Since(g.began).Seconds())
 	if err == nil && g.sealed != nil && s.opt.Durability == Fsync {
 		s.part.Committed(g.sealed, g.memtable)
+		s.marks.write(s.part.Mark)
 	}
 	for i := range g.dones {
 		c := &g.dones[i]
@@ -699,6 +720,7 @@ func (s *Store) Close() error {
 			return
 		}
 		s.open.batch.Close()
+		defer func() { s.closeErr = errors.Join(s.closeErr, s.marks.close(), s.removeCopy()) }()
 		closed := make(chan error, 1)
 		go func() { closed <- s.db.Close() }()
 		for {
