@@ -554,8 +554,12 @@ func (g *Gateway) Status() httpapi.Status {
 
 func (g *Gateway) storeStatus() httpapi.Store {
 	d := g.store.Disk()
+	var damage []httpapi.Damage
+	for _, d := range g.store.Damage() {
+		damage = append(damage, httpapi.Damage(d))
+	}
 	return httpapi.Store{
-		Damage: g.store.Damage(), LostMessages: g.spool.Recovered(),
+		Damage: damage, LostMessages: g.spool.Recovered(),
 		Bytes: g.store.DiskBytes(), FreeBytes: d.Free, ReserveBytes: d.Reserve, BallastBytes: d.Ballast, Level: d.Level.String(), Since: d.Since,
 	}
 }

@@ -5,7 +5,6 @@ import (
 
 	"holdfast/bridge"
 	"holdfast/devices"
-	"holdfast/internal/kv"
 	"holdfast/spool"
 )
 
@@ -81,9 +80,21 @@ type Store struct {
 	Level        string    `json:"level" enum:"ok,high,full"` // how full the disk is
 	Since        time.Time `json:"since,omitzero"`            // of the level
 	// Damage is what was found damaged when the store was opened, and set aside.
-	Damage []kv.Damage `json:"damage,omitempty"`
+	Damage []Damage `json:"damage,omitempty"`
 	// LostMessages is how many acknowledged messages the end of a damaged log had at the start; upstreams are told which.
 	LostMessages uint64 `json:"lost_messages"`
+}
+
+// Damage is what was damaged in one file of the store.
+type Damage struct {
+	At        time.Time `json:"at"`
+	File      string    `json:"file"` // its name in the store
+	What      string    `json:"what"`
+	LostBytes int64     `json:"lost_bytes"` // could not be read
+	Kept      int       `json:"kept"`       // rows, or commits of a log, that could
+	From      string    `json:"from,omitempty"`
+	To        string    `json:"to,omitempty"`
+	SetAside  string    `json:"set_aside,omitempty"` // where the damaged file is now
 }
 
 // Upstream is one link to the cloud. Counters are since the process started.
