@@ -277,7 +277,9 @@ func lookAt(t *testing.T, fs vfs.FS) {
 	t.Helper()
 	before := snapshot(t, fs, "data/store")
 	s := openAt(t, fs, "data/store", func(o *kv.Options) { o.Look = true })
-	damaged := slices.ContainsFunc(s.Damage(), func(d kv.Damage) bool { return !strings.HasPrefix(d.File, "mark") || strings.HasPrefix(d.File, "marker") })
+	damaged := slices.ContainsFunc(s.Damage(), func(d kv.Damage) bool {
+		return !strings.HasPrefix(d.File, "mark") || strings.HasPrefix(d.File, "marker")
+	})
 	readRows(t, s)
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
