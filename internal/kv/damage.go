@@ -122,7 +122,8 @@ func (m *mender) open() (*pebble.DB, error) {
 	if err == nil {
 		return db, m.forgetSuspects()
 	}
-	if !isDamage(err) {
+	// What the disk does not give back was found before; one that refuses something now is not over that.
+	if !isDamage(err) || errors.Is(err, syscall.EIO) {
 		return nil, err
 	}
 	if m.s.looksOnly() {
@@ -135,7 +136,7 @@ func (m *mender) open() (*pebble.DB, error) {
 	if second == nil {
 		return db, m.forgetSuspects()
 	}
-	if !isDamage(second) {
+	if !isDamage(second) || errors.Is(second, syscall.EIO) {
 		return nil, second
 	}
 	// Nobody foresaw this. The store goes aside whole, for somebody to look at, and the gateway begins anew.
