@@ -52,6 +52,7 @@ type Server struct {
 	ln      net.Listener
 
 	wrong    attempts
+	sessions sessions
 	streams  chan struct{} // cap: how many may be open
 	waiters  chan struct{} // cap: how many may wait for a command
 	exports  chan struct{} // cap: how many may be under way
@@ -76,6 +77,7 @@ func New(cfg Config, p Parts) *Server {
 		waiters:  make(chan struct{}, maxWaiters),
 		exports:  make(chan struct{}, maxExports),
 		stopping: make(chan struct{}),
+		sessions: sessions{tokens: p.Tokens},
 	}
 	mux := http.NewServeMux()
 	methods := map[string][]string{}
