@@ -51,6 +51,7 @@ type Server struct {
 	handler http.Handler
 	ln      net.Listener
 
+	ui       *dashboard
 	wrong    attempts
 	sessions sessions
 	streams  chan struct{} // cap: how many may be open
@@ -96,6 +97,7 @@ func New(cfg Config, p Parts) *Server {
 			return failf(codeMethod, "%s takes %s, not %.20s", path, strings.Join(allowed, ", "), c.r.Method)
 		}}))
 	}
+	s.handleUI(mux)
 	mux.Handle("/", s.serve(&route{path: "other", h: func(*Server, *call) error {
 		return failf(codeNotFound, "there is nothing here: /api/v1/openapi.json says what there is; try /api/v1/status, /metrics, /healthz or /readyz")
 	}}))

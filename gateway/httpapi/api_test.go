@@ -184,7 +184,7 @@ func TestMethodsAndPaths(t *testing.T) {
 		want                  int
 		code                  string
 	}{
-		{"GET", "/", "", 404, "not_found"},
+		{"GET", "/nothing", "", 404, "not_found"},
 		{"POST", "/api/v1/nothing", "", 404, "not_found"},
 		{"GET", "/api/v1/devices/", "", 404, "not_found"},
 		{"POST", "/api/v1/status", "GET, HEAD", 405, "method_not_allowed"},
