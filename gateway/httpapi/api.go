@@ -51,7 +51,9 @@ type Server struct {
 	handler http.Handler
 	ln      net.Listener
 
+	ui       *dashboard
 	wrong    attempts
+	sessions sessions
 	streams  chan struct{} // cap: how many may be open
 	waiters  chan struct{} // cap: how many may wait for a command
 	exports  chan struct{} // cap: how many may be under way
@@ -76,6 +78,7 @@ func New(cfg Config, p Parts) *Server {
 		waiters:  make(chan struct{}, maxWaiters),
 		exports:  make(chan struct{}, maxExports),
 		stopping: make(chan struct{}),
+		sessions: sessions{tokens: p.Tokens},
 	}
 	mux := http.NewServeMux()
 	methods := map[string][]string{}
@@ -94,6 +97,7 @@ func New(cfg Config, p Parts) *Server {
 			return failf(codeMethod, "%s takes %s, not %.20s", path, strings.Join(allowed, ", "), c.r.Method)
 		}}))
 	}
+	s.handleUI(mux)
 	mux.Handle("/", s.serve(&route{path: "other", h: func(*Server, *call) error {
 		return failf(codeNotFound, "there is nothing here: /api/v1/openapi.json says what there is; try /api/v1/status, /metrics, /healthz or /readyz")
 	}}))

@@ -23,6 +23,8 @@ type call struct {
 	who   string // name of the token; "": none was needed
 	role  Role
 	token string
+	// session is the browser's; nil: a bearer token was shown, or none.
+	session *session
 	// object is what the request is about, for the log.
 	object string
 	query  url.Values
@@ -157,6 +159,7 @@ func (c *call) duration(name string) (time.Duration, error) {
 const (
 	typeJSON = "application/json"
 	typeCBOR = "application/cbor"
+	typeForm = "application/x-www-form-urlencoded"
 )
 
 // body reads the whole body, which has to be of one of the types. kind is "" for no body at all, where none is needed.

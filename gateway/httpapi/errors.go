@@ -43,6 +43,7 @@ const (
 	codeUnauthorized    = "unauthorized"
 	codeForbidden       = "forbidden"
 	codeHost            = "host_not_allowed"
+	codeCSRF            = "csrf_token"
 	codeNotFound        = "not_found"
 	codeNoCredential    = "unknown_credential"
 	codeNoLane          = "unknown_lane"
@@ -73,6 +74,7 @@ var statuses = map[string]int{
 	codeUnauthorized:          http.StatusUnauthorized,
 	codeForbidden:             http.StatusForbidden,
 	codeHost:                  http.StatusForbidden,
+	codeCSRF:                  http.StatusForbidden,
 	codeNotFound:              http.StatusNotFound,
 	devices.CodeUnknownDevice: http.StatusNotFound,
 	devices.CodeUnknown:       http.StatusNotFound,

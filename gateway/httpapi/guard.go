@@ -88,20 +88,33 @@ func (s *Server) finish(c *call, took time.Duration) {
 }
 
 // admit lets the caller in or says why not. Whoever has a token may come from anywhere, under any name of this machine: no web
-// page can make a browser send one. Only what is shown without a token is bound to this machine.
+// page can make a browser send one. A browser sends the cookie of a session by itself, so changes need more than that (checkCSRF).
+// Only what is shown without either is bound to this machine.
 func (s *Server) admit(c *call) error {
 	if c.row.who == 0 {
 		return nil
 	}
 	token, shown := bearer(c.r)
+	ss, role, signedIn := (*session)(nil), Role(0), false
+	if !shown {
+		ss, role, signedIn = s.sessions.find(c.r)
+	}
 	switch {
 	case shown:
+	case signedIn:
+		c.who, c.role, c.session = ss.who, role, ss
+		if err := s.allow(c); err != nil || !c.row.changes() {
+			return err
+		}
+		return ss.checkCSRF(c.r.Header.Get(csrfHeader))
 	case c.row.loopback && !loopbackPeer(c.r):
 		return failf(codeUnauthorized, "without a token only this machine may look at this: make one with holdfast token add NAME --role viewer, and send it as Authorization: Bearer TOKEN")
 	case c.row.loopback && !loopbackName(c.r.Host):
 		return failf(codeHost, "ask for it as localhost or 127.0.0.1, or send a token as Authorization: Bearer TOKEN")
 	case c.row.loopback:
 		return nil
+	case len(c.r.CookiesNamed(sessionCookie)) > 0:
+		return failf(codeUnauthorized, "your session has ended: sign in again at /signin")
 	default:
 		return failf(codeUnauthorized, "a token is needed, as Authorization: Bearer TOKEN: on the gateway itself holdfast commands read DATA_DIR/admin.token; elsewhere, make one with holdfast token add NAME --role %s", c.row.who)
 	}
@@ -110,11 +123,27 @@ func (s *Server) admit(c *call) error {
 		return s.wrongToken(c)
 	}
 	c.who, c.role, c.token = name, role, token
-	if role < c.row.who {
+	return s.allow(c)
+}
+
+// allow lets in whose role is enough.
+func (s *Server) allow(c *call) error {
+	if c.role < c.row.who {
 		c.w.Header().Set("WWW-Authenticate", `Bearer error="insufficient_scope"`)
-		return failf(codeForbidden, "this needs a token with role %s; %q is %s: make one with holdfast token add NAME --role %s", c.row.who, name, role, c.row.who)
+		return failf(codeForbidden, "this needs a token with role %s; %q is %s: make one with holdfast token add NAME --role %s", c.row.who, c.who, c.role, c.row.who)
 	}
 	return nil
+}
+
+// still tells whether who was let in for an answer that does not end may still have it. To look on is to use a session.
+func (s *Server) still(c *call) bool {
+	role, ok := Role(0), false
+	if c.session != nil {
+		role, ok = s.sessions.use(c.session)
+	} else {
+		_, role, ok = s.p.Tokens.Check(c.token)
+	}
+	return ok && role >= c.row.who
 }
 
 // wrongToken counts attempts by address. A token has 256 random bits: nobody finds one by trying, at any speed. What
@@ -132,7 +161,7 @@ func (s *Server) wrongToken(c *call) error {
 		return f
 	}
 	c.w.Header().Set("WWW-Authenticate", `Bearer error="invalid_token"`)
-	return failf(codeUnauthorized, "token is not known, or has expired: on the gateway itself holdfast commands read DATA_DIR/admin.token; elsewhere, make one with holdfast token add NAME --role %s", c.row.who)
+	return failf(codeUnauthorized, "token is not known, or has expired: on the gateway itself holdfast commands read DATA_DIR/admin.token; elsewhere, make one with holdfast token add NAME --role %s", max(c.row.who, Viewer))
 }
 
 // bearer gives the token of a request (RFC 6750 §2.1).

@@ -44,14 +44,20 @@ func describe(table []route) *document {
 			"title": "Holdfast", "version": "1",
 			"description": "An IoT edge gateway: its devices, their commands, what is spooled for the cloud. Every error has a code that stays and a message for people.",
 		},
-		"security": []object{{"bearer": []string{}}},
+		"security": []object{{"bearer": []string{}}, {"session": []string{}}},
 		"paths":    paths,
 		"components": object{
 			"schemas": g.schemas,
-			"securitySchemes": object{"bearer": object{
-				"type": "http", "scheme": "bearer",
-				"description": "A token: DATA_DIR/admin.token, or one that holdfast token add makes. Each role may what the one before it may: viewer, operator, admin.",
-			}},
+			"securitySchemes": object{
+				"bearer": object{
+					"type": "http", "scheme": "bearer",
+					"description": "A token: DATA_DIR/admin.token, or one that holdfast token add makes. Each role may what the one before it may: viewer, operator, admin.",
+				},
+				"session": object{
+					"type": "apiKey", "in": "cookie", "name": sessionCookie,
+					"description": "Of a browser that signed in. Whatever changes something has to come with the header " + csrfHeader + " then.",
+				},
+			},
 		},
 	}, "", " ")
 	if err != nil {
@@ -121,6 +127,9 @@ func (g *describer) operation(row *route) object {
 	if row.body != nil {
 		schema := g.schema(row.body, true)
 		content := object{typeJSON: object{"schema": schema}}
+		if row.form {
+			content = object{typeForm: object{"schema": schema}}
+		}
 		if row.cbor {
 			content[typeCBOR] = object{"schema": schema}
 		}
@@ -130,7 +139,7 @@ func (g *describer) operation(row *route) object {
 	case row.who == 0:
 		op["security"] = []object{}
 	case row.loopback:
-		op["security"] = []object{{"bearer": []string{}}, {}}
+		op["security"] = []object{{"bearer": []string{}}, {"session": []string{}}, {}}
 		op["x-role"] = row.who.String()
 	default:
 		op["x-role"] = row.who.String()

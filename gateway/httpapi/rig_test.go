@@ -107,6 +107,38 @@ func body(s string) option {
 	}
 }
 
+func form(s string) option {
+	return func(r *http.Request) {
+		r.Body, r.ContentLength = io.NopCloser(strings.NewReader(s)), int64(len(s))
+		r.Header.Set("Content-Type", "application/x-www-form-urlencoded")
+	}
+}
+
+func html(r *http.Request) { r.Header.Set("Accept", "text/html,application/xhtml+xml,*/*;q=0.8") }
+
+// signedIn is a browser's session: what to show of it.
+type signedIn struct {
+	cookie, csrf option
+	set          *http.Cookie
+	httpapi.SignedIn
+}
+
+func (r *rig) signIn(token string, options ...option) (in signedIn) {
+	r.t.Helper()
+	a := r.ask("POST", "/signin", append([]option{nobody, form("token=" + token)}, options...)...)
+	set, err := http.ParseSetCookie(a.header.Get("Set-Cookie"))
+	if err == nil {
+		err = json.Unmarshal(a.body, &in.SignedIn)
+	}
+	if a.status != 200 || err != nil {
+		r.t.Fatalf("sign in as %s = %d %s %v: %v", token, a.status, a.body, a.header, err)
+	}
+	in.set = set
+	in.cookie = func(req *http.Request) { req.AddCookie(&http.Cookie{Name: set.Name, Value: set.Value}) }
+	in.csrf = header("X-Holdfast-CSRF", in.CSRF)
+	return in
+}
+
 // answered is an answer that was read.
 type answered struct {
 	status int

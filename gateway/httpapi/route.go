@@ -19,6 +19,8 @@ type route struct {
 	body         reflect.Type // nil: none
 	optional     bool         // the body may be left out
 	cbor         bool         // the body may be CBOR, too
+	form         bool         // the body is a form
+	passing      bool         // what it changes is not stored
 	limit        int64        // of the body, bytes; 0: maxBody
 	stream       bool         // it ends when somebody ends it
 	bulk         bool         // its answer may be large: how long it takes says nothing
@@ -55,7 +57,10 @@ func (r *route) failures() []string {
 	if r.body != nil {
 		codes = append(codes, codeBadBody, codeMediaType, codeBodyTooLarge)
 	}
-	if r.changes() {
+	if r.changes() && r.who > 0 {
+		codes = append(codes, codeCSRF)
+	}
+	if r.changes() && !r.passing {
 		codes = append(codes, devices.CodeUnavailable)
 	}
 	if r.who > 0 || len(r.fails) > 0 {
@@ -113,6 +118,20 @@ var table = []route{
 		method: "GET", path: "/metrics", who: Viewer, loopback: true, id: "get_metrics",
 		summary: "Metrics in the text format of Prometheus. From the gateway itself without a token.",
 		answers: []answer{{200, "The metrics.", is[string](), "text/plain"}}, h: (*Server).showMetrics,
+	},
+	{
+		method: "POST", path: "/signin", id: "sign_in", passing: true,
+		summary: "Begin a session of a browser, for a token: it gets the cookie holdfast_session. A browser, which accepts text/html, is sent on to next, or back to the form with ?error=.",
+		body:    is[SignIn](), form: true,
+		answers: []answer{{200, "The session has begun.", is[SignedIn](), ""}, {303, "Where to go on.", nil, ""}},
+		fails:   []string{codeUnauthorized, codeTooManyAttempts, codeCSRF}, h: (*Server).signIn,
+	},
+	{
+		method: "POST", path: "/signout", id: "sign_out", passing: true,
+		summary: "End the session that the cookie names. The header X-Holdfast-CSRF or the field csrf has its token.",
+		body:    is[SignOut](), form: true, optional: true,
+		answers: []answer{{204, "It has ended.", nil, ""}, {303, "Where to go on.", nil, ""}},
+		fails:   []string{codeCSRF}, h: (*Server).signOut,
 	},
 	{
 		method: "GET", path: "/api/v1/openapi.json", who: Viewer, id: "get_openapi", summary: "This description.",

@@ -107,8 +107,8 @@ func (s *Server) events(c *call) error {
 			case <-c.r.Context().Done():
 				return nil
 			case <-beat.C:
-				if _, role, ok := s.p.Tokens.Check(c.token); !ok || role < c.row.who {
-					return nil // it was removed, or has expired
+				if !s.still(c) {
+					return nil // the token was removed, or has expired; or the session has ended
 				}
 				buf = append(buf, ": still here\nid: "+hub.id(pos)+"\n\n"...)
 			case <-wake:

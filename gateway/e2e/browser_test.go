@@ -1,0 +1,211 @@
+package e2e_test
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/chromedp/cdproto/log"
+	"github.com/chromedp/cdproto/runtime"
+	"github.com/chromedp/chromedp"
+
+	"holdfast/internal/mqtt"
+	"holdfast/internal/testkit"
+)
+
+// browser is a headless Chromium that notes what its console says.
+type browser struct {
+	context.Context
+	t  *testing.T
+	mu sync.Mutex
+	// said are errors of the console, and requests that failed
+	said []string
+}
+
+func startBrowser(t *testing.T) *browser {
+	t.Helper()
+	path, err := exec.LookPath("chromium")
+	if err != nil {
+		t.Skip("no chromium: apt-get install chromium")
+	}
+	opts := append(chromedp.DefaultExecAllocatorOptions[:], chromedp.ExecPath(path), chromedp.NoSandbox, chromedp.Flag("disable-dev-shm-usage", true))
+	alloc, stop := chromedp.NewExecAllocator(t.Context(), opts...)
+	ctx, cancel := chromedp.NewContext(alloc)
+	limited, end := context.WithTimeout(ctx, 90*time.Second)
+	t.Cleanup(func() { end(); cancel(); stop() })
+	b := &browser{Context: limited, t: t}
+	chromedp.ListenTarget(limited, func(ev any) {
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		switch e := ev.(type) {
+		case *log.EventEntryAdded:
+			if e.Entry.Level == log.LevelError {
+				b.said = append(b.said, e.Entry.Text+" "+e.Entry.URL)
+			}
+		case *runtime.EventExceptionThrown:
+			b.said = append(b.said, e.ExceptionDetails.Error())
+		}
+	})
+	return b
+}
+
+func (b *browser) run(actions ...chromedp.Action) {
+	b.t.Helper()
+	if err := chromedp.Run(b, actions...); err != nil {
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		b.t.Fatalf("browser: %v; its console: %v", err, b.said)
+	}
+}
+
+// await waits until a script gives true.
+func (b *browser) await(what, script string) {
+	b.t.Helper()
+	testkit.EventuallyNil(b.t, 20*time.Second, what, func() error {
+		var yes bool
+		if err := chromedp.Run(b, chromedp.Evaluate(script, &yes)); err != nil {
+			return err
+		}
+		if !yes {
+			var text string
+			_ = chromedp.Run(b, chromedp.Text("main", &text))
+			return fmt.Errorf("the page shows: %.600s", text)
+		}
+		return nil
+	})
+}
+
+// shot keeps what the page looks like where SCREENSHOTS says.
+func (b *browser) shot(name string) {
+	b.t.Helper()
+	dir := os.Getenv("SCREENSHOTS")
+	if dir == "" {
+		return
+	}
+	var png []byte
+	b.run(chromedp.FullScreenshot(&png, 100))
+	if err := os.WriteFile(filepath.Join(dir, name+".png"), png, 0o644); err != nil {
+		b.t.Fatal(err)
+	}
+}
+
+// checks are what a page has to be for those who see little, or use no mouse.
+const checks = `(() => {
+	const bad = [];
+	for (const e of document.querySelectorAll('input:not([type=hidden]),select,button'))
+		if (!(e.labels && e.labels.length) && !e.textContent.trim() && !e.ariaLabel) bad.push('no label: ' + e.outerHTML);
+	if (!document.documentElement.lang) bad.push('no language');
+	if (document.querySelectorAll('h1').length !== 1) bad.push('not one h1');
+	if (document.documentElement.scrollWidth > innerWidth) bad.push('wider than the window: ' + document.documentElement.scrollWidth);
+	const lum = (c) => { const v = c.match(/[\d.]+/g).map(Number).slice(0, 3).map((x) => { x /= 255; return x <= 0.03928 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4; }); return 0.2126 * v[0] + 0.7152 * v[1] + 0.0722 * v[2]; };
+	const ground = (e) => { for (; e; e = e.parentElement) { const c = getComputedStyle(e).backgroundColor; if (c !== 'rgba(0, 0, 0, 0)') return c; } return 'rgb(255,255,255)'; };
+	for (const e of document.querySelectorAll('h1,h2,p,td,th,dt,dd,a,button,label,span')) {
+		if (!e.textContent.trim() || !e.offsetParent || e.closest('#chart')) continue;
+		const a = lum(getComputedStyle(e).color), b = lum(ground(e)), ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+		if (ratio < 4.5) bad.push('contrast ' + ratio.toFixed(2) + ': ' + e.outerHTML.slice(0, 80));
+	}
+	return bad;
+})()`
+
+func (b *browser) check(page string) {
+	b.t.Helper()
+	var bad []string
+	b.run(chromedp.Evaluate(checks, &bad))
+	for _, f := range bad {
+		b.t.Errorf("%s: %s", page, f)
+	}
+}
+
+// TestDashboard looks at the pages with a browser: it signs in, sees counters move, sends a command and sees it succeed, and sees the
+// gateway go and come back.
+func TestDashboard(t *testing.T) {
+	b := startBrowser(t)
+	g := startGated(t, testkit.GatewayConfig{})
+	secret := g.register("pump-7", nil).Secret
+	addr := "http://" + g.HTTP
+	token, err := g.Token()
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	c, err := mqtt.Dial(ctx, mqtt.ClientOptions{
+		Address: g.Addr,
+		Connect: mqtt.Connect{Version: mqtt.V5, ClientID: "pump-7", CleanStart: true, Username: "pump-7", HasUsername: true, Password: []byte(secret), HasPassword: true},
+		OnMessage: func(c *mqtt.Client, p *mqtt.Publish) {
+			parts := strings.Split(string(p.Topic), "/") // cmd/pump-7/req/{id}/{name}
+			_ = c.Queue(&mqtt.Publish{QoS: 0, Topic: []byte("cmd/pump-7/res/" + parts[3] + "/succeeded")})
+			c.Flush()
+		},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { c.Abort(); <-c.Done() }()
+	if _, err := c.Subscribe(ctx, &mqtt.Subscribe{Filters: []mqtt.Subscription{{Filter: "cmd/pump-7/req/#", QoS: 1}}}); err != nil {
+		t.Fatal(err)
+	}
+
+	b.run(chromedp.EmulateViewport(1200, 900), chromedp.Navigate(addr+"/devices"), chromedp.WaitVisible("#token"))
+	b.check("sign in")
+	b.shot("signin")
+	b.run(chromedp.SendKeys("#token", "wrong token\n"), chromedp.WaitVisible("#refused"))
+	began := time.Now()
+	b.run(chromedp.SendKeys("#token", token+"\n"), chromedp.WaitVisible("body[data-ready=true]"))
+	t.Logf("signed in and filled in %v", time.Since(began).Round(time.Millisecond))
+	b.await("the device is in the list", `document.querySelector('#devices').textContent.includes('pump-7')`)
+	b.check("devices")
+	b.shot("devices")
+
+	b.run(chromedp.Navigate(addr+"/"), chromedp.WaitVisible("body[data-ready=true]"))
+	for n := range 50 {
+		if err := c.Publish(&mqtt.Publish{QoS: 1, ID: uint16(n + 1), Topic: []byte("dt/a/pump-7/t"), Payload: fmt.Appendf(nil, `{"n":%d}`, n)}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	b.await("the counters move", `document.querySelector('#facts').textContent.match(/Taken in[^0-9]*5\d/) !== null`)
+	b.await("the ledger balances", `document.querySelector('#ledger').textContent.includes('exactly one account')`)
+	b.check("overview")
+	b.shot("overview")
+
+	b.run(chromedp.Navigate(addr+"/devices/pump-7"), chromedp.WaitVisible("body[data-ready=true]"),
+		chromedp.SendKeys(`#send [name=name]`, "flush"), chromedp.SendKeys(`#send [name=payload]`, `{"seconds": 5}`), chromedp.Click(`#send button`))
+	b.await("the command succeeds", `document.querySelector('#commands').textContent.includes('SUCCEEDED')`)
+	b.check("device")
+	b.shot("device")
+	b.run(chromedp.Navigate(addr+"/messages"), chromedp.WaitVisible("body[data-ready=true]"))
+	b.await("messages are shown", `document.querySelector('#messages').textContent.includes('"n":49')`)
+	b.check("messages")
+	b.run(chromedp.Navigate(addr+"/commands"), chromedp.WaitVisible("body[data-ready=true]"))
+	b.await("commands are shown", `document.querySelector('#commands').textContent.includes('flush')`)
+	b.check("commands")
+	b.run(chromedp.Navigate(addr+"/parked"), chromedp.WaitVisible("body[data-ready=true]"))
+	b.check("parked")
+
+	b.run(chromedp.EmulateViewport(360, 700), chromedp.Navigate(addr+"/"), chromedp.WaitVisible("body[data-ready=true]"))
+	b.check("overview at 360 px")
+	b.shot("overview-small")
+	b.mu.Lock()
+	for _, s := range b.said {
+		t.Errorf("console: %s", s)
+	}
+	b.mu.Unlock()
+
+	b.await("it is live", `document.querySelector('#link').textContent === 'live'`)
+	g.Kill()
+	b.await("it says that the gateway is away", `document.querySelector('#link').textContent.includes('away')`)
+	g.Restart()
+	b.run(chromedp.WaitVisible("#token")) // sessions are in memory
+	var at string
+	b.run(chromedp.Location(&at))
+	if !strings.HasPrefix(at, addr+"/signin") {
+		t.Errorf("after a restart the browser is at %s", at)
+	}
+}
+
