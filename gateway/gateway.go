@@ -24,6 +24,7 @@ import (
 	"holdfast/devices"
 	"holdfast/gateway/broker"
 	"holdfast/gateway/httpapi"
+	"holdfast/internal/audit"
 	"holdfast/internal/clock"
 	"holdfast/internal/config"
 	"holdfast/internal/kv"
@@ -74,6 +75,7 @@ type Gateway struct {
 	bridges  []*bridge.Bridge
 	orders   map[string]*orders // by upstream: those that commands come from
 	tokens   *tokens
+	audit    *auditing
 	events   *httpapi.Events
 	http     *httpapi.Server // nil: none
 	registry *prometheus.Registry
@@ -133,7 +135,7 @@ func (g *Gateway) open(ctx context.Context) error {
 		return fmt.Errorf("register metrics: %w", err)
 	}
 	g.log.Info("gateway starts", "gateway", g.cfg.Gateway.ID, "version", g.version, "pid", os.Getpid())
-	for _, step := range []func(context.Context) error{g.divide, g.openStore, g.openDevices, g.openBroker, g.openBridges, g.openHTTP} {
+	for _, step := range []func(context.Context) error{g.divide, g.openStore, g.openDevices, g.openBroker, g.openBridges, g.openHTTP, g.recordStart} {
 		if err := step(ctx); err != nil {
 			return err
 		}
@@ -234,7 +236,12 @@ func (g *Gateway) openStore(context.Context) (err error) {
 	if err != nil {
 		return err
 	}
+	g.audit, err = openAudit(g.store, g.dir.path, restored != nil, audit.Options{Now: g.clock.Time, Log: g.log.With("part", "audit")})
+	if err != nil {
+		return err
+	}
 	if restored != nil {
+		g.record(audit.Entry{Who: CommandLine(), Act: audit.Restore, Object: restored.ID, Result: audit.Done, Detail: "from a backup of " + restored.Time.UTC().Format(time.RFC3339)})
 		if err := g.announceRestore(restored); err != nil {
 			return err
 		}
@@ -366,7 +373,7 @@ func (g *Gateway) openHTTP(ctx context.Context) (err error) {
 	}
 	cfg := httpapi.Config{Address: g.cfg.HTTP.Address, Gateway: g.cfg.Gateway.ID, MaxConnections: g.share.http}
 	g.http = httpapi.New(cfg, httpapi.Parts{
-		Source: g, Devices: g.devices, Commands: g.commands, Lanes: g.spool, Tokens: g.tokens, Events: g.events, Backups: g,
+		Source: g, Devices: g.devices, Commands: g.commands, Lanes: g.spool, Tokens: g.tokens, Events: g.events, Backups: g, Audit: g.audit,
 		Gatherer: g.registry, Log: g.log.With("part", "http"), Metrics: g.registry,
 	})
 	if err := g.http.Listen(ctx); err != nil {
@@ -426,6 +433,7 @@ func (g *Gateway) run(ctx context.Context) error {
 	if errors.Is(err, lifecycle.ErrStuck) {
 		return err // somebody still holds the store: leave it to crash recovery
 	}
+	g.recordStop(ctx, err)
 	return errors.Join(err, g.Close())
 }
 
@@ -460,6 +468,9 @@ func (g *Gateway) Close() error {
 	}
 	if g.spool != nil {
 		err = errors.Join(err, g.spool.Close())
+	}
+	if g.audit != nil {
+		err = errors.Join(err, g.audit.Close())
 	}
 	if g.store != nil {
 		err = errors.Join(err, g.store.Close())

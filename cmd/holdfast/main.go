@@ -71,6 +71,8 @@ func commands() []command {
 		certListCommand,
 		cloudTailCommand,
 		cloudSendCommand,
+		auditListCommand,
+		auditVerifyCommand,
 		backupCommand,
 		spoolStatCommand,
 		spoolPeekCommand,

@@ -154,7 +154,7 @@ func onSignals(parent context.Context, log *slog.Logger) (context.Context, func(
 
 // onSignalsAnd is onSignals, but SIGHUP is told to hangups, which holds one of them. nil: it ends the context.
 func onSignalsAnd(parent context.Context, log *slog.Logger, hangups chan<- struct{}) (context.Context, func()) {
-	ctx, cancel := context.WithCancel(parent)
+	ctx, cancel := context.WithCancelCause(parent)
 	got := make(chan os.Signal, 4)
 	signal.Ignore(syscall.SIGPIPE)
 	signal.Notify(got, syscall.SIGTERM, syscall.SIGINT)
@@ -178,13 +178,13 @@ func onSignalsAnd(parent context.Context, log *slog.Logger, hangups chan<- struc
 				}
 				log.Info("asked to stop", "signal", s.String())
 				signal.Reset(syscall.SIGTERM, syscall.SIGINT)
-				cancel()
+				cancel(errors.New("signal " + s.String())) // who stopped it, for the audit log
 			}
 		}
 	}()
 	return ctx, func() {
 		signal.Stop(got)
-		cancel()
+		cancel(nil)
 		<-done
 	}
 }

@@ -31,7 +31,7 @@ var needs = map[string]string{
 	"list_upstreams": "viewer", "watch_events": "viewer", "list_parked": "viewer",
 	"change_device": "operator", "send_command": "operator", "cancel_command": "operator", "purge_lane": "operator", "replay_parked": "operator", "export_lane": "operator",
 	"add_device": "admin", "remove_device": "admin", "add_credential": "admin", "remove_credential": "admin",
-	"list_tokens": "admin", "add_token": "admin", "remove_token": "admin", "make_backup": "admin",
+	"list_tokens": "admin", "add_token": "admin", "remove_token": "admin", "make_backup": "admin", "list_audit": "admin",
 }
 
 func TestWhoMayWhat(t *testing.T) {

@@ -61,6 +61,7 @@ const (
 	codeNotReady        = "not_ready"
 	codeTooManyStreams  = "too_many_streams"
 	codeBackupRuns      = "backup_runs"
+	codeAudit           = "audit_unavailable"
 )
 
 // statuses has the HTTP status of each code. docs/api.md explains them; a test holds the two together.
@@ -100,6 +101,7 @@ var statuses = map[string]int{
 	codeNotReady:              http.StatusServiceUnavailable,
 	devices.CodeUnavailable:   http.StatusServiceUnavailable,
 	codeTooManyStreams:        http.StatusServiceUnavailable,
+	codeAudit:                 http.StatusServiceUnavailable,
 }
 
 // retries has what is said to callers whose turn comes by itself, in seconds.
@@ -161,6 +163,7 @@ func (s *Server) refuse(c *call, err error) {
 		s.log.Error("request failed", "id", id, "route", c.row.name(), "who", c.who, "err", err)
 		f = failf(codeInternal, "this is not your fault; the log of the gateway says more about failure %s", id)
 	}
+	c.code = f.code
 	if f.code == codeUnauthorized && c.w.Header().Get("WWW-Authenticate") == "" {
 		c.w.Header().Set("WWW-Authenticate", "Bearer")
 	}

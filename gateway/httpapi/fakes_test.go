@@ -19,6 +19,7 @@ import (
 
 	"holdfast/devices"
 	"holdfast/gateway/httpapi"
+	"holdfast/internal/audit"
 	"holdfast/spool"
 )
 
@@ -450,6 +451,45 @@ func (l *lanes) Walk(lane string, sel spool.Selection, fn func(uint64, *spool.Re
 }
 
 // backups makes a backup of one small file.
+// auditLog keeps records in memory.
+type auditLog struct {
+	mu      sync.Mutex
+	entries []audit.Entry
+	err     error
+}
+
+func (a *auditLog) Record(e audit.Entry) error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.err != nil {
+		return a.err
+	}
+	e.Seq, e.At = uint64(len(a.entries)+1), then
+	a.entries = append(a.entries, e)
+	return nil
+}
+
+func (a *auditLog) List(f audit.Filter) (page []audit.Entry, next uint64, err error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for _, e := range slices.Backward(a.entries) {
+		switch {
+		case f.Before > 0 && e.Seq >= f.Before, f.Who != "" && e.Who != f.Who, f.Act != "" && e.Act != f.Act, !strings.HasPrefix(e.Object, f.Object), e.At.Before(f.Since):
+			continue
+		case f.Limit > 0 && len(page) == f.Limit:
+			return page, page[len(page)-1].Seq, nil
+		}
+		page = append(page, e)
+	}
+	return page, 0, nil
+}
+
+func (a *auditLog) Head() audit.Head {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return audit.Head{Seq: uint64(len(a.entries))}
+}
+
 type backups struct {
 	err    error
 	broken bool // the file is not as large as it should be

@@ -211,7 +211,14 @@ var rows = map[string]row{
 	},
 	"list_upstreams": {method: "GET", target: "/api/v1/upstreams"},
 	"watch_events":   {method: "GET", target: "/api/v1/events"}, // a stream: its own tests call it, and the test below its failures
-	"list_tokens":    {method: "GET", target: "/api/v1/tokens"},
+	"list_audit": {
+		method: "GET", target: "/api/v1/audit?who=admin&limit=1&since=2020-01-01T00:00:00Z",
+		ready: func(r *rig) {
+			r.ask("DELETE", "/api/v1/devices/pump")
+			r.ask("DELETE", "/api/v1/devices/off")
+		},
+	},
+	"list_tokens": {method: "GET", target: "/api/v1/tokens"},
 	"add_token": {
 		method: "POST", target: "/api/v1/tokens", body: `{"name":"ci","role":"operator","lifetime":"1h"}`,
 		fails: map[string]func(*rig) *answered{
@@ -265,6 +272,10 @@ var common = map[string]func(r *rig, w *row, op operation) *answered{
 	},
 	"unavailable": func(r *rig, w *row, _ operation) *answered {
 		r.registry.err, r.queue.err, r.tokens.err, r.lanes.err, r.backups.err = errDisk, errDisk, errDisk, errDisk, errDisk
+		return w.call(r)
+	},
+	"audit_unavailable": func(r *rig, w *row, _ operation) *answered {
+		r.audit.err = errDisk
 		return w.call(r)
 	},
 	"internal": func(r *rig, w *row, _ operation) *answered {

@@ -10,6 +10,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"holdfast/devices"
+	"holdfast/internal/audit"
 	"holdfast/spool"
 )
 
@@ -22,6 +23,7 @@ type Parts struct {
 	Tokens   Tokens
 	Events   *Events
 	Backups  Backups
+	Audit    Audit
 	Gatherer prometheus.Gatherer // what /metrics shows
 	Log      *slog.Logger
 	Metrics  prometheus.Registerer // takes the API's own metrics; nil: none
@@ -81,6 +83,16 @@ type Backups interface {
 	Backup() (*BackupCopy, error)
 }
 
+// Audit keeps who did what; it is an audit.Log. Many goroutines may call it.
+type Audit interface {
+	// Record returns when e is on disk.
+	Record(e audit.Entry) error
+	// List gives records, the newest first; next is Before for the following page, 0: there is none.
+	List(f audit.Filter) (page []audit.Entry, next uint64, err error)
+	// Head is the last record.
+	Head() audit.Head
+}
+
 // BackupCopy is a backup that somebody has to take over.
 type BackupCopy struct {
 	Info Backup
@@ -127,7 +139,7 @@ type Role uint8
 const (
 	Viewer   Role = 1 // reads
 	Operator Role = 2 // sends and cancels commands, enables and disables devices, purges lanes, replays parked messages
-	Admin    Role = 3 // adds and removes devices, credentials and tokens
+	Admin    Role = 3 // adds and removes devices, credentials and tokens, reads the audit log
 )
 
 var roleNames = [...]string{Viewer: "viewer", Operator: "operator", Admin: "admin"}

@@ -58,6 +58,9 @@ func (r *route) failures() []string {
 	if r.changes() {
 		codes = append(codes, devices.CodeUnavailable)
 	}
+	if r.changes() || r.bulk {
+		codes = append(codes, codeAudit)
+	}
 	if r.who > 0 || len(r.fails) > 0 {
 		codes = append(codes, codeInternal)
 	}
@@ -265,6 +268,16 @@ var table = []route{
 			{201, "With keep: it is there.", is[BackupKept](), ""},
 		},
 		fails: []string{codeBackupRuns}, h: (*Server).backup,
+	},
+	{
+		method: "GET", path: "/api/v1/audit", who: Admin, id: "list_audit",
+		summary: "Who did what: each act that changed something or handed data out, the newest first. head is the last record: note it elsewhere, and holdfast audit verify tells later whether the log still holds it.",
+		query: []param{
+			text("who", "Only what this token did, or whoever else stands under who."), text("act", "Only this act."),
+			text("object", "Only acts on objects that begin with this."), text("since", "Only what was done at this time or later."),
+			text("before", "Only records before this one; take it from next of the page before."), limitParam,
+		},
+		answers: []answer{{200, "A page of them.", is[AuditPage](), ""}}, h: (*Server).listAudit,
 	},
 	{
 		method: "GET", path: "/api/v1/tokens", who: Admin, id: "list_tokens", summary: "Who may use this API, by name.",

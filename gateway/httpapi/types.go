@@ -8,6 +8,7 @@ import (
 	"unicode/utf8"
 
 	"holdfast/devices"
+	"holdfast/internal/audit"
 	"holdfast/spool"
 )
 
@@ -189,6 +190,13 @@ type ReplayRequest struct {
 type Replayed struct {
 	Replayed int    `json:"replayed"`
 	Problem  string `json:"problem,omitempty"` // why some stay parked
+}
+
+// AuditPage answers GET /audit, the newest first. Next is what to give as ?before=.
+type AuditPage struct {
+	Records []audit.Entry `json:"records"`
+	Next    string        `json:"next,omitempty"`
+	Head    audit.Head    `json:"head"`
 }
 
 // TokenList answers GET /tokens, by name.
