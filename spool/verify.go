@@ -29,7 +29,7 @@ func (s *Spool) Verify(progress func(messages uint64)) (Report, error) {
 		s.mu.Lock()
 		head, end := l.head, l.durable
 		for _, c := range l.cursors {
-			name := fmt.Sprintf("lane %q, upstream %q", l.cfg.Name, c.upstream)
+			name := fmt.Sprintf("lane %q, upstream %q", l.name, c.upstream)
 			if !c.row.balanced() {
 				problem("%s: accounts %+v do not add up to its cursor", name, c.row)
 			}
@@ -41,30 +41,30 @@ func (s *Spool) Verify(progress func(messages uint64)) (Report, error) {
 			}
 		}
 		s.mu.Unlock()
-		lr := LaneReport{Lane: l.cfg.Name}
+		lr := LaneReport{Lane: l.name}
 		it, err := s.store.Iter(dataBounds(l.number))
 		if err != nil {
 			return rep, err
 		}
 		at, buf := head, []byte(nil)
 		missing := func(to Position) {
-			problem("lane %q: messages %d to %d are missing", l.cfg.Name, at.Seq, to.Seq-1)
+			problem("lane %q: messages %d to %d are missing", l.name, at.Seq, to.Seq-1)
 			at = to
 		}
 		for ok := it.First(); ok; ok = it.Next() {
 			seq, _ := dataSeq(it.Key())
 			v, err := it.ValueAndErr()
 			if err != nil {
-				problem("lane %q: chunk at %d: %v", l.cfg.Name, seq, err)
+				problem("lane %q: chunk at %d: %v", l.name, seq, err)
 				continue
 			}
 			m, raw, err := decodeChunk(buf, v)
 			switch {
 			case err != nil:
-				problem("lane %q: chunk at %d: %v", l.cfg.Name, seq, err)
+				problem("lane %q: chunk at %d: %v", l.name, seq, err)
 				continue
 			case m.First.Seq != seq || m.Lane != l.number:
-				problem("lane %q: chunk under key %d says lane %d, sequence %d", l.cfg.Name, seq, m.Lane, m.First.Seq)
+				problem("lane %q: chunk under key %d says lane %d, sequence %d", l.name, seq, m.Lane, m.First.Seq)
 				continue
 			}
 			buf = raw
@@ -72,12 +72,12 @@ func (s *Spool) Verify(progress func(messages uint64)) (Report, error) {
 				continue // finished with, not yet given back
 			}
 			if n := countRecords(raw); n != m.Count {
-				problem("lane %q: chunk at %d holds %d records, its header says %d", l.cfg.Name, seq, n, m.Count)
+				problem("lane %q: chunk at %d holds %d records, its header says %d", l.name, seq, n, m.Count)
 			}
 			if m.First.Seq > at.Seq {
 				missing(m.First)
 			} else if lr.Chunks > 0 && m.First != at {
-				problem("lane %q: chunk at %d begins at %+v, the one before ends at %+v", l.cfg.Name, seq, m.First, at)
+				problem("lane %q: chunk at %d begins at %+v, the one before ends at %+v", l.name, seq, m.First, at)
 			}
 			at = m.End()
 			lr.Chunks++
@@ -88,7 +88,7 @@ func (s *Spool) Verify(progress func(messages uint64)) (Report, error) {
 			}
 		}
 		if err := it.Error(); err != nil {
-			problem("lane %q: after %d: %v", l.cfg.Name, at.Seq, err)
+			problem("lane %q: after %d: %v", l.name, at.Seq, err)
 		}
 		if err := it.Close(); err != nil {
 			return rep, err
