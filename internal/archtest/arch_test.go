@@ -38,6 +38,7 @@ var arrows = map[string][]string{
 	"internal/diskcheck":     {},
 	"internal/kv":            {},
 	"internal/lifecycle":     {},
+	"internal/logs":          {},
 	"internal/mqtt":          {},
 	"internal/pki":           {},
 	"internal/mqtt/mqtttest": {"internal/mqtt"}, // a test's mosquitto and scripted peers: linked into no program
