@@ -62,6 +62,8 @@ const (
 	codeTooManyStreams  = "too_many_streams"
 	codeBackupRuns      = "backup_runs"
 	codeAudit           = "audit_unavailable"
+	codeConfig          = "config_wrong"
+	codeDebug           = "cannot_debug"
 )
 
 // statuses has the HTTP status of each code. docs/api.md explains them; a test holds the two together.
@@ -101,6 +103,8 @@ var statuses = map[string]int{
 	codeNotReady:              http.StatusServiceUnavailable,
 	devices.CodeUnavailable:   http.StatusServiceUnavailable,
 	codeTooManyStreams:        http.StatusServiceUnavailable,
+	codeConfig:                http.StatusUnprocessableEntity,
+	codeDebug:                 http.StatusConflict,
 	codeAudit:                 http.StatusServiceUnavailable,
 }
 
@@ -136,6 +140,10 @@ func asFailure(err error) (f *failure, ok bool) {
 		f = &failure{code: codeTooManyTokens, message: err.Error()}
 	case errors.Is(err, ErrBackupRuns):
 		f = &failure{code: codeBackupRuns, message: err.Error() + ": wait until it has ended"}
+	case errors.Is(err, ErrConfig):
+		f = &failure{code: codeConfig, message: err.Error()}
+	case errors.Is(err, ErrDebug):
+		f = &failure{code: codeDebug, message: err.Error()}
 	case errors.Is(err, ErrNoToken):
 		f = &failure{code: codeNoToken, message: err.Error()}
 	default:

@@ -451,6 +451,55 @@ func (l *lanes) Walk(lane string, sel spool.Selection, fn func(uint64, *spool.Re
 }
 
 // backups makes a backup of one small file.
+// control notes what it is asked for.
+type control struct {
+	err   error
+	level string
+	debug map[string]time.Duration
+}
+
+var reloaded = httpapi.Reload{
+	File:    "/etc/holdfast/gateway.yaml",
+	Changed: []httpapi.ConfigChange{{Key: "log.level", From: "info", To: "debug"}},
+	Restart: []httpapi.ConfigChange{{Key: "http.address", From: "a", To: "b"}}, Warnings: []string{},
+}
+
+func (c *control) ReloadFile() (httpapi.Reload, error) { return reloaded, c.err }
+
+func (c *control) ConfigDiff() (httpapi.Reload, error) { return reloaded, c.err }
+
+func (c *control) DiffText(name string, text []byte) (httpapi.Reload, error) {
+	if !bytes.Contains(text, []byte("log:")) {
+		return httpapi.Reload{}, fmt.Errorf("%w: %s:1:1: what is that?", httpapi.ErrConfig, name)
+	}
+	return reloaded, c.err
+}
+
+func (c *control) LogLevel() string { return cmp.Or(c.level, "info") }
+
+func (c *control) SetLogLevel(level string) error {
+	c.level = level
+	return c.err
+}
+
+func (c *control) DebugDevice(id string, d time.Duration) (time.Time, error) {
+	if d > time.Hour {
+		return time.Time{}, fmt.Errorf("%w: too long", httpapi.ErrDebug)
+	}
+	if c.debug == nil {
+		c.debug = map[string]time.Duration{}
+	}
+	c.debug[id] = d
+	return c.DebugUntil(id), c.err
+}
+
+func (c *control) DebugUntil(id string) time.Time {
+	if d := c.debug[id]; d > 0 {
+		return then.Add(d)
+	}
+	return time.Time{}
+}
+
 // auditLog keeps records in memory.
 type auditLog struct {
 	mu      sync.Mutex

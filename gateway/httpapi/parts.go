@@ -24,6 +24,7 @@ type Parts struct {
 	Events   *Events
 	Backups  Backups
 	Audit    Audit
+	Control  Control
 	Gatherer prometheus.Gatherer // what /metrics shows
 	Log      *slog.Logger
 	Metrics  prometheus.Registerer // takes the API's own metrics; nil: none
@@ -93,6 +94,28 @@ type Audit interface {
 	Head() audit.Head
 }
 
+// Control changes how the gateway works; *gateway.Gateway does.
+type Control interface {
+	// ReloadFile reads the configuration file again and takes what may change. ErrConfig: nothing was changed.
+	ReloadFile() (Reload, error)
+	// ConfigDiff tells what ReloadFile would do, DiffText what it would do with this text in place of the file; name is its path, from
+	// which relative paths go. ErrConfig.
+	ConfigDiff() (Reload, error)
+	DiffText(name string, text []byte) (Reload, error)
+	LogLevel() string
+	SetLogLevel(level string) error
+	// DebugDevice has every line about a device logged for some time; 0 ends it. ErrDebug.
+	DebugDevice(id string, d time.Duration) (until time.Time, err error)
+	// DebugUntil tells how long that goes on; zero: it does not.
+	DebugUntil(id string) time.Time
+}
+
+// Errors of Control. Texts that wrap them say what is wrong.
+var (
+	ErrConfig = errors.New("the configuration is not taken, nothing was changed")
+	ErrDebug  = errors.New("debug log of a device")
+)
+
 // BackupCopy is a backup that somebody has to take over.
 type BackupCopy struct {
 	Info Backup
@@ -138,8 +161,8 @@ type Role uint8
 // The roles. The zero value may nothing that is not open to everybody.
 const (
 	Viewer   Role = 1 // reads
-	Operator Role = 2 // sends and cancels commands, enables and disables devices, purges lanes, replays parked messages
-	Admin    Role = 3 // adds and removes devices, credentials and tokens, reads the audit log
+	Operator Role = 2 // sends and cancels commands, enables, disables and debugs devices, purges lanes, replays parked messages
+	Admin    Role = 3 // adds and removes devices, credentials and tokens, reads the audit log, reloads
 )
 
 var roleNames = [...]string{Viewer: "viewer", Operator: "operator", Admin: "admin"}
