@@ -331,7 +331,7 @@ func (g *Gateway) openBroker(context.Context) error {
 	in.level = g.store.Level
 	cfg := broker.Config{
 		Clock: g.clock, Listeners: g.cfg.Listeners, ShutdownTimeout: brokerShutdown, MaxConnections: g.share.connections,
-		Slow: func() bool { return g.store.Level() >= kv.LevelHigh },
+		Slow: func() bool { return g.store.Level() >= kv.LevelHigh }, Traced: g.logs.Watches,
 	}
 	bounds(&cfg, g.memory)
 	if g.broker, err = broker.New(cfg, g.store, in, authorizer{g.devices}, g.downlink, log, g.registry); err != nil {
