@@ -134,6 +134,12 @@ func newPolicy(roles []Role, anonymous bool) (*policy, error) {
 	return p, nil
 }
 
+// CheckRoles tells what SetPolicy would refuse.
+func CheckRoles(roles []Role) error {
+	_, err := newPolicy(roles, false)
+	return err
+}
+
 // check says whether there is a role of this name.
 func (p *policy) check(role string) error {
 	if p.roles[role] != nil {

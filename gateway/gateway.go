@@ -18,16 +18,16 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 
-	"holdfast/bridge"
-	"holdfast/bridge/mqttup"
 	"holdfast/bridge/wire"
 	"holdfast/devices"
 	"holdfast/gateway/broker"
 	"holdfast/gateway/httpapi"
+	"holdfast/internal/audit"
 	"holdfast/internal/clock"
 	"holdfast/internal/config"
 	"holdfast/internal/kv"
 	"holdfast/internal/lifecycle"
+	"holdfast/internal/logs"
 	"holdfast/internal/mqtt"
 	"holdfast/spool"
 )
@@ -51,6 +51,11 @@ type Options struct {
 	Version string
 	Log     *slog.Logger
 	Memory  int64 // bytes that the process may use; 0: unknown
+	// Logs is what Log was made with, so that its level can change; nil: it stays as it is.
+	Logs *logs.Switch
+	// File is the configuration file and Load reads it, or the default configuration without one, again. nil: it cannot be read again.
+	File string
+	Load func() (*config.Config, config.Problems, error)
 
 	storeOptions func(*kv.Options) // for tests; nil: none
 }
@@ -71,9 +76,10 @@ type Gateway struct {
 	downlink *downlink
 	broker   *broker.Broker
 	addrs    []net.Addr // of the listeners, in the order of the configuration
-	bridges  []*bridge.Bridge
-	orders   map[string]*orders // by upstream: those that commands come from
+	intake   *Intake
+	uplinks  *uplinks
 	tokens   *tokens
+	audit    *auditing
 	events   *httpapi.Events
 	http     *httpapi.Server // nil: none
 	registry *prometheus.Registry
@@ -85,7 +91,10 @@ type Gateway struct {
 
 	backing sync.Mutex // held while there is a backup in data_dir
 
-	reloading sync.Mutex // one Reload at a time; guards what of cfg it changes
+	load      func() (*config.Config, config.Problems, error) // the file again; nil: there is none
+	file      string
+	logs      *logs.Switch
+	reloading sync.Mutex // one Reload at a time; guards what of cfg it changes once the gateway runs
 
 	fatal chan error // cap 1: the store failed
 	state atomic.Int32
@@ -102,16 +111,25 @@ const (
 // crash, and binds every address, so that what is taken already is told before anything runs. It logs
 // one line a part. On an error everything is given back.
 func New(ctx context.Context, o Options) (*Gateway, error) {
+	cfg, err := o.Config.Absolute() // a copy: a reload changes it
+	if err != nil {
+		return nil, err
+	}
 	g := &Gateway{
-		cfg: o.Config, version: o.Version, log: o.Log, started: time.Now(),
-		registry:     prometheus.NewRegistry(),
-		orders:       map[string]*orders{},
-		memory:       o.Memory,
+		cfg: cfg, version: o.Version, log: o.Log, started: time.Now(),
+		registry: prometheus.NewRegistry(),
+		memory:   o.Memory,
+		file:     o.File, load: o.Load, logs: o.Logs,
 		storeOptions: o.storeOptions,
 		fatal:        make(chan error, 1),
 	}
 	// A store that fails while it is opened never comes back from its write: then the process ends
 	// with that goroutine in it.
+	if g.logs == nil {
+		level, _ := logs.ParseLevel(o.Config.Log.Level)
+		g.logs = logs.New(level)
+	}
+	g.logs.OnEnd(func(device string) { g.log.Info("debug log of a device ended", "device", device) })
 	opened := make(chan error, 1)
 	go func() { opened <- g.open(ctx) }()
 	select {
@@ -133,7 +151,7 @@ func (g *Gateway) open(ctx context.Context) error {
 		return fmt.Errorf("register metrics: %w", err)
 	}
 	g.log.Info("gateway starts", "gateway", g.cfg.Gateway.ID, "version", g.version, "pid", os.Getpid())
-	for _, step := range []func(context.Context) error{g.divide, g.openStore, g.openDevices, g.openBroker, g.openBridges, g.openHTTP} {
+	for _, step := range []func(context.Context) error{g.divide, g.openStore, g.openDevices, g.openBroker, g.openBridges, g.openHTTP, g.recordStart} {
 		if err := step(ctx); err != nil {
 			return err
 		}
@@ -234,7 +252,12 @@ func (g *Gateway) openStore(context.Context) (err error) {
 	if err != nil {
 		return err
 	}
+	g.audit, err = openAudit(g.store, g.dir.path, restored != nil, audit.Options{Now: g.clock.Time, Log: g.log.With("part", "audit")})
+	if err != nil {
+		return err
+	}
 	if restored != nil {
+		g.record(audit.Entry{Who: CommandLine(), Act: audit.Restore, Object: restored.ID, Result: audit.Done, Detail: "from a backup of " + restored.Time.UTC().Format(time.RFC3339)})
 		if err := g.announceRestore(restored); err != nil {
 			return err
 		}
@@ -302,12 +325,13 @@ func (g *Gateway) openBroker(context.Context) error {
 	if err != nil {
 		return err
 	}
+	g.intake = in
 	g.downlink = newDownlink(g.devices, g.commands)
 	in.answers = g.downlink.answer
 	in.level = g.store.Level
 	cfg := broker.Config{
 		Clock: g.clock, Listeners: g.cfg.Listeners, ShutdownTimeout: brokerShutdown, MaxConnections: g.share.connections,
-		Slow: func() bool { return g.store.Level() >= kv.LevelHigh },
+		Slow: func() bool { return g.store.Level() >= kv.LevelHigh }, Traced: g.logs.Watches,
 	}
 	bounds(&cfg, g.memory)
 	if g.broker, err = broker.New(cfg, g.store, in, authorizer{g.devices}, g.downlink, log, g.registry); err != nil {
@@ -325,33 +349,11 @@ func (g *Gateway) openBroker(context.Context) error {
 }
 
 func (g *Gateway) openBridges(context.Context) error {
-	for _, u := range g.cfg.Upstreams {
-		u.Tuning.DrainTimeout = bridgeDrain
-		u.Tuning.Synced = func() bool { return !g.clock.Read().Unsynced }
-		up, err := mqttup.FromConfig(u, g.cfg.Gateway.ID, g.spool.Epoch(), g.version, g.clock.Time)
-		if err != nil {
-			return fmt.Errorf("upstream %q: %w", u.Name, err)
-		}
-		log := g.log.With("part", "bridge") // it names the upstream itself
-		b, err := bridge.New(u, g.cfg.Gateway.ID, g.spool, up, log, g.registry)
-		if err != nil {
-			return err
-		}
-		b.KeepUsage(usage{g.store, u.Name})
-		b.OnLink(func(up bool, reason string) {
-			g.events.PublishUpstream(httpapi.UpstreamChange{Name: u.Name, Connected: up, Error: reason})
-		})
-		g.bridges = append(g.bridges, b)
-		if u.Commands {
-			g.orders[u.Name] = newOrders(g.cfg.Gateway.ID, u, b, g.commands, g.clock.Time, log.With("upstream", u.Name))
-		}
-		lanes := u.Lanes
-		if lanes == nil {
-			lanes = []string{"all"}
-		}
-		g.log.Info("upstream configured", "upstream", u.Name, "urls", u.Addresses(), "format", u.Format, "lanes", lanes)
+	g.uplinks = &uplinks{make: g.newUplink, ended: make(chan struct{}, 1)}
+	if err := g.uplinks.open(g.cfg.Upstreams, g.newUpstream); err != nil {
+		return err
 	}
-	if len(g.bridges) == 0 {
+	if len(g.cfg.Upstreams) == 0 {
 		g.log.Info("no upstream configured: messages are kept by the limits of their lanes")
 	}
 	return nil
@@ -366,7 +368,7 @@ func (g *Gateway) openHTTP(ctx context.Context) (err error) {
 	}
 	cfg := httpapi.Config{Address: g.cfg.HTTP.Address, Gateway: g.cfg.Gateway.ID, MaxConnections: g.share.http}
 	g.http = httpapi.New(cfg, httpapi.Parts{
-		Source: g, Devices: g.devices, Commands: g.commands, Lanes: g.spool, Tokens: g.tokens, Events: g.events, Backups: g,
+		Source: g, Devices: g.devices, Commands: g.commands, Lanes: g.spool, Tokens: g.tokens, Events: g.events, Backups: g, Audit: g.audit, Control: g,
 		Gatherer: g.registry, Log: g.log.With("part", "http"), Metrics: g.registry,
 	})
 	if err := g.http.Listen(ctx); err != nil {
@@ -406,16 +408,8 @@ func (g *Gateway) run(ctx context.Context) error {
 		parts = append(parts, lifecycle.Part{Name: "http", Run: g.http.Run, Grace: httpShutdown + partSlack})
 	}
 	parts = append(parts, lifecycle.Part{Name: "clock", Run: g.clock.Run, Grace: partSlack})
-	var bridges []lifecycle.Part
-	for i, b := range g.bridges {
-		name := "bridge to " + g.cfg.Upstreams[i].Name
-		bridges = append(bridges, lifecycle.Part{Name: name, Run: b.Run, Grace: bridgeDrain + bridgeGoodbye + partSlack})
-	}
-	for name, o := range g.orders {
-		bridges = append(bridges, lifecycle.Part{Name: "commands from " + name, Run: o.Run, Grace: bridgeGoodbye + partSlack})
-	}
 	parts = append(parts,
-		lifecycle.Group("bridges", bridges...),
+		lifecycle.Part{Name: "bridges", Run: g.uplinks.Run, Grace: bridgeDrain + bridgeGoodbye + 3*partSlack},
 		lifecycle.Part{Name: "devices", Run: g.devices.Run, Grace: partSlack},
 		lifecycle.Part{Name: "commands", Run: g.commands.Run, Grace: partSlack},
 		lifecycle.Part{Name: "ledger", Run: g.watchLedger, Grace: partSlack},
@@ -426,6 +420,7 @@ func (g *Gateway) run(ctx context.Context) error {
 	if errors.Is(err, lifecycle.ErrStuck) {
 		return err // somebody still holds the store: leave it to crash recovery
 	}
+	g.recordStop(ctx, err)
 	return errors.Join(err, g.Close())
 }
 
@@ -452,14 +447,21 @@ func (g *Gateway) beReady(ctx context.Context) error {
 // Close gives back what New took, for a gateway that is not run. Twice is no harm.
 func (g *Gateway) Close() error {
 	var err error
+	g.logs.Close()
 	if g.http != nil {
 		err = errors.Join(err, g.http.Close())
 	}
 	if g.broker != nil {
 		err = errors.Join(err, g.broker.Close())
 	}
+	if g.uplinks != nil {
+		err = errors.Join(err, g.uplinks.Close())
+	}
 	if g.spool != nil {
 		err = errors.Join(err, g.spool.Close())
+	}
+	if g.audit != nil {
+		err = errors.Join(err, g.audit.Close())
 	}
 	if g.store != nil {
 		err = errors.Join(err, g.store.Close())
@@ -534,8 +536,8 @@ func (g *Gateway) Status() httpapi.Status {
 		l := g.cfg.Listeners[i]
 		st.Broker.Listeners = append(st.Broker.Listeners, httpapi.Listener{Name: l.Name, Protocol: l.Protocol, Address: a.String()})
 	}
-	for _, b := range g.bridges {
-		s := b.Status()
+	for _, l := range g.uplinks.all() {
+		s := l.bridge.Status()
 		u := httpapi.Upstream{
 			Name: s.Name, URL: s.URL, Format: s.Format, State: string(s.State), Connected: s.Connected, Since: s.Since,
 			RetryAt: s.RetryAt, Attempts: s.Attempts, LastError: s.LastError, LastAck: s.LastAck, InFlight: s.InFlight,
@@ -543,7 +545,7 @@ func (g *Gateway) Status() httpapi.Status {
 			ExpiredMessages: s.ExpiredMessages, ParkedMessages: s.ParkedMessages,
 			WireBytes: s.WireBytes, Budget: s.Budget,
 		}
-		if o := g.orders[s.Name]; o != nil {
+		if o := l.orders; o != nil {
 			up, err := o.ready()
 			u.Commands, u.CommandsError = &up, err
 		}

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"sync/atomic"
 
 	"holdfast/devices"
 	"holdfast/gateway/broker"
@@ -24,7 +25,7 @@ type appender interface {
 // and allocates nothing.
 type Intake struct {
 	spool  appender
-	routes *routes[spool.Lane]
+	routes atomic.Pointer[routes[spool.Lane]] // replaced as a whole
 	clock  *clock.Clock
 	// answers takes what devices say of their commands; nil: there are none.
 	answers func(m *broker.Message, ops []kv.Op, done kv.Done, token uint64) (taken bool, err error)
@@ -32,6 +33,17 @@ type Intake struct {
 }
 
 func newIntake(sp appender, table []config.Route, c *clock.Clock) (*Intake, error) {
+	compiled, err := compileRoutes(sp, table)
+	if err != nil {
+		return nil, err
+	}
+	i := &Intake{spool: sp, clock: c}
+	i.routes.Store(compiled)
+	return i, nil
+}
+
+// compileRoutes makes the table of routes; every lane in it has to be there.
+func compileRoutes(sp appender, table []config.Route) (*routes[spool.Lane], error) {
 	lane := func(name string) (spool.Lane, error) {
 		if name == config.LaneNone {
 			return spool.LaneNone, nil
@@ -59,11 +71,7 @@ func newIntake(sp appender, table []config.Route, c *clock.Clock) (*Intake, erro
 		}
 		rest = spool.LaneNone // only topics that begin with '$' get here, and devices publish none
 	}
-	compiled, err := newRoutes(rs, rest)
-	if err != nil {
-		return nil, err
-	}
-	return &Intake{spool: sp, routes: compiled, clock: c}, nil
+	return newRoutes(rs, rest)
 }
 
 // Publish hands m in, together with ops. What comes after is told to done; an error means that
@@ -80,7 +88,7 @@ func (i *Intake) Publish(m *broker.Message, ops []kv.Op, done kv.Done, token uin
 	if now.Unsynced {
 		m.Record.Flags |= spool.FlagClockUnsynced
 	}
-	lane := i.routes.match(m.Record.Topic)
+	lane := i.routes.Load().match(m.Record.Topic)
 	if lane == spool.LaneNone && m.Retain && len(m.Record.Payload) > 0 && i.level != nil && i.level() == kv.LevelFull {
 		return errKeep
 	}

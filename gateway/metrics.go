@@ -12,6 +12,7 @@ func newMetrics(reg prometheus.Registerer, g *Gateway) {
 	info.Set(1)
 	reg.MustRegister(
 		info,
+		g.audit.failures,
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name: "holdfast_gateway_ready",
 			Help: "1 while every listener accepts. 0 for long: see the log.",

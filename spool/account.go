@@ -54,7 +54,7 @@ func (s *Spool) Accounts() []Account {
 		for _, c := range l.cursors {
 			if c.active {
 				a := Account{
-					Upstream: c.upstream, Lane: l.cfg.Name, Cursor: c.row.Pos.Seq,
+					Upstream: c.upstream, Lane: l.name, Cursor: c.row.Pos.Seq,
 					Delivered: c.row.Delivered, Expired: c.row.Expired, Evicted: c.row.Evicted, Parked: c.row.Parked,
 				}
 				a.Accepted.add(c.row.Start, l.durable)
@@ -68,7 +68,7 @@ func (s *Spool) Accounts() []Account {
 		}
 		if !l.waiting() && l.durable.Seq > 1 {
 			// Nobody waits. What earlier upstreams took is theirs; retention accounts for what it dropped.
-			a := Account{Lane: l.cfg.Name, Cursor: l.head.Seq, Expired: l.expired, Evicted: l.evicted}
+			a := Account{Lane: l.name, Cursor: l.head.Seq, Expired: l.expired, Evicted: l.evicted}
 			a.Pending.add(l.head, l.durable)
 			a.Accepted = Count{
 				a.Pending.Messages + a.Expired.Messages + a.Evicted.Messages,
@@ -99,7 +99,7 @@ func (s *Spool) Lanes() []LaneStat {
 	all := make([]LaneStat, 0, len(s.lanes))
 	for _, l := range s.lanes {
 		st := LaneStat{
-			Name: l.cfg.Name, MaxBytes: l.cfg.MaxBytes,
+			Name: l.name, MaxBytes: l.rules.Load().MaxBytes,
 			Refused: l.refused.Load(), Shed: l.shed.Load(), NoDisk: l.refusedDisk.Load(), TailMem: l.tailBytes,
 		}
 		st.Accepted.add(Position{Seq: 1}, l.durable)

@@ -77,7 +77,7 @@ func (w *walk) step() error {
 	if w.it == nil {
 		it, err := w.s.store.Iter(dataBounds(w.l.number))
 		if err != nil {
-			return fmt.Errorf("walk over lane %q: %w", w.l.cfg.Name, err)
+			return fmt.Errorf("walk over lane %q: %w", w.l.name, err)
 		}
 		w.it, w.read = it, 0
 		// at may lie in the middle of a chunk.
@@ -148,12 +148,12 @@ func (w *walk) hand(m *chunkMeta, raw []byte) error {
 // pass goes on with the first chunk after at that can be read, if cause is damage.
 func (w *walk) pass(cause error) error {
 	if !errors.Is(cause, ErrCorrupt) && !errors.Is(cause, errMissing) && !pebble.IsCorruptionError(cause) {
-		return fmt.Errorf("walk over lane %q at %d: %w", w.l.cfg.Name, w.at, cause)
+		return fmt.Errorf("walk over lane %q at %d: %w", w.l.name, w.at, cause)
 	}
 	w.close()
 	next, err := w.s.readableAfter(w.l, w.at, w.end)
 	if err != nil {
-		return fmt.Errorf("walk over lane %q at %d: %w", w.l.cfg.Name, w.at, err)
+		return fmt.Errorf("walk over lane %q at %d: %w", w.l.name, w.at, err)
 	}
 	w.lost(next, cause)
 	return nil
@@ -167,7 +167,7 @@ func (w *walk) lost(to uint64, cause error) {
 	first := max(w.at, min(head, to))
 	w.at = to
 	if first < to && w.damaged != nil {
-		w.damaged(Damage{Lane: w.l.cfg.Name, First: first, Last: to - 1, Cause: cause.Error()})
+		w.damaged(Damage{Lane: w.l.name, First: first, Last: to - 1, Cause: cause.Error()})
 	}
 }
 

@@ -36,9 +36,9 @@ func (l *lane) admit(n int, shed bool) error {
 	if level == kv.LevelHigh {
 		return nil
 	}
-	if l.cfg.WhenFull == Reject || !l.waitForSpace() {
+	if r := l.rules.Load(); r.WhenFull == Reject || !l.waitForSpace() {
 		l.refusedDisk.Add(uint64(n))
-		return l.errDisk
+		return r.errDisk
 	}
 	return nil
 }
@@ -108,7 +108,7 @@ func (s *Spool) relieve(l *lane) error {
 	if l.number == systemNumber {
 		return s.boundSystem(l)
 	}
-	if !l.wanted.Load() || l.cfg.WhenFull != DropOldest {
+	if !l.wanted.Load() || l.rules.Load().WhenFull != DropOldest {
 		return nil
 	}
 	for {

@@ -11,13 +11,10 @@ import (
 // lane is one priority class.
 type lane struct {
 	s          *Spool
-	cfg        LaneConfig
+	name       string
 	number     byte
 	configured bool
-	maxChunk   int
-	softMax    uint64 // record bytes from which a lane that drops its oldest does so
-	// Made once: refusals come when there is the least time for them.
-	errFull, errDisk error
+	rules      atomic.Pointer[rules] // in effect; see SetLimits
 
 	// Under the store's commit lock.
 	next Position // of the next record
@@ -168,7 +165,7 @@ func (b *block) fit() *block {
 // takes says whether r is small enough.
 func (l *lane) takes(r *Record) error {
 	if n := len(r.Device) + len(r.Topic) + len(r.Payload) + r.Props.size(); n > MaxRecord-128 {
-		return fmt.Errorf("append %d bytes to lane %q: %w", n, l.cfg.Name, ErrTooLarge)
+		return fmt.Errorf("append %d bytes to lane %q: %w", n, l.name, ErrTooLarge)
 	}
 	return nil
 }
@@ -176,19 +173,20 @@ func (l *lane) takes(r *Record) error {
 // makeRoom has a full lane do what its rule says before n more records come. again says that they have to wait, for
 // housekeeping to drop what is too much. The caller holds the commit lock.
 func (l *lane) makeRoom(n int, shed bool) (again bool, err error) {
-	if l.cfg.MaxBytes <= 0 {
+	r := l.rules.Load()
+	if r.MaxBytes <= 0 {
 		return false, nil
 	}
 	held := l.next.Bytes - l.headBytes.Load()
 	switch {
-	case l.cfg.WhenFull == Reject:
-		if held >= uint64(l.cfg.MaxBytes) {
+	case r.WhenFull == Reject:
+		if held >= uint64(r.MaxBytes) {
 			l.refused.Add(uint64(n))
-			return false, l.errFull
+			return false, r.errFull
 		}
-	case held >= l.softMax:
+	case held >= r.softMax:
 		l.s.wakeHousekeeping()
-		if held < uint64(l.cfg.MaxBytes) || l.number == systemNumber {
+		if held < uint64(r.MaxBytes) || l.number == systemNumber {
 			return false, nil
 		}
 		if shed {
@@ -217,7 +215,7 @@ func (l *lane) appendAged(r *Record, sinceMS int64) (seq uint64, n int) {
 		boot, booted = l.s.boot, r.Received-r.Uptime
 	}
 	var m *chunkMeta
-	if k := len(b.chunks); k > 0 && b.chunks[k-1].RawLen+n <= l.maxChunk && b.chunks[k-1].Booted == booted && b.chunks[k-1].Boot == boot {
+	if k := len(b.chunks); k > 0 && b.chunks[k-1].RawLen+n <= l.rules.Load().maxChunk && b.chunks[k-1].Booted == booted && b.chunks[k-1].Boot == boot {
 		m = &b.chunks[k-1]
 		m.Oldest, m.Newest = min(m.Oldest, sinceMS), max(m.Newest, sinceMS)
 	} else {
@@ -246,7 +244,7 @@ func (l *lane) commit(b *block, end Position, memtable uint64) {
 		l.memtables = append(l.memtables, memtableMark{memtable, l.durable})
 		l.recent = nil // what an earlier memtable took is excised, not deleted
 	}
-	if l.cfg.Drain == LiveFirst {
+	if l.rules.Load().Drain == LiveFirst {
 		l.mark()
 	}
 	l.durable = end

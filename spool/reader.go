@@ -38,7 +38,7 @@ func (s *Spool) Consumer(upstream string, lanes []string) (*Consumer, error) {
 		cur.restart()
 		r := &Reader{s: s, l: l, cur: cur, pos: cur.row.Pos}
 		c.readers = append(c.readers, r)
-		if l.cfg.Drain == LiveFirst {
+		if l.rules.Load().Drain == LiveFirst {
 			r.part, r.pos = newest, cur.live.done
 			c.readers = append(c.readers, &Reader{s: s, l: l, cur: cur, part: backlog, pos: cur.row.Pos})
 		}
@@ -121,25 +121,26 @@ func (r Run) End() Position {
 }
 
 // Lane returns the lane's name.
-func (r *Reader) Lane() string { return r.l.cfg.Name }
+func (r *Reader) Lane() string { return r.l.name }
 
 // Urgent tells whether no budget of an upstream holds the lane up. The system lane's messages are few and what the cloud knows
 // the gateway by: they are urgent by nature.
-func (r *Reader) Urgent() bool { return r.l.cfg.Urgent || r.l.number == 0 }
+func (r *Reader) Urgent() bool { return r.l.rules.Load().Urgent || r.l.number == 0 }
 
 // Share returns the percentage of the link that the lane gets at least.
-func (r *Reader) Share() int { return r.l.cfg.Share }
+func (r *Reader) Share() int { return r.l.rules.Load().Share }
 
 // Backfill returns what the reader of a backlog gets of the lane's bytes while the lane's reader before it in
 // Consumer.Lanes has something, in percent; 0: this is no such reader.
 func (r *Reader) Backfill() int {
+	share := r.l.rules.Load().BackfillShare
 	switch {
 	case r.part != backlog:
 		return 0
-	case r.l.cfg.BackfillShare <= 0:
+	case share <= 0:
 		return DefaultBackfillShare
 	}
-	return r.l.cfg.BackfillShare
+	return share
 }
 
 // Cursor returns the position before which everything is resolved.
@@ -238,7 +239,7 @@ func (r *Reader) leap() {
 	if to.Seq == r.pos.Seq {
 		return
 	}
-	r.s.cfg.Log.Info("newest messages go first, the backlog follows beside them", "upstream", r.cur.upstream, "lane", r.l.cfg.Name,
+	r.s.cfg.Log.Info("newest messages go first, the backlog follows beside them", "upstream", r.cur.upstream, "lane", r.l.name,
 		"first", r.pos.Seq, "last", to.Seq-1, "size_bytes", to.Bytes-r.pos.Bytes, "islands", len(r.cur.row.Islands))
 	r.pos, r.seek = to, true
 	if more {
@@ -389,7 +390,7 @@ func (r *Reader) pass(to Position, cause error) {
 // afterDamage returns the begin of the first chunk beyond the damaged one that can be read.
 func (r *Reader) afterDamage(cause error, durable Position) (Position, error) {
 	if !errors.Is(cause, ErrCorrupt) && !pebble.IsCorruptionError(cause) {
-		return Position{}, fmt.Errorf("read lane %q at %d: %w", r.l.cfg.Name, r.pos.Seq, cause)
+		return Position{}, fmt.Errorf("read lane %q at %d: %w", r.l.name, r.pos.Seq, cause)
 	}
 	// Steps double, so that a damaged table costs a few dozen looks and not one per chunk.
 	var m chunkMeta
@@ -428,7 +429,7 @@ func (r *Reader) damaged(from, to Position, cause error) {
 			return // met again after a rewind
 		}
 	}
-	r.s.cfg.Log.Error("messages are damaged on disk", "lane", r.l.cfg.Name, "first", from.Seq, "last", to.Seq-1, "err", firstLine(cause))
+	r.s.cfg.Log.Error("messages are damaged on disk", "lane", r.l.name, "first", from.Seq, "last", to.Seq-1, "err", firstLine(cause))
 	i := 0
 	for i < len(r.cur.holes) && r.cur.holes[i].from.Seq <= from.Seq {
 		i++
@@ -457,7 +458,7 @@ func (r *Reader) resolve(end Position, o Outcome) {
 		return
 	}
 	if end.Seq > r.l.durable.Seq {
-		panic(fmt.Sprintf("spool: resolve up to %d of lane %q, which ends at %d", end.Seq, r.l.cfg.Name, r.l.durable.Seq))
+		panic(fmt.Sprintf("spool: resolve up to %d of lane %q, which ends at %d", end.Seq, r.l.name, r.l.durable.Seq))
 	}
 	how := loss{outcome: o}
 	switch o {

@@ -45,7 +45,7 @@ func (s *Spool) Mark(dst []byte) []byte {
 	dst = binary.AppendUvarint(dst, uint64(len(s.lanes)))
 	for _, l := range s.lanes {
 		dst = binary.AppendUvarint(dst, uint64(l.number))
-		dst = append(binary.AppendUvarint(dst, uint64(len(l.cfg.Name))), l.cfg.Name...)
+		dst = append(binary.AppendUvarint(dst, uint64(len(l.name))), l.name...)
 		for _, n := range [...]uint64{l.durable.Seq, l.durable.Bytes, l.safeHead.Seq, l.safeHead.Bytes} {
 			dst = binary.AppendUvarint(dst, n)
 		}
@@ -313,7 +313,7 @@ func (s *Spool) recoverLane(l *lane, row *laneRow, found bool) error {
 	if row.Next != was {
 		l.dirty = true
 		s.recovered += row.Next.Seq - was.Seq
-		s.cfg.Log.Error("end of the log was lost: messages that were acknowledged are missing", "lane", l.cfg.Name,
+		s.cfg.Log.Error("end of the log was lost: messages that were acknowledged are missing", "lane", l.name,
 			"first", was.Seq, "last", row.Next.Seq-1, "found", found)
 	}
 	if !found {
@@ -347,14 +347,14 @@ func (s *Spool) recoverCursors(l *lane) {
 			} else if c.row.through() >= row.through() {
 				continue
 			}
-			s.cfg.Log.Warn("place of an upstream was lost, the mark beside the log has it", "lane", l.cfg.Name, "upstream", upstream, "sequence", row.Pos.Seq)
+			s.cfg.Log.Warn("place of an upstream was lost, the mark beside the log has it", "lane", l.name, "upstream", upstream, "sequence", row.Pos.Seq)
 			c.row, c.dirty = row, true
 		}
 	}
 	for _, c := range l.cursors {
 		// Before the head everything has had its end. Who is not that far, and was when the lane's row was written, has lost that.
 		if c.row.Pos.Seq >= l.rowHead.Seq && c.row.Pos.Seq < l.head.Seq {
-			s.cfg.Log.Warn("place of an upstream was lost: what had its end counts as delivered", "lane", l.cfg.Name, "upstream", c.upstream,
+			s.cfg.Log.Warn("place of an upstream was lost: what had its end counts as delivered", "lane", l.name, "upstream", c.upstream,
 				"first", c.row.Pos.Seq, "last", l.head.Seq-1)
 			c.resolve(l.head, loss{outcome: Delivered})
 		}

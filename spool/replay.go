@@ -79,9 +79,9 @@ func (s *Spool) Replay(lane, upstream string, seqs []uint64) (n int, err error) 
 // parkedBatch gives what is parked for upstream after a sequence and before another one, as much as one commit takes.
 func (s *Spool) parkedBatch(l *lane, upstream string, seqs []uint64, after, end uint64) (batch []ParkedMessage, more bool, err error) {
 	size := 0
-	err = s.ParkedFrom(l.cfg.Name, after+1, func(m ParkedMessage) error {
+	err = s.ParkedFrom(l.name, after+1, func(m ParkedMessage) error {
 		switch {
-		case m.Lane != l.cfg.Name || m.Seq >= end:
+		case m.Lane != l.name || m.Seq >= end:
 			return errStopScan
 		case m.Upstream != upstream:
 			return nil
@@ -116,12 +116,12 @@ func (s *Spool) replay(l *lane, upstream string, batch []ParkedMessage) (n int, 
 			err = ErrRecord // several, of which one could not be read
 		}
 		if err == nil {
-			r.Props = replayProps(r.Props, l.cfg.Name, m.Seq, upstream)
+			r.Props = replayProps(r.Props, l.name, m.Seq, upstream)
 			err = l.takes(&r)
 		}
 		if err != nil {
 			if bad == nil {
-				bad = fmt.Errorf("message %d of lane %q stays parked: %w", m.Seq, l.cfg.Name, err)
+				bad = fmt.Errorf("message %d of lane %q stays parked: %w", m.Seq, l.name, err)
 			}
 			continue
 		}
@@ -217,7 +217,7 @@ func (s *Spool) parkedOf(l *lane, seq uint64, fn func(ParkedMessage) error) (err
 	for ok := it.First(); ok; ok = it.Next() {
 		v, err := it.ValueAndErr()
 		if err != nil {
-			return fmt.Errorf("parked messages of lane %q: %w", l.cfg.Name, err)
+			return fmt.Errorf("parked messages of lane %q: %w", l.name, err)
 		}
 		k := it.Key()[len(prefix):]
 		var row parkedRow
@@ -228,7 +228,7 @@ func (s *Spool) parkedOf(l *lane, seq uint64, fn func(ParkedMessage) error) (err
 			return fmt.Errorf("parked row %x: %w", it.Key(), err)
 		}
 		m := ParkedMessage{
-			Lane: l.cfg.Name, Upstream: string(k[8:]), Seq: binary.BigEndian.Uint64(k),
+			Lane: l.name, Upstream: string(k[8:]), Seq: binary.BigEndian.Uint64(k),
 			AtMS: int64(row.AtMS), Reason: row.Reason, Record: row.Record,
 		}
 		if err := fn(m); err != nil {

@@ -100,20 +100,21 @@ func dropStride(most uint64) uint64 { return min(max(most/64, min(most/8, 1<<20)
 
 // limit drops what is too old, then what is too much.
 func (s *Spool) limit(l *lane) error {
-	if l.cfg.MaxAge > 0 {
-		now, age := s.clock.Read().T, l.cfg.MaxAge.Milliseconds()
+	r := l.rules.Load()
+	if r.MaxAge > 0 {
+		now, age := s.clock.Read().T, r.MaxAge.Milliseconds()
 		_, err := s.dropUntil(l, Expired, gapMaxAge, func(m *chunkMeta) bool { return s.clock.Between(s.service(m), now) <= age }, nil)
 		if err != nil {
 			return err
 		}
 	}
-	if l.cfg.MaxBytes > 0 && l.cfg.WhenFull == DropOldest {
+	if r.MaxBytes > 0 && r.WhenFull == DropOldest {
 		s.mu.Lock()
 		held := l.durable.Bytes - l.head.Bytes
 		// A little more than has to go, so that a full lane drops now and then and not all the time.
-		want := l.head.Bytes + held - l.softMax + dropStride(uint64(l.cfg.MaxBytes))
+		want := l.head.Bytes + held - r.softMax + dropStride(uint64(r.MaxBytes))
 		s.mu.Unlock()
-		if held >= l.softMax {
+		if held >= r.softMax {
 			_, err := s.dropUntil(l, Evicted, gapMaxBytes, func(m *chunkMeta) bool { return m.First.Bytes >= want }, nil)
 			return err
 		}

@@ -231,17 +231,8 @@ func (s *Spool) openLanes() error {
 			numbers[c.Name] = number
 			ops = append(ops, kv.Op{Key: append(slices.Clone(prefixLaneNum), c.Name...), Value: []byte{number}})
 		}
-		l := &lane{s: s, cfg: c, number: number, configured: i < configured}
-		l.maxChunk = maxChunk
-		if c.MaxBytes > 0 {
-			// A small lane has small chunks: what is dropped at once is a part of it.
-			l.maxChunk = int(min(maxChunk, max(c.MaxBytes/16, 1)))
-		}
-		if max := uint64(c.MaxBytes); max > 0 {
-			l.softMax = max - dropStride(max)
-			l.errFull = fmt.Errorf("append to lane %q: %w (max_bytes %d)", c.Name, ErrFull, c.MaxBytes)
-		}
-		l.errDisk = fmt.Errorf("append to lane %q: %w: %w", c.Name, ErrFull, ErrDisk)
+		l := &lane{s: s, name: c.Name, number: number, configured: i < configured}
+		l.rules.Store(newRules(c))
 		row := laneRow{Next: Position{Seq: 1}, Head: Position{Seq: 1}}
 		v, kept, err := s.store.Get(keyLane(number))
 		if err != nil {
@@ -282,10 +273,10 @@ func (s *Spool) openCursors() error {
 		err := s.store.Scan(prefix, func(k, v []byte) error {
 			c := &cursor{upstream: string(k[len(prefix):])}
 			if err := c.row.parse(v); unreadable(err) {
-				s.cfg.Log.Error("row of a cursor is damaged: what may have been sent is sent again", "lane", l.cfg.Name, "upstream", c.upstream, "err", err)
+				s.cfg.Log.Error("row of a cursor is damaged: what may have been sent is sent again", "lane", l.name, "upstream", c.upstream, "err", err)
 				return nil
 			} else if err != nil {
-				return fmt.Errorf("lane %q, upstream %q: %w", l.cfg.Name, c.upstream, err)
+				return fmt.Errorf("lane %q, upstream %q: %w", l.name, c.upstream, err)
 			}
 			c.active = s.cfg.Upstreams == nil
 			c.committed = append(c.committed, v...)
@@ -306,9 +297,8 @@ func (s *Spool) openCursors() error {
 	defer s.mu.Unlock()
 	for _, l := range s.lanes {
 		for _, c := range l.cursors {
-			if !c.active && c.row.Pos.Seq < l.durable.Seq {
-				s.cfg.Log.Warn("upstream is no longer configured, its messages no longer wait for it",
-					"upstream", c.upstream, "lane", l.cfg.Name, "pending", l.durable.Seq-c.row.Pos.Seq-c.row.apart().Messages)
+			if !c.active {
+				s.left(l, c)
 			}
 		}
 		s.advanceHead(l)
@@ -324,7 +314,7 @@ func (s *Spool) attach(upstream string, lanes []string) error {
 	}
 	chosen := []*lane{s.lanes[0]}
 	for _, l := range s.lanes[1:] {
-		if lanes == nil || slices.Contains(lanes, l.cfg.Name) {
+		if lanes == nil || slices.Contains(lanes, l.name) {
 			chosen = append(chosen, l)
 		}
 	}
@@ -526,9 +516,9 @@ func (s *Spool) announce(st *sealed) {
 	for _, l := range s.lanes {
 		for _, c := range l.cursors {
 			for _, lost := range s.byEpoch(l, c.lost) {
-				epoch, _, _ := s.EpochOf(l.cfg.Name, lost.from.Seq)
+				epoch, _, _ := s.EpochOf(l.name, lost.from.Seq)
 				a := gap{
-					Gateway: s.cfg.Gateway, Epoch: epoch, Lane: l.cfg.Name, Upstream: c.upstream,
+					Gateway: s.cfg.Gateway, Epoch: epoch, Lane: l.name, Upstream: c.upstream,
 					First: lost.from.Seq, Last: lost.to.Seq - 1, Count: lost.to.Seq - lost.from.Seq, Bytes: lost.to.Bytes - lost.from.Bytes,
 					FromMS: lost.fromMS, ToMS: lost.toMS, Reason: lost.reason,
 				}

@@ -37,7 +37,7 @@ func (s *Spool) Verify(progress func(messages uint64)) (Report, error) {
 		s.mu.Lock()
 		head, end := l.head, l.durable
 		for _, c := range l.cursors {
-			name := fmt.Sprintf("lane %q, upstream %q", l.cfg.Name, c.upstream)
+			name := fmt.Sprintf("lane %q, upstream %q", l.name, c.upstream)
 			if !c.row.balanced() {
 				problem("%s: accounts %+v do not add up to its cursor", name, c.row)
 			}
@@ -49,14 +49,14 @@ func (s *Spool) Verify(progress func(messages uint64)) (Report, error) {
 			}
 		}
 		s.mu.Unlock()
-		lr := LaneReport{Lane: l.cfg.Name}
+		lr := LaneReport{Lane: l.name}
 		it, err := s.store.Iter(dataBounds(l.number))
 		if err != nil {
 			return rep, err
 		}
 		at, buf := head, []byte(nil)
 		missing := func(to Position) {
-			problem("lane %q: messages %d to %d are missing", l.cfg.Name, at.Seq, to.Seq-1)
+			problem("lane %q: messages %d to %d are missing", l.name, at.Seq, to.Seq-1)
 			at = to
 		}
 		for ok := it.First(); ; ok = it.Next() {
@@ -65,7 +65,7 @@ func (s *Spool) Verify(progress func(messages uint64)) (Report, error) {
 				if !kv.IsDamage(cause) {
 					break
 				}
-				problem("lane %q: chunks behind message %d: %v", l.cfg.Name, max(at.Seq, 1)-1, cause)
+				problem("lane %q: chunks behind message %d: %v", l.name, max(at.Seq, 1)-1, cause)
 				next, err := s.readableAfter(l, at.Seq, end.Seq)
 				if err != nil {
 					return rep, errors.Join(err, it.Close())
@@ -77,16 +77,16 @@ func (s *Spool) Verify(progress func(messages uint64)) (Report, error) {
 			seq, _ := dataSeq(it.Key())
 			v, err := it.ValueAndErr()
 			if err != nil {
-				problem("lane %q: chunk at %d: %v", l.cfg.Name, seq, err)
+				problem("lane %q: chunk at %d: %v", l.name, seq, err)
 				continue
 			}
 			m, raw, err := decodeChunk(buf, v)
 			switch {
 			case err != nil:
-				problem("lane %q: chunk at %d: %v", l.cfg.Name, seq, err)
+				problem("lane %q: chunk at %d: %v", l.name, seq, err)
 				continue
 			case m.First.Seq != seq || m.Lane != l.number:
-				problem("lane %q: chunk under key %d says lane %d, sequence %d", l.cfg.Name, seq, m.Lane, m.First.Seq)
+				problem("lane %q: chunk under key %d says lane %d, sequence %d", l.name, seq, m.Lane, m.First.Seq)
 				continue
 			}
 			buf = raw
@@ -94,12 +94,12 @@ func (s *Spool) Verify(progress func(messages uint64)) (Report, error) {
 				continue // finished with, not yet given back
 			}
 			if n := countRecords(raw); n != m.Count {
-				problem("lane %q: chunk at %d holds %d records, its header says %d", l.cfg.Name, seq, n, m.Count)
+				problem("lane %q: chunk at %d holds %d records, its header says %d", l.name, seq, n, m.Count)
 			}
 			if m.First.Seq > at.Seq {
 				missing(m.First)
 			} else if lr.Chunks > 0 && m.First != at {
-				problem("lane %q: chunk at %d begins at %+v, the one before ends at %+v", l.cfg.Name, seq, m.First, at)
+				problem("lane %q: chunk at %d begins at %+v, the one before ends at %+v", l.name, seq, m.First, at)
 			}
 			at = m.End()
 			lr.Chunks++
@@ -110,7 +110,7 @@ func (s *Spool) Verify(progress func(messages uint64)) (Report, error) {
 			}
 		}
 		if err := it.Error(); err != nil && !kv.IsDamage(err) {
-			return rep, fmt.Errorf("read lane %q after %d: %w", l.cfg.Name, at.Seq, errors.Join(err, it.Close()))
+			return rep, fmt.Errorf("read lane %q after %d: %w", l.name, at.Seq, errors.Join(err, it.Close()))
 		}
 		_ = it.Close() // what it met is told
 		if at.Seq < end.Seq {

@@ -2,9 +2,15 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
 
 	"holdfast/gateway"
+	"holdfast/gateway/httpapi"
 	"holdfast/internal/config"
 )
 
@@ -57,6 +63,85 @@ func configPrint(_ context.Context, p *program, args []string) error {
 		fmt.Fprintln(p.stderr, warnings.Error())
 	}
 	return config.Print(p.stdout, c)
+}
+
+var configDiffCommand = command{
+	name: "config diff", args: "[FILE] [--json] " + apiArgs, words: []string{"file"},
+	summary: "Show what a reload would change in the gateway that runs",
+	help: `FILE is held against what the gateway works with now; without FILE its own file, as it is now. Nothing is changed. What
+would be taken at once is told apart from what has to wait for a restart.
+
+A file that is wrong is told as by holdfast config check, with exit code 2; so is one that this gateway could not take. The files
+that FILE names are looked at by the reload. SIGHUP (systemctl reload holdfast) and POST /api/v1/reload do it.
+
+` + apiHelp,
+	run: configDiff,
+}
+
+func configDiff(ctx context.Context, p *program, args []string) error {
+	fs := p.flags()
+	api := apiFlagsIn(fs)
+	asJSON := fs.Bool("json", false, "print JSON")
+	c, files, err := api.asks(p, fs, args, 0, 1)
+	if err != nil {
+		return err
+	}
+	var r httpapi.Reload
+	if len(files) == 0 {
+		err = c.call(ctx, http.MethodGet, "/api/v1/config/diff", nil, &r)
+	} else {
+		var body httpapi.ConfigFile
+		if body, err = configFile(files[0]); err == nil {
+			err = c.call(ctx, http.MethodPost, "/api/v1/config/diff", body, &r)
+		}
+	}
+	var refused *apiError
+	switch {
+	case errors.As(err, &refused) && refused.code == "config_wrong":
+		fmt.Fprintln(p.stderr, strings.TrimPrefix(refused.message, httpapi.ErrConfig.Error()+": "))
+		return errWrongConfig
+	case err != nil:
+		return err
+	case *asJSON:
+		return p.printJSON(r)
+	}
+	for _, w := range r.Warnings {
+		fmt.Fprintln(p.stderr, w)
+	}
+	show := func(title string, changes []httpapi.ConfigChange) {
+		if len(changes) == 0 {
+			return
+		}
+		fmt.Fprintln(p.stdout, title)
+		for _, d := range changes {
+			fmt.Fprintf(p.stdout, "  %s\n", d.Key)
+			if d.From != "" {
+				fmt.Fprintf(p.stdout, "    - %s\n", d.From)
+			}
+			if d.To != "" {
+				fmt.Fprintf(p.stdout, "    + %s\n", d.To)
+			}
+		}
+	}
+	show("a reload takes:", r.Changed)
+	show("has to wait for a restart:", r.Restart)
+	if len(r.Changed)+len(r.Restart) == 0 {
+		fmt.Fprintln(p.stdout, "nothing is different")
+	}
+	return nil
+}
+
+// configFile reads a file for the gateway to look at.
+func configFile(name string) (httpapi.ConfigFile, error) {
+	path, err := filepath.Abs(name)
+	if err != nil {
+		return httpapi.ConfigFile{}, err
+	}
+	text, err := os.ReadFile(path)
+	if err != nil {
+		return httpapi.ConfigFile{}, usageError{err.Error()}
+	}
+	return httpapi.ConfigFile{Name: path, Text: string(text)}, nil
 }
 
 // load reads a configuration file, or gives the default without one.

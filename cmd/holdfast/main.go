@@ -46,6 +46,7 @@ func commands() []command {
 		demoCommand,
 		verifyCommand,
 		configCheckCommand,
+		configDiffCommand,
 		configPrintCommand,
 		statusCommand,
 		deviceAddCommand,
@@ -71,6 +72,8 @@ func commands() []command {
 		certListCommand,
 		cloudTailCommand,
 		cloudSendCommand,
+		auditListCommand,
+		auditVerifyCommand,
 		backupCommand,
 		spoolStatCommand,
 		spoolPeekCommand,
@@ -110,6 +113,8 @@ func flagsOf(c command) *flag.FlagSet {
 var (
 	errReported = errors.New("reported already") // exit 1, nothing more to say
 	errHelped   = errors.New("help was asked for")
+	// errWrongConfig: exit 2, nothing more to say.
+	errWrongConfig = errors.New("configuration is wrong")
 )
 
 // usageError is a call that cannot be meant; its text names what is wrong.
@@ -153,6 +158,8 @@ func (p *program) exit(err error) int {
 		return exitDone
 	case errors.Is(err, errReported):
 		return exitFailed
+	case errors.Is(err, errWrongConfig):
+		return exitUsage
 	case errors.As(err, &usage):
 		fmt.Fprintf(p.stderr, "holdfast %s: %s\nusage: holdfast %s\nmore:  holdfast help %s\n", p.cmd.name, usage.text, usageLine(p.cmd), p.cmd.name)
 		return exitUsage

@@ -10,6 +10,7 @@ import (
 
 	"holdfast/gateway"
 	"holdfast/gateway/httpapi"
+	"holdfast/internal/audit"
 	"holdfast/internal/config"
 	"holdfast/spool"
 )
@@ -110,6 +111,19 @@ func (pl *place) spool(p *program) (*spool.Spool, func() error, error) {
 func (pl *place) spoolToChange(p *program) (*spool.Spool, func() error, error) {
 	sp, closeAll, err := gateway.OpenSpoolToChange(pl.dir, pl.id, logger(p.stderr, config.Log{Level: "warn", Format: "text"}))
 	return sp, closeAll, pl.explain(err)
+}
+
+// note has an act on the data directory, which the command has open, in its audit log.
+func (pl *place) note(act, object, detail string) error {
+	l, err := audit.Open(pl.dir, audit.Options{})
+	if err != nil {
+		return fmt.Errorf("it was done, but is not in the audit log: %w", err)
+	}
+	_, err = l.Append(audit.Entry{Who: gateway.CommandLine(), Act: act, Object: object, Result: audit.Done, Detail: detail})
+	if err = errors.Join(err, l.Close()); err != nil {
+		return fmt.Errorf("it was done, but is not in the audit log: %w", err)
+	}
+	return nil
 }
 
 // sizeFlag declares a flag that is written as sizes are in the configuration: 64KiB, 32MiB.

@@ -16,6 +16,7 @@ import (
 
 	"holdfast/gateway"
 	"holdfast/internal/config"
+	"holdfast/internal/logs"
 )
 
 var runCommand = command{
@@ -43,7 +44,9 @@ func runGateway(ctx context.Context, p *program, args []string) error {
 	if err != nil {
 		return err
 	}
-	log := logger(p.stderr, cfg.Log)
+	level, _ := logs.ParseLevel(cfg.Log.Level)
+	levels := logs.New(level)
+	log := slog.New(levels.Handler(handler(p.stderr, cfg.Log.Format)))
 	for _, w := range warnings {
 		log.Warn("configuration", "key", w.Key, "line", w.Line, "warning", w.Text)
 	}
@@ -53,7 +56,10 @@ func runGateway(ctx context.Context, p *program, args []string) error {
 	defer stop()
 	go trimMemory(ctx)
 
-	g, err := gateway.New(ctx, gateway.Options{Config: cfg, Version: thisVersion().Version, Log: log, Memory: memory})
+	g, err := gateway.New(ctx, gateway.Options{
+		Config: cfg, Version: thisVersion().Version, Log: log, Memory: memory,
+		Logs: levels, File: *file, Load: func() (*config.Config, config.Problems, error) { return load(*file) },
+	})
 	if err != nil {
 		log.Error("gateway cannot start", "err", err)
 		return errReported
@@ -69,7 +75,7 @@ func runGateway(ctx context.Context, p *program, args []string) error {
 			case <-ended:
 				return
 			case <-hangups:
-				reload(log, *file, g)
+				g.Hangup("signal hangup")
 			}
 		}
 	})
@@ -82,40 +88,6 @@ func runGateway(ctx context.Context, p *program, args []string) error {
 	}
 	log.Info("gateway stopped")
 	return nil
-}
-
-// reloader takes another configuration while it runs. later names the keys that need a restart; after an error the old one
-// stays. *gateway.Gateway is one.
-type reloader interface {
-	Reload(c *config.Config) (later []string, err error)
-}
-
-// reload reads the configuration again and hands it to the gateway. What is wrong is told, and then everything stays as it is.
-func reload(log *slog.Logger, file string, g reloader) {
-	cfg, warnings, err := load(file)
-	var problems config.Problems
-	switch {
-	case errors.As(err, &problems):
-		for _, p := range problems {
-			log.Error("configuration is wrong, the old one stays", "file", p.File, "key", p.Key, "line", p.Line, "problem", p.Text)
-		}
-		return
-	case err != nil:
-		log.Error("configuration cannot be read, the old one stays", "err", err)
-		return
-	}
-	for _, w := range warnings {
-		log.Warn("configuration", "key", w.Key, "line", w.Line, "warning", w.Text)
-	}
-	later, err := g.Reload(cfg)
-	if err != nil {
-		log.Error("configuration not taken, the old one stays", "err", err)
-		return
-	}
-	if len(later) > 0 {
-		log.Warn("configuration has changes that need a restart", "keys", later)
-	}
-	log.Info("configuration read again", "file", file)
 }
 
 // sayHow tells a newcomer what to do next.
@@ -131,19 +103,23 @@ func sayHow(log *slog.Logger, g *gateway.Gateway) {
 	}
 }
 
-// logger makes the program's logger.
+// logger makes a logger of a command.
 func logger(w io.Writer, c config.Log) *slog.Logger {
-	opts := &slog.HandlerOptions{Level: map[string]slog.Level{
-		"debug": slog.LevelDebug, "info": slog.LevelInfo, "warn": slog.LevelWarn, "error": slog.LevelError,
-	}[c.Level]}
-	text := c.Format == "text"
-	if f, ok := w.(*os.File); ok && c.Format == "auto" {
+	level, _ := logs.ParseLevel(c.Level)
+	return slog.New(logs.New(level).Handler(handler(w, c.Format)))
+}
+
+// handler writes log lines of every level.
+func handler(w io.Writer, format string) slog.Handler {
+	opts := &slog.HandlerOptions{Level: slog.LevelDebug}
+	text := format == "text"
+	if f, ok := w.(*os.File); ok && format == "auto" {
 		text = term.IsTerminal(int(f.Fd()))
 	}
 	if text {
-		return slog.New(slog.NewTextHandler(w, opts))
+		return slog.NewTextHandler(w, opts)
 	}
-	return slog.New(slog.NewJSONHandler(w, opts))
+	return slog.NewJSONHandler(w, opts)
 }
 
 // onSignals gives a context that ends with the first SIGTERM or SIGINT, or when the terminal is closed (SIGHUP); the second
@@ -154,7 +130,7 @@ func onSignals(parent context.Context, log *slog.Logger) (context.Context, func(
 
 // onSignalsAnd is onSignals, but SIGHUP is told to hangups, which holds one of them. nil: it ends the context.
 func onSignalsAnd(parent context.Context, log *slog.Logger, hangups chan<- struct{}) (context.Context, func()) {
-	ctx, cancel := context.WithCancel(parent)
+	ctx, cancel := context.WithCancelCause(parent)
 	got := make(chan os.Signal, 4)
 	signal.Ignore(syscall.SIGPIPE)
 	signal.Notify(got, syscall.SIGTERM, syscall.SIGINT)
@@ -178,13 +154,13 @@ func onSignalsAnd(parent context.Context, log *slog.Logger, hangups chan<- struc
 				}
 				log.Info("asked to stop", "signal", s.String())
 				signal.Reset(syscall.SIGTERM, syscall.SIGINT)
-				cancel()
+				cancel(errors.New("signal " + s.String())) // who stopped it, for the audit log
 			}
 		}
 	}()
 	return ctx, func() {
 		signal.Stop(got)
-		cancel()
+		cancel(nil)
 		<-done
 	}
 }

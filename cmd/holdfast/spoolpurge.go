@@ -106,6 +106,11 @@ func spoolPurge(ctx context.Context, p *program, args []string) (err error) {
 		if gone.Purged, err = l.purge(ctx, lane, before, ask); err != nil {
 			return err
 		}
+		if !pl.online() {
+			if err := pl.note("purge_lane", lane, fmt.Sprintf("%d messages", gone.Purged.Messages)); err != nil {
+				return err
+			}
+		}
 	}
 	if *asJSON {
 		return p.printJSON(gone)

@@ -229,6 +229,11 @@ func spoolReplay(ctx context.Context, p *program, args []string) (err error) {
 		if err != nil {
 			return fmt.Errorf("replay to %s in lane %s: %w", g.upstream, g.lane, err)
 		}
+		if !pl.online() {
+			if err := pl.note("replay_parked", g.upstream+"/"+g.lane, fmt.Sprintf("%d messages", done.Replayed)); err != nil {
+				return err
+			}
+		}
 		results = append(results, done)
 		failed = failed || done.Problem != ""
 		if !*asJSON {

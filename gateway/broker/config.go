@@ -20,6 +20,10 @@ type Config struct {
 	// of their messages. nil: never.
 	Slow func() bool
 
+	// Traced says whether each packet of a client is to be logged, without its payload, at level debug. It is asked for each of them, and has to
+	// be cheap. nil: none is.
+	Traced func(client string) bool
+
 	// Connections.
 	MaxConnections           int           // open at once, those without a CONNECT included; 10,000
 	MaxConnectionsPerAddress int           // open at once from one address; 0: 512, but loopback without a limit

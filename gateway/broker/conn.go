@@ -276,6 +276,9 @@ func (c *conn) handle(t mqtt.Type, frame []byte) error {
 	if c.sess == nil {
 		return c.connect(frame)
 	}
+	if t != mqtt.TypePublish && c.traced() {
+		c.b.log.Debug("packet received", "client", c.id, "type", t.String(), "size_bytes", len(frame))
+	}
 	switch t { //nolint:exhaustive // the others come below
 	case mqtt.TypePublish:
 		return c.publish(frame)
@@ -308,6 +311,9 @@ func (c *conn) handle(t mqtt.Type, frame []byte) error {
 	}
 	return fmt.Errorf("packet %v was let through", t)
 }
+
+// traced says whether somebody wants to see each packet.
+func (c *conn) traced() bool { return c.b.cfg.Traced != nil && c.b.cfg.Traced(c.id) }
 
 func (c *conn) disconnect(frame []byte) error {
 	d, err := mqtt.ParseDisconnect(frame, c.version, mqtt.FromClient)

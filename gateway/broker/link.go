@@ -204,6 +204,9 @@ func (l *Link) sendCommandLocked() {
 	p := &l.commands[l.sent].pub
 	l.sent++
 	c.appendLocked(func(b []byte) []byte { return mqtt.AppendPublish(b, c.version, p) })
+	if c.traced() {
+		c.b.log.Debug("command sent", "client", c.id, "topic", string(p.Topic), "dup", p.Dup, "packet_id", p.ID, "size_bytes", len(p.Payload))
+	}
 	c.b.m.sent[1].Inc()
 	c.b.m.commands.Inc()
 }

@@ -297,6 +297,10 @@ func (s *session) sendLocked(c *conn, f *flight, now time.Time, again bool) bool
 		return false
 	}
 	c.appendLocked(func(b []byte) []byte { return mqtt.AppendPublish(b, c.version, &p) })
+	if c.traced() {
+		c.b.log.Debug("publish sent", "client", c.id, "topic", string(p.Topic), "qos", p.QoS, "retain", p.Retain, "dup", p.Dup,
+			"packet_id", p.ID, "size_bytes", len(p.Payload))
+	}
 	s.b.m.sent[f.qos].Inc()
 	return true
 }

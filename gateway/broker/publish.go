@@ -104,6 +104,10 @@ func (c *conn) publish(frame []byte) error {
 			return err
 		}
 	}
+	if c.traced() {
+		c.b.log.Debug("publish received", "client", c.id, "topic", string(topic), "qos", p.QoS, "retain", p.Retain, "dup", p.Dup,
+			"packet_id", p.ID, "size_bytes", len(p.Payload))
+	}
 	s := slot{kind: slotNone, id: p.ID, size: int32(len(frame))}
 	switch p.QoS {
 	case 1:
@@ -518,5 +522,8 @@ func (c *conn) answerLocked(s *slot) {
 		return
 	}
 	id, v, reason := s.id, c.version, s.reason
+	if c.traced() {
+		c.b.log.Debug("publish answered", "client", c.id, "packet_id", id, "reason", reason.String(), "type", t.String())
+	}
 	c.appendLocked(func(b []byte) []byte { return mqtt.AppendAck(b, t, id, v, reason) })
 }

@@ -34,7 +34,8 @@ var needs = map[string]string{
 	"list_upstreams": "viewer", "watch_events": "viewer", "list_parked": "viewer",
 	"change_device": "operator", "send_command": "operator", "cancel_command": "operator", "purge_lane": "operator", "replay_parked": "operator", "export_lane": "operator",
 	"add_device": "admin", "remove_device": "admin", "add_credential": "admin", "remove_credential": "admin",
-	"list_tokens": "admin", "add_token": "admin", "remove_token": "admin", "make_backup": "admin",
+	"list_tokens": "admin", "add_token": "admin", "remove_token": "admin", "make_backup": "admin", "list_audit": "admin", "reload": "admin", "diff_file": "admin", "diff_config": "admin", "set_log": "admin",
+	"get_log": "viewer", "get_debug": "viewer", "debug_device": "operator",
 }
 
 // TestWhoMayWhat calls each row as each role: with a bearer token, and from a browser that is signed in.

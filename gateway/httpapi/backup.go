@@ -10,6 +10,8 @@ import (
 	"os"
 	"path/filepath"
 	"time"
+
+	"holdfast/internal/audit"
 )
 
 // defaultRate is how fast a long answer is read from the disk, bytes a second: devices' messages go before it.
@@ -45,7 +47,10 @@ func (s *Server) backup(c *call) error {
 		keep = true
 		return c.reply(http.StatusCreated, BackupKept{Backup: bak.Info, Path: bak.Dir})
 	}
-	out := s.bulk(c, "application/x-tar", o.Rate)
+	out, err := s.bulk(c, "application/x-tar", o.Rate)
+	if err != nil {
+		return err
+	}
 	defer out.end()
 	if err := WriteBackup(out, bak); err != nil {
 		out.abort(err)
@@ -101,8 +106,12 @@ type bulk struct {
 	written int64 // bytes, and those that were read only to be passed over
 }
 
-// bulk begins one.
-func (s *Server) bulk(c *call, mime string, rate int64) *bulk {
+// bulk begins one, once it is in the audit log.
+func (s *Server) bulk(c *call, mime string, rate int64) (*bulk, error) {
+	if err := s.note(c, audit.Begun); err != nil {
+		return nil, err
+	}
+	c.w.release()
 	if rate == 0 {
 		rate = defaultRate
 	}
@@ -110,7 +119,7 @@ func (s *Server) bulk(c *call, mime string, rate int64) *bulk {
 	c.w.WriteHeader(http.StatusOK)
 	b := &bulk{s: s, c: c, rc: http.NewResponseController(c.w), rate: rate, began: time.Now()}
 	_ = b.rc.SetReadDeadline(time.Time{}) // else the server's ends the request; not every writer has one
-	return b
+	return b, nil
 }
 
 var errStops = errors.New("gateway stops")

@@ -25,9 +25,11 @@ type call struct {
 	token string
 	// session is the browser's; nil: a bearer token was shown, or none.
 	session *session
-	// object is what the request is about, for the log.
-	object string
-	query  url.Values
+	// object is what the request is about, detail what of it, for the log and the audit log. No payloads, no secrets.
+	object, detail string
+	code           string // of the refusal; "": none
+	noted          bool   // it is in the audit log
+	query          url.Values
 	// aborted: it went wrong after a part of the answer was out.
 	aborted bool
 }
@@ -195,23 +197,46 @@ func (c *call) decode(v any) error {
 	return decodeStrict(b, v)
 }
 
-// recorder notes the status that was answered.
+// recorder notes the status that was answered, and may hold the answer back.
 type recorder struct {
 	http.ResponseWriter
 	code  int
 	wrote bool
+	hold  bool // until release
+	held  []byte
 }
 
 func (r *recorder) WriteHeader(code int) {
 	if !r.wrote {
 		r.code, r.wrote = code, true
 	}
-	r.ResponseWriter.WriteHeader(code)
+	if !r.hold {
+		r.ResponseWriter.WriteHeader(code)
+	}
 }
 
 func (r *recorder) Write(b []byte) (int, error) {
 	r.wrote = true
+	if r.hold {
+		r.held = append(r.held, b...)
+		return len(b), nil
+	}
 	return r.ResponseWriter.Write(b)
+}
+
+// drop forgets an answer that is held back: there will be another one.
+func (r *recorder) drop() { r.held, r.wrote, r.code = nil, false, http.StatusOK }
+
+// release lets out what was held back, and holds nothing any more.
+func (r *recorder) release() {
+	if !r.hold {
+		return
+	}
+	r.hold = false
+	if r.wrote {
+		r.ResponseWriter.WriteHeader(r.code)
+		_, _ = r.ResponseWriter.Write(r.held)
+	}
 }
 
 // Unwrap is for http.ResponseController.

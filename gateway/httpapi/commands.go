@@ -9,6 +9,7 @@ import (
 
 	"holdfast/bridge/wire"
 	"holdfast/devices"
+	"holdfast/internal/audit"
 )
 
 const maxReason = 512 // bytes
@@ -92,8 +93,15 @@ func (s *Server) sendCommand(c *call) error {
 		return err
 	}
 	c.object += "/" + cmd.ID
+	c.detail = sub.Name
 	c.w.Header().Set("Location", "/api/v1/commands/"+url.PathEscape(cmd.ID))
 	if wait > 0 {
+		if !repeat {
+			c.w.code = http.StatusCreated
+		}
+		if err := s.note(c, audit.Done); err != nil { // it is done, whatever the wait brings
+			return err
+		}
 		// What was taken is taken, even if it cannot be read again.
 		if now, err := s.awaitEnd(c, cmd.ID, pos, wait); err == nil {
 			cmd = now
@@ -158,6 +166,7 @@ func (s *Server) cancelCommand(c *call) error {
 	if len(body.Reason) > maxReason {
 		return failf(devices.CodeInvalid, "reason has %d bytes, the most are %d", len(body.Reason), maxReason)
 	}
+	c.detail = body.Reason
 	cmd, err := s.p.Commands.CancelWait(c.r.Context(), c.path("id"), body.Reason)
 	if err != nil {
 		return err

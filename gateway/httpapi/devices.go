@@ -1,8 +1,10 @@
 package httpapi
 
 import (
+	"fmt"
 	"net/http"
 	"net/url"
+	"strings"
 	"time"
 
 	"holdfast/devices"
@@ -63,6 +65,7 @@ func (s *Server) addDevice(c *call) error {
 		}
 		d.Credential = &made
 	}
+	c.detail = b.Role
 	dev, secret, err := s.p.Devices.Add(c.r.Context(), d)
 	if err != nil {
 		return err
@@ -130,11 +133,30 @@ func (s *Server) changeDevice(c *call) error {
 		c.w.Header().Set("WWW-Authenticate", `Bearer error="insufficient_scope"`)
 		return failf(codeForbidden, "name, labels and role need a token with role admin; %q is %s and may change enabled", c.who, c.role)
 	}
+	c.detail = b.summary()
 	d, err := s.p.Devices.Patch(c.r.Context(), c.path("id"), devices.DevicePatch(b))
 	if err != nil {
 		return err
 	}
 	return c.reply(http.StatusOK, shown(d))
+}
+
+// summary names what is changed, for the audit log.
+func (p *DevicePatch) summary() string {
+	var parts []string
+	if p.Enabled != nil {
+		parts = append(parts, fmt.Sprintf("enabled %t", *p.Enabled))
+	}
+	if p.Role != nil {
+		parts = append(parts, "role "+*p.Role)
+	}
+	if p.Name != nil {
+		parts = append(parts, "name")
+	}
+	if p.Labels != nil {
+		parts = append(parts, "labels")
+	}
+	return strings.Join(parts, ", ")
 }
 
 func (s *Server) removeDevice(c *call) error {
@@ -150,6 +172,7 @@ func (s *Server) addCredential(c *call) error {
 	if err := c.decode(&b); err != nil {
 		return err
 	}
+	c.detail = b.Kind
 	cred, err := b.parse("")
 	if err != nil {
 		return err

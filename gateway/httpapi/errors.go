@@ -62,6 +62,9 @@ const (
 	codeNotReady        = "not_ready"
 	codeTooManyStreams  = "too_many_streams"
 	codeBackupRuns      = "backup_runs"
+	codeAudit           = "audit_unavailable"
+	codeConfig          = "config_wrong"
+	codeDebug           = "cannot_debug"
 )
 
 // statuses has the HTTP status of each code. docs/api.md explains them; a test holds the two together.
@@ -102,6 +105,9 @@ var statuses = map[string]int{
 	codeNotReady:              http.StatusServiceUnavailable,
 	devices.CodeUnavailable:   http.StatusServiceUnavailable,
 	codeTooManyStreams:        http.StatusServiceUnavailable,
+	codeConfig:                http.StatusUnprocessableEntity,
+	codeDebug:                 http.StatusConflict,
+	codeAudit:                 http.StatusServiceUnavailable,
 }
 
 // retries has what is said to callers whose turn comes by itself, in seconds.
@@ -136,6 +142,10 @@ func asFailure(err error) (f *failure, ok bool) {
 		f = &failure{code: codeTooManyTokens, message: err.Error()}
 	case errors.Is(err, ErrBackupRuns):
 		f = &failure{code: codeBackupRuns, message: err.Error() + ": wait until it has ended"}
+	case errors.Is(err, ErrConfig):
+		f = &failure{code: codeConfig, message: err.Error()}
+	case errors.Is(err, ErrDebug):
+		f = &failure{code: codeDebug, message: err.Error()}
 	case errors.Is(err, ErrNoToken):
 		f = &failure{code: codeNoToken, message: err.Error()}
 	default:
@@ -163,6 +173,7 @@ func (s *Server) refuse(c *call, err error) {
 		s.log.Error("request failed", "id", id, "route", c.row.name(), "who", c.who, "err", err)
 		f = failf(codeInternal, "this is not your fault; the log of the gateway says more about failure %s", id)
 	}
+	c.code = f.code
 	if f.code == codeUnauthorized && c.w.Header().Get("WWW-Authenticate") == "" {
 		c.w.Header().Set("WWW-Authenticate", "Bearer")
 	}

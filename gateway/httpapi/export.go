@@ -234,7 +234,10 @@ func (s *Server) exportLane(c *call) error {
 		return failf(codeTooManyStreams, "%d exports are under way already: wait until one has ended", maxExports)
 	}
 	defer give(s.exports)
-	b := s.bulk(c, "application/x-ndjson", int64(min(rate, 1<<40)))
+	b, err := s.bulk(c, "application/x-ndjson", int64(min(rate, 1<<40)))
+	if err != nil {
+		return err
+	}
 	defer b.end()
 	if c.r.Method == http.MethodHead {
 		return nil

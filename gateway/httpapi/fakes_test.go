@@ -19,6 +19,7 @@ import (
 
 	"holdfast/devices"
 	"holdfast/gateway/httpapi"
+	"holdfast/internal/audit"
 	"holdfast/spool"
 )
 
@@ -450,6 +451,94 @@ func (l *lanes) Walk(lane string, sel spool.Selection, fn func(uint64, *spool.Re
 }
 
 // backups makes a backup of one small file.
+// control notes what it is asked for.
+type control struct {
+	err   error
+	level string
+	debug map[string]time.Duration
+}
+
+var reloaded = httpapi.Reload{
+	File:    "/etc/holdfast/gateway.yaml",
+	Changed: []httpapi.ConfigChange{{Key: "log.level", From: "info", To: "debug"}},
+	Restart: []httpapi.ConfigChange{{Key: "http.address", From: "a", To: "b"}}, Warnings: []string{},
+}
+
+func (c *control) ReloadFile() (httpapi.Reload, error) { return reloaded, c.err }
+
+func (c *control) ConfigDiff() (httpapi.Reload, error) { return reloaded, c.err }
+
+func (c *control) DiffText(name string, text []byte) (httpapi.Reload, error) {
+	if !bytes.Contains(text, []byte("log:")) {
+		return httpapi.Reload{}, fmt.Errorf("%w: %s:1:1: what is that?", httpapi.ErrConfig, name)
+	}
+	return reloaded, c.err
+}
+
+func (c *control) LogLevel() string { return cmp.Or(c.level, "info") }
+
+func (c *control) SetLogLevel(level string) error {
+	c.level = level
+	return c.err
+}
+
+func (c *control) DebugDevice(id string, d time.Duration) (time.Time, error) {
+	if d > time.Hour {
+		return time.Time{}, fmt.Errorf("%w: too long", httpapi.ErrDebug)
+	}
+	if c.debug == nil {
+		c.debug = map[string]time.Duration{}
+	}
+	c.debug[id] = d
+	return c.DebugUntil(id), c.err
+}
+
+func (c *control) DebugUntil(id string) time.Time {
+	if d := c.debug[id]; d > 0 {
+		return then.Add(d)
+	}
+	return time.Time{}
+}
+
+// auditLog keeps records in memory.
+type auditLog struct {
+	mu      sync.Mutex
+	entries []audit.Entry
+	err     error
+}
+
+func (a *auditLog) Record(e audit.Entry) error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.err != nil {
+		return a.err
+	}
+	e.Seq, e.At = uint64(len(a.entries)+1), then
+	a.entries = append(a.entries, e)
+	return nil
+}
+
+func (a *auditLog) List(f audit.Filter) (page []audit.Entry, next uint64, err error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for _, e := range slices.Backward(a.entries) {
+		switch {
+		case f.Before > 0 && e.Seq >= f.Before, f.Who != "" && e.Who != f.Who, f.Act != "" && e.Act != f.Act, !strings.HasPrefix(e.Object, f.Object), e.At.Before(f.Since):
+			continue
+		case f.Limit > 0 && len(page) == f.Limit:
+			return page, page[len(page)-1].Seq, nil
+		}
+		page = append(page, e)
+	}
+	return page, 0, nil
+}
+
+func (a *auditLog) Head() audit.Head {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return audit.Head{Seq: uint64(len(a.entries))}
+}
+
 type backups struct {
 	err    error
 	broken bool // the file is not as large as it should be

@@ -19,10 +19,13 @@ func (s *Server) serve(row *route) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		began := time.Now()
 		c := &call{w: &recorder{ResponseWriter: w, code: http.StatusOK}, r: r, row: row, object: objectOf(r)}
+		c.w.hold = row.changes() // until it is in the audit log
 		defer func() {
 			if p := recover(); p != nil {
 				s.panicked(c, p)
 			}
+			s.audited(c)
+			c.w.release()
 			s.finish(c, time.Since(began))
 			if c.aborted {
 				panic(http.ErrAbortHandler) // half an answer is out: the caller has to see that it is not whole
@@ -60,6 +63,9 @@ func objectOf(r *http.Request) string {
 func (s *Server) panicked(c *call, p any) {
 	id := newID()
 	s.log.Error("request panicked: please report this", "id", id, "route", c.row.name(), "panic", p, "stack", string(debug.Stack()))
+	if c.w.hold {
+		c.w.drop()
+	}
 	if c.w.wrote {
 		c.aborted = true
 		return
@@ -154,6 +160,7 @@ func (s *Server) wrongToken(c *call) error {
 	wait, first := s.wrong.attempt(peer(c.r), time.Now())
 	if first {
 		s.log.Warn("many wrong tokens from one address", "address", peer(c.r))
+		s.auditWrongTokens(c)
 	}
 	if wait > 0 {
 		f := failf(codeTooManyAttempts, "too many wrong tokens from %s: wait %v, and look whether yours was removed or has expired", peer(c.r), wait)

@@ -2,6 +2,7 @@ package httpapi
 
 import (
 	"errors"
+	"fmt"
 	"net/http"
 	"strconv"
 	"time"
@@ -89,6 +90,7 @@ func (s *Server) purge(c *call) error {
 	if err != nil {
 		return err
 	}
+	c.detail = fmt.Sprintf("%d messages", gone.Messages)
 	return c.reply(http.StatusOK, Purged{Lane: lane, Purged: gone})
 }
 

@@ -16,6 +16,7 @@ import (
 
 	"holdfast/bridge/wire"
 	"holdfast/devices"
+	"holdfast/internal/audit"
 )
 
 // document is the API's description in OpenAPI 3.1, made of the table and of the Go types, so that it cannot say anything else.
@@ -172,12 +173,13 @@ var special = map[reflect.Type]object{
 	is[json.RawMessage]():  {},
 	is[[]byte]():           {"type": "string", "contentEncoding": "base64"},
 	is[[][2]string]():      {"type": "array", "items": object{"type": "array", "items": object{"type": "string"}, "minItems": 2, "maxItems": 2}},
+	is[audit.Hash]():       {"type": "string", "pattern": "^[0-9a-f]{64}$"},
 	is[Role]():             {"type": "string", "enum": []Role{Viewer, Operator, Admin}},
 	is[devices.Feedback](): {"type": "string", "enum": []devices.Feedback{devices.FeedbackNone, devices.FeedbackNegative, devices.FeedbackPositive, devices.FeedbackFull}},
 }
 
 // renamed has names of components where two packages use the same one.
-var renamed = map[reflect.Type]string{is[Presence](): "DevicePresence"}
+var renamed = map[reflect.Type]string{is[Presence](): "DevicePresence", is[audit.Entry](): "AuditEntry", is[audit.Head](): "AuditHead"}
 
 // schema describes t. A struct becomes a component, and is referred to.
 func (g *describer) schema(t reflect.Type, request bool) object {

@@ -246,7 +246,48 @@ var rows = map[string]row{
 	},
 	"list_upstreams": {method: "GET", target: "/api/v1/upstreams"},
 	"watch_events":   {method: "GET", target: "/api/v1/events"}, // a stream: its own tests call it, and the test below its failures
-	"list_tokens":    {method: "GET", target: "/api/v1/tokens"},
+	"reload": {
+		method: "POST", target: "/api/v1/reload",
+		fails: map[string]func(*rig) *answered{"config_wrong": func(r *rig) *answered {
+			r.control.err = fmt.Errorf("%w: g.yaml:1:2: what is that?", httpapi.ErrConfig)
+			return r.ask("POST", "/api/v1/reload")
+		}},
+	},
+	"diff_file": {
+		method: "GET", target: "/api/v1/config/diff",
+		fails: map[string]func(*rig) *answered{"config_wrong": func(r *rig) *answered {
+			r.control.err = httpapi.ErrConfig
+			return r.ask("GET", "/api/v1/config/diff")
+		}},
+	},
+	"diff_config": {
+		method: "POST", target: "/api/v1/config/diff", body: `{"name":"/g.yaml","text":"log: { level: debug }"}`,
+		fails: map[string]func(*rig) *answered{
+			"config_wrong":   calls("POST", "/api/v1/config/diff", body(`{"name":"/g.yaml","text":"nonsense"}`)),
+			"body_too_large": calls("POST", "/api/v1/config/diff", body(strings.Repeat(" ", 2<<20+1))),
+		},
+	},
+	"get_log": {method: "GET", target: "/api/v1/log"},
+	"set_log": {method: "PUT", target: "/api/v1/log", body: `{"level":"debug"}`},
+	"get_debug": {
+		method: "GET", target: "/api/v1/devices/pump/debug", ready: func(r *rig) { r.ask("PUT", "/api/v1/devices/pump/debug", body(`{"for":"10m"}`)) },
+		fails: map[string]func(*rig) *answered{"invalid_device": calls("GET", "/api/v1/devices/a%23/debug")},
+	},
+	"debug_device": {
+		method: "PUT", target: "/api/v1/devices/pump/debug", body: `{"for":"10m"}`,
+		fails: map[string]func(*rig) *answered{
+			"invalid_device": calls("PUT", "/api/v1/devices/a%23/debug", body(`{"for":"10m"}`)),
+			"cannot_debug":   calls("PUT", "/api/v1/devices/pump/debug", body(`{"for":"48h"}`)),
+		},
+	},
+	"list_audit": {
+		method: "GET", target: "/api/v1/audit?who=admin&limit=1&since=2020-01-01T00:00:00Z",
+		ready: func(r *rig) {
+			r.ask("DELETE", "/api/v1/devices/pump")
+			r.ask("DELETE", "/api/v1/devices/off")
+		},
+	},
+	"list_tokens": {method: "GET", target: "/api/v1/tokens"},
 	"add_token": {
 		method: "POST", target: "/api/v1/tokens", body: `{"name":"ci","role":"operator","lifetime":"1h"}`,
 		fails: map[string]func(*rig) *answered{
@@ -300,7 +341,11 @@ var common = map[string]func(r *rig, w *row, op operation) *answered{
 		return r.ask(w.method, w.target, body(strings.Repeat(" ", 256<<10+1)))
 	},
 	"unavailable": func(r *rig, w *row, _ operation) *answered {
-		r.registry.err, r.queue.err, r.tokens.err, r.lanes.err, r.backups.err = errDisk, errDisk, errDisk, errDisk, errDisk
+		r.registry.err, r.queue.err, r.tokens.err, r.lanes.err, r.backups.err, r.control.err = errDisk, errDisk, errDisk, errDisk, errDisk, errDisk
+		return w.call(r)
+	},
+	"audit_unavailable": func(r *rig, w *row, _ operation) *answered {
+		r.audit.err = errDisk
 		return w.call(r)
 	},
 	"internal": func(r *rig, w *row, _ operation) *answered {

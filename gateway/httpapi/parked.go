@@ -99,6 +99,7 @@ func (s *Server) replayParked(c *call) error {
 		return failf(codeBadBody, "body: seqs is empty: leave it out to replay all")
 	}
 	n, err := s.p.Lanes.Replay(b.Lane, b.Upstream, b.Seqs)
+	c.detail = fmt.Sprintf("%d messages", n)
 	done := Replayed{Replayed: n}
 	switch {
 	case errors.Is(err, spool.ErrFull):

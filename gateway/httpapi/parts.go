@@ -10,6 +10,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"holdfast/devices"
+	"holdfast/internal/audit"
 	"holdfast/spool"
 )
 
@@ -22,6 +23,8 @@ type Parts struct {
 	Tokens   Tokens
 	Events   *Events
 	Backups  Backups
+	Audit    Audit
+	Control  Control
 	Gatherer prometheus.Gatherer // what /metrics shows
 	Log      *slog.Logger
 	Metrics  prometheus.Registerer // takes the API's own metrics; nil: none
@@ -81,6 +84,38 @@ type Backups interface {
 	Backup() (*BackupCopy, error)
 }
 
+// Audit keeps who did what; it is an audit.Log. Many goroutines may call it.
+type Audit interface {
+	// Record returns when e is on disk.
+	Record(e audit.Entry) error
+	// List gives records, the newest first; next is Before for the following page, 0: there is none.
+	List(f audit.Filter) (page []audit.Entry, next uint64, err error)
+	// Head is the last record.
+	Head() audit.Head
+}
+
+// Control changes how the gateway works; *gateway.Gateway does.
+type Control interface {
+	// ReloadFile reads the configuration file again and takes what may change. ErrConfig: nothing was changed.
+	ReloadFile() (Reload, error)
+	// ConfigDiff tells what ReloadFile would do, DiffText what it would do with this text in place of the file; name is its path, from
+	// which relative paths go. ErrConfig.
+	ConfigDiff() (Reload, error)
+	DiffText(name string, text []byte) (Reload, error)
+	LogLevel() string
+	SetLogLevel(level string) error
+	// DebugDevice has every line about a device logged for some time; 0 ends it. ErrDebug.
+	DebugDevice(id string, d time.Duration) (until time.Time, err error)
+	// DebugUntil tells how long that goes on; zero: it does not.
+	DebugUntil(id string) time.Time
+}
+
+// Errors of Control. Texts that wrap them say what is wrong.
+var (
+	ErrConfig = errors.New("the configuration is not taken, nothing was changed")
+	ErrDebug  = errors.New("debug log of a device")
+)
+
 // BackupCopy is a backup that somebody has to take over.
 type BackupCopy struct {
 	Info Backup
@@ -126,8 +161,8 @@ type Role uint8
 // The roles. The zero value may nothing that is not open to everybody.
 const (
 	Viewer   Role = 1 // reads
-	Operator Role = 2 // sends and cancels commands, enables and disables devices, purges lanes, replays parked messages
-	Admin    Role = 3 // adds and removes devices, credentials and tokens
+	Operator Role = 2 // sends and cancels commands, enables, disables and debugs devices, purges lanes, replays parked messages
+	Admin    Role = 3 // adds and removes devices, credentials and tokens, reads the audit log, reloads
 )
 
 var roleNames = [...]string{Viewer: "viewer", Operator: "operator", Admin: "admin"}

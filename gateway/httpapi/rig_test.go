@@ -36,6 +36,8 @@ type rig struct {
 	queue    *queue
 	lanes    *lanes
 	backups  backups
+	audit    auditLog
+	control  control
 	hub      *httpapi.Events
 	log      *lockedBuffer
 	metrics  *prometheus.Registry
@@ -60,7 +62,7 @@ func newRigWith(t *testing.T, events int) *rig {
 	r.queue = &queue{reg: r.registry, hub: r.hub}
 	out := io.MultiWriter(r.log, t.Output())
 	r.api = httpapi.New(httpapi.Config{Address: "127.0.0.1:0", Gateway: "gw"}, httpapi.Parts{
-		Source: r.source, Devices: r.registry, Commands: r.queue, Lanes: r.lanes, Tokens: r.tokens, Events: r.hub, Gatherer: r.metrics, Backups: &r.backups,
+		Source: r.source, Devices: r.registry, Commands: r.queue, Lanes: r.lanes, Tokens: r.tokens, Events: r.hub, Gatherer: r.metrics, Backups: &r.backups, Audit: &r.audit, Control: &r.control,
 		Log: slog.New(slog.NewTextHandler(out, &slog.HandlerOptions{Level: slog.LevelInfo})), Metrics: r.metrics,
 	})
 	return r

@@ -23,6 +23,7 @@ type route struct {
 	passing      bool         // what it changes is not stored
 	limit        int64        // of the body, bytes; 0: maxBody
 	stream       bool         // it ends when somebody ends it
+	reads        bool         // it changes nothing, whatever its method is
 	bulk         bool         // its answer may be large: how long it takes says nothing
 	answers      []answer
 	fails        []string // codes, besides those that follow from who, query and body
@@ -32,7 +33,7 @@ type route struct {
 func (r *route) name() string { return r.method + " " + r.path }
 
 // changes tells whether it changes something.
-func (r *route) changes() bool { return r.method != http.MethodGet }
+func (r *route) changes() bool { return r.method != http.MethodGet && !r.reads }
 
 func (r *route) maxBody() int64 {
 	if r.limit > 0 {
@@ -62,6 +63,9 @@ func (r *route) failures() []string {
 	}
 	if r.changes() && !r.passing {
 		codes = append(codes, devices.CodeUnavailable)
+	}
+	if r.changes() || r.bulk {
+		codes = append(codes, codeAudit)
 	}
 	if r.who > 0 || len(r.fails) > 0 {
 		codes = append(codes, codeInternal)
@@ -284,6 +288,48 @@ var table = []route{
 			{201, "With keep: it is there.", is[BackupKept](), ""},
 		},
 		fails: []string{codeBackupRuns}, h: (*Server).backup,
+	},
+	{
+		method: "POST", path: "/api/v1/reload", who: Admin, id: "reload",
+		summary: "Read the configuration file again and take what may change while the gateway runs, all of it or, if something is wrong, nothing. What needs a restart is named.",
+		answers: []answer{{200, "It is taken.", is[Reload](), ""}}, fails: []string{codeConfig}, h: (*Server).reload,
+	},
+	{
+		method: "GET", path: "/api/v1/config/diff", who: Admin, id: "diff_file", summary: "What a reload would do now. Nothing is changed.",
+		answers: []answer{{200, "What it would change.", is[Reload](), ""}}, fails: []string{codeConfig}, h: (*Server).diffFile,
+	},
+	{
+		method: "POST", path: "/api/v1/config/diff", who: Admin, id: "diff_config", reads: true, limit: 2 << 20,
+		summary: "What a reload would do with this file. Nothing is changed, and the files that it names are not looked at.",
+		body:    is[ConfigFile](), answers: []answer{{200, "What it would change.", is[Reload](), ""}}, fails: []string{codeConfig}, h: (*Server).diffConfig,
+	},
+	{
+		method: "GET", path: "/api/v1/log", who: Viewer, id: "get_log", summary: "How much is logged.",
+		answers: []answer{{200, "The level.", is[LogLevel](), ""}}, h: (*Server).getLog,
+	},
+	{
+		method: "PUT", path: "/api/v1/log", who: Admin, id: "set_log",
+		summary: "Log more, or less, until the next reload or restart takes the file's log.level.",
+		body:    is[LogLevel](), answers: []answer{{200, "The level.", is[LogLevel](), ""}}, h: (*Server).setLog,
+	},
+	{
+		method: "GET", path: "/api/v1/devices/{id}/debug", who: Viewer, id: "get_debug", summary: "Is everything about this device logged, and how long?",
+		answers: []answer{{200, "How it is.", is[DeviceDebug](), ""}}, fails: []string{codeInvalidDevice}, h: (*Server).getDebug,
+	},
+	{
+		method: "PUT", path: "/api/v1/devices/{id}/debug", who: Operator, id: "debug_device",
+		summary: "Log everything about a device for some time, whatever the level: its packets, without payloads, and what is decided about it. It ends by itself. The device need not be registered.",
+		body:    is[DebugRequest](), answers: []answer{{200, "How it is.", is[DeviceDebug](), ""}}, fails: []string{codeInvalidDevice, codeDebug}, h: (*Server).debugDevice,
+	},
+	{
+		method: "GET", path: "/api/v1/audit", who: Admin, id: "list_audit",
+		summary: "Who did what: each act that changed something or handed data out, the newest first. head is the last record: note it elsewhere, and holdfast audit verify tells later whether the log still holds it.",
+		query: []param{
+			text("who", "Only what this token did, or whoever else stands under who."), text("act", "Only this act."),
+			text("object", "Only acts on objects that begin with this."), text("since", "Only what was done at this time or later."),
+			text("before", "Only records before this one; take it from next of the page before."), limitParam,
+		},
+		answers: []answer{{200, "A page of them.", is[AuditPage](), ""}}, h: (*Server).listAudit,
 	},
 	{
 		method: "GET", path: "/api/v1/tokens", who: Admin, id: "list_tokens", summary: "Who may use this API, by name.",

@@ -21,7 +21,7 @@ func (s *Server) addToken(c *call) error {
 	if err := c.decode(&b); err != nil {
 		return err
 	}
-	c.object = b.Name
+	c.object, c.detail = b.Name, b.Role.String()
 	if !tokenName.MatchString(b.Name) {
 		return failf(codeInvalidToken, "name is %.64q: it has 1 to 64 letters, digits or any of . _ @ -, and begins with a letter or digit", b.Name)
 	}

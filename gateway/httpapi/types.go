@@ -3,11 +3,13 @@ package httpapi
 import (
 	"bytes"
 	"encoding/base64"
+	"strings"
 	"time"
 	"unicode"
 	"unicode/utf8"
 
 	"holdfast/devices"
+	"holdfast/internal/audit"
 	"holdfast/spool"
 )
 
@@ -189,6 +191,70 @@ type ReplayRequest struct {
 type Replayed struct {
 	Replayed int    `json:"replayed"`
 	Problem  string `json:"problem,omitempty"` // why some stay parked
+}
+
+// AuditPage answers GET /audit, the newest first. Next is what to give as ?before=.
+type AuditPage struct {
+	Records []audit.Entry `json:"records"`
+	Next    string        `json:"next,omitempty"`
+	Head    audit.Head    `json:"head"`
+}
+
+// Reload answers POST /reload, and what asks what that would do.
+type Reload struct {
+	File     string         `json:"file"`     // "": there is none
+	Changed  []ConfigChange `json:"changed"`  // taken at once
+	Restart  []ConfigChange `json:"restart"`  // wait for a restart
+	Warnings []string       `json:"warnings"` // of the file
+}
+
+// ConfigChange is a key that is different. Values are as in a file; "" where there is none.
+type ConfigChange struct {
+	Key  string `json:"key"` // spool.lanes[telemetry].max_bytes
+	From string `json:"from"`
+	To   string `json:"to"`
+}
+
+// Summary is what changed and what waits, in a line.
+func (r *Reload) Summary() string {
+	keys := func(changes []ConfigChange) string {
+		var all []string
+		for _, c := range changes {
+			all = append(all, c.Key)
+		}
+		return strings.Join(all, " ")
+	}
+	s := "changed: " + keys(r.Changed)
+	if len(r.Changed) == 0 {
+		s = "nothing changed"
+	}
+	if len(r.Restart) > 0 {
+		s += "; after a restart: " + keys(r.Restart)
+	}
+	return s
+}
+
+// ConfigFile is the body of POST /config/diff.
+type ConfigFile struct {
+	Name string `json:"name" doc:"Its path on the gateway's machine: relative paths in it go from its folder."`
+	Text string `json:"text" doc:"YAML, as in the configuration file."`
+}
+
+// LogLevel answers GET /log and is the body of PUT /log.
+type LogLevel struct {
+	Level string `json:"level" enum:"debug,info,warn,error"`
+}
+
+// DebugRequest is the body of PUT /devices/{id}/debug.
+type DebugRequest struct {
+	For string `json:"for" doc:"How long, such as 10m, at most 24h; 0s: it ends now."`
+}
+
+// DeviceDebug answers GET and PUT /devices/{id}/debug.
+type DeviceDebug struct {
+	Device string    `json:"device"`
+	Debug  bool      `json:"debug"` // every line about it is logged
+	Until  time.Time `json:"until,omitzero"`
 }
 
 // TokenList answers GET /tokens, by name.

@@ -110,4 +110,3 @@ func TestSignInSaysWhatWasWrong(t *testing.T) {
 		}
 	}
 }
-

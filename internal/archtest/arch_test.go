@@ -19,7 +19,7 @@ var arrows = map[string][]string{
 	"cmd/firmware-sim":       {"*"},
 	"gateway":                {"*"},
 	"gateway/broker":         {"internal/clock", "internal/kv", "internal/mqtt", "spool"}, // spool for the record type
-	"gateway/httpapi":        {"bridge", "bridge/wire", "devices", "spool"},
+	"gateway/httpapi":        {"bridge", "bridge/wire", "devices", "internal/audit", "spool"},
 	"gateway/e2e":            {},
 	"bridge":                 {"bridge/wire", "spool"},
 	"bridge/wire":            {},
@@ -31,12 +31,14 @@ var arrows = map[string][]string{
 	"devices":                {"internal/clock", "internal/kv"},
 	"firmware-sim":           {"bridge/cloud", "bridge/mqttup", "bridge/wire", "internal/mqtt"},
 	"internal/archtest":      {},
+	"internal/audit":         {},
 	"internal/bench":         {"*", "internal/testkit"},
 	"internal/clock":         {"internal/kv"},
 	"internal/config":        {"bridge", "devices", "gateway/broker", "internal/mqtt", "spool"}, // the packages' Config types; mqtt to check filters
 	"internal/diskcheck":     {},
 	"internal/kv":            {},
 	"internal/lifecycle":     {},
+	"internal/logs":          {},
 	"internal/mqtt":          {},
 	"internal/pki":           {},
 	"internal/mqtt/mqtttest": {"internal/mqtt"}, // a test's mosquitto and scripted peers: linked into no program

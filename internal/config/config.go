@@ -331,6 +331,23 @@ func (c *Config) resolve(dir string) {
 	}
 }
 
+// Absolute gives a copy whose paths are absolute, so that it is the same whoever named its file, and how.
+func (c *Config) Absolute() (*Config, error) {
+	n := *c
+	n.Listeners, n.Upstreams = slices.Clone(c.Listeners), slices.Clone(c.Upstreams)
+	for _, p := range n.paths() {
+		if *p == "" {
+			continue
+		}
+		abs, err := filepath.Abs(*p)
+		if err != nil {
+			return nil, fmt.Errorf("path %s: %w", *p, err)
+		}
+		*p = abs
+	}
+	return &n, nil
+}
+
 func (c *Config) paths() []*string {
 	ps := []*string{&c.Gateway.DataDir}
 	for i := range c.Listeners {

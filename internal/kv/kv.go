@@ -27,6 +27,7 @@ const (
 	PrefixCommand  = 'c' // devices: commands
 	PrefixToken    = 't' // gateway: bearer tokens of the HTTP API
 	PrefixUsage    = 'b' // gateway: bytes sent to an upstream on a day
+	PrefixAudit    = 'a' // gateway: the last record of the audit log
 )
 
 // ErrClosed is returned by every call after Close, and handed to Done for what was
