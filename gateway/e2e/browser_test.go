@@ -208,4 +208,3 @@ func TestDashboard(t *testing.T) {
 		t.Errorf("after a restart the browser is at %s", at)
 	}
 }
-
