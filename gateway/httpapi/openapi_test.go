@@ -90,6 +90,11 @@ var rows = map[string]row{
 		method: "POST", target: "/signout",
 		ok: map[string]func(*rig) *answered{"303": calls("POST", "/signout", html)},
 		fails: map[string]func(*rig) *answered{
+			"audit_unavailable": func(r *rig) *answered {
+				in := r.signIn("operator")
+				r.audit.err = errDisk
+				return r.ask("POST", "/signout", nobody, in.cookie, form("csrf="+in.CSRF))
+			},
 			"csrf_token":             func(r *rig) *answered { return r.ask("POST", "/signout", nobody, r.signIn("viewer").cookie) },
 			"bad_body":               calls("POST", "/signout", form("csrf=%zz")),
 			"body_too_large":         calls("POST", "/signout", form("csrf="+strings.Repeat("x", 64<<10))),
