@@ -912,5 +912,5 @@ func keyName(key []byte) string {
 var prefixNames = map[byte]string{
 	PrefixMeta: "meta", PrefixLane: "lane", PrefixCursor: "cursor", PrefixData: "chunk", PrefixParked: "parked", PrefixQoS2: "qos2",
 	PrefixRetained: "retained", PrefixSession: "session", PrefixWill: "will", PrefixDevice: "device", PrefixCommand: "command",
-	PrefixToken: "token", PrefixUsage: "usage",
+	PrefixToken: "token", PrefixUsage: "usage", PrefixAudit: "audit",
 }
