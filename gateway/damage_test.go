@@ -22,11 +22,12 @@ import (
 	"holdfast/gateway"
 	"holdfast/internal/clock"
 	"holdfast/internal/kv"
+	"holdfast/internal/testkit"
 	"holdfast/spool"
 )
 
 var (
-	damages    = flag.Int("damages", 150, "how many damaged stores to start from")
+	damages    = flag.Int("damages", 60, "how many damaged stores to start from")
 	damageSeed = flag.Uint64("damage-seed", 0, "the first one's seed")
 )
 
@@ -232,28 +233,8 @@ func spoilFiles(t *testing.T, fs vfs.FS, dir string, rnd *rand.Rand) (what []str
 		if len(b) == 0 {
 			continue
 		}
-		at := rnd.IntN(len(b))
-		n := min(1+rnd.IntN(8192), len(b)-at)
-		switch rnd.IntN(5) {
-		case 0:
-			b[at] ^= 1 << rnd.IntN(8)
-			what = append(what, fmt.Sprintf("%s: bit at %d", name, at))
-		case 1:
-			clear(b[at : at+n])
-			what = append(what, fmt.Sprintf("%s: %d zeros at %d", name, n, at))
-		case 2:
-			for i := range n {
-				b[at+i] = byte(rnd.Uint32())
-			}
-			what = append(what, fmt.Sprintf("%s: %d bytes of noise at %d", name, n, at))
-		case 3:
-			b = b[:at]
-			what = append(what, fmt.Sprintf("%s: cut to %d", name, at))
-		case 4: // where tables have their index, and manifests what counts
-			at = len(b) - 1 - rnd.IntN(min(len(b), 200))
-			b[at] ^= byte(1 + rnd.IntN(255))
-			what = append(what, fmt.Sprintf("%s: byte at %d", name, at))
-		}
+		b, how := testkit.Spoil(b, rnd)
+		what = append(what, name+": "+how)
 		f, err := fs.Create(path.Join(dir, name), vfs.WriteCategoryUnspecified)
 		if err != nil {
 			t.Fatal(err)

@@ -429,7 +429,7 @@ func (r *Reader) damaged(from, to Position, cause error) {
 			return // met again after a rewind
 		}
 	}
-	r.s.cfg.Log.Error("messages are damaged on disk", "lane", r.l.name, "first", from.Seq, "last", to.Seq-1, "err", firstLine(cause))
+	r.s.cfg.Log.Error("messages are damaged on disk", "lane", r.l.name, "first", from.Seq, "last", to.Seq-1, "err", cause.Error()) // as it is it would bring its stack along
 	i := 0
 	for i < len(r.cur.holes) && r.cur.holes[i].from.Seq <= from.Seq {
 		i++

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"maps"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/google/uuid"
@@ -18,7 +17,7 @@ import (
 // put together again from the chunks, and from the mark that each commit left beside the log. Two things must not
 // happen: that messages are missing without a word, and that their sequences are given to others.
 
-// mark is what each commit notes beside the log: the epoch, and each lane's name, end and begin.
+// markState is what each commit notes beside the log: the epoch, and each lane's name, end and begin.
 //
 //	| version 1 | epoch length | epoch | lanes | for each: number | name length | name | next seq | next bytes | head seq | head bytes |
 //	                                            cursors | for each: upstream length | upstream | row length | cursorRow |
@@ -390,9 +389,3 @@ func unreadable(err error) bool { return errors.Is(err, ErrCorrupt) }
 // Recovered says how many messages that were acknowledged the store had lost when it was opened, as far as the mark beside the log
 // told: readers announce them.
 func (s *Spool) Recovered() uint64 { return s.recovered }
-
-// firstLine leaves out the stack that some of the store's errors carry.
-func firstLine(err error) string {
-	line, _, _ := strings.Cut(err.Error(), "\n")
-	return line
-}

@@ -289,16 +289,14 @@ func (m *mender) options() error {
 // manifest reads the manifest and looks at the tables that it names. If it cannot be read, or one of the tables, it is written anew.
 func (m *mender) manifest(all bool) (*manifest, error) {
 	name, cause := m.current()
-	base := &manifest{tables: map[uint64]tableEntry{}, gone: map[uint64]bool{}, backing: map[uint64]uint64{}}
-	size := 0
+	base, size := readManifest(nil), 0
 	if name != "" {
 		b, unread, err := readTolerant(m.fs, m.path(name))
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return nil, err
 		}
-		n, _ := strconv.ParseUint(strings.TrimPrefix(name, "MANIFEST-"), 10, 64)
 		if err == nil {
-			base, size = readManifest(b, n), len(b)
+			base, size = readManifest(b), len(b)
 			base.whole = base.whole && unread == 0
 		}
 	}
@@ -362,6 +360,9 @@ func (m *mender) mendTables(base *manifest) error {
 		what := m.wrong(n, size, !chunks)
 		if what == nil {
 			continue
+		}
+		if !isDamage(what) {
+			return what
 		}
 		mended, err := m.mendTable(n, ts, what)
 		if err != nil {
@@ -598,7 +599,7 @@ func (m *mender) writeManifest(records [][]byte) error {
 	if err := writeRecords(m.fs, m.path(name), 0, slices.Values(records)); err != nil {
 		return err
 	}
-	if err := m.syncDir(m.dir); err != nil {
+	if err := syncFolder(m.fs, m.dir); err != nil {
 		return err
 	}
 	for _, n := range m.names { // those that are no markers would be in Pebble's way
@@ -718,7 +719,7 @@ func (m *mender) replace(d *Damage, tmp string) error {
 	} else if err := m.fs.Rename(tmp, m.path(d.File)); err != nil {
 		return err
 	}
-	return m.syncDir(m.dir)
+	return syncFolder(m.fs, m.dir)
 }
 
 // find notes a damage, once.
@@ -758,18 +759,16 @@ func (m *mender) setAside(d *Damage, name string) error {
 		return fmt.Errorf("set damaged file %s aside: %w", name, err)
 	}
 	d.SetAside = to
-	return m.syncDir(m.aside)
+	return syncFolder(m.fs, m.aside)
 }
 
 func (m *mender) makeAside() error {
 	if m.made {
 		return nil
 	}
-	base := m.s.opt.Quarantine
-	if m.s.copied != "" {
+	base := m.fs.PathJoin(filepath.Dir(m.dir), "quarantine")
+	if m.s.copied != "" { // it goes with the copy
 		base = m.fs.PathJoin(m.dir, "aside")
-	} else if base == "" {
-		base = m.fs.PathJoin(filepath.Dir(m.dir), "quarantine")
 	}
 	stamp := time.Now().UTC().Format("20060102T150405Z")
 	m.aside = m.fs.PathJoin(base, stamp)
@@ -784,7 +783,7 @@ func (m *mender) makeAside() error {
 	}
 	m.made = true
 	m.prune(base)
-	return m.syncDir(base)
+	return syncFolder(m.fs, base)
 }
 
 // quarantineMax is how much the folder for damaged files may hold, bytes.
@@ -831,7 +830,7 @@ func (m *mender) report() error {
 		err = errors.Join(err, f.Sync(), f.Close())
 	}
 	if err == nil {
-		err = m.syncDir(m.aside)
+		err = syncFolder(m.fs, m.aside)
 	}
 	if err != nil {
 		m.s.opt.Log.Warn("report of damage cannot be written", "folder", m.aside, "err", err)
@@ -849,15 +848,7 @@ func (m *mender) setAsideAll(cause error) error {
 	if err := m.fs.Rename(m.dir, to); err != nil {
 		return fmt.Errorf("set damaged store aside: %w", err)
 	}
-	return m.syncDir(filepath.Dir(m.dir))
-}
-
-func (m *mender) syncDir(dir string) error {
-	f, err := m.fs.OpenDir(dir)
-	if err != nil {
-		return err
-	}
-	return errors.Join(f.Sync(), f.Close())
+	return syncFolder(m.fs, filepath.Dir(m.dir))
 }
 
 // damagedMarks tells of marks that could not be read.

@@ -112,7 +112,7 @@ func (d *diskFS) wrap(f vfs.File, name string) vfs.File {
 // and not the manifest's.
 func (d *diskFS) Create(name string, c vfs.DiskWriteCategory) (f vfs.File, err error) {
 	if d.ours(name) && strings.HasPrefix(d.PathBase(name), "marker.manifest") {
-		if err := d.syncFolder(d.PathDir(name)); err != nil {
+		if err := syncFolder(d, d.PathDir(name)); err != nil {
 			return nil, err
 		}
 	}
@@ -131,8 +131,9 @@ func (d *diskFS) OpenReadWrite(name string, c vfs.DiskWriteCategory, o ...vfs.Op
 	return d.wrap(f, name), nil
 }
 
-func (d *diskFS) syncFolder(name string) error {
-	f, err := d.OpenDir(name)
+// syncFolder has the names in a folder on stable storage.
+func syncFolder(fs vfs.FS, name string) error {
+	f, err := fs.OpenDir(name)
 	if err != nil {
 		return err
 	}

@@ -66,8 +66,6 @@ type Options struct {
 	Metrics      prometheus.Registerer // nil: none
 	MaxTables    int                   // that are open at once, each a descriptor; 0: 190
 	Guard        *Guard                // how the disk is watched; nil: it is not
-	// Quarantine is the folder in which damaged files of the store are set aside; "": "quarantine" beside the store's.
-	Quarantine string
 	// Look is for tools that only read: writes are taken and forgotten, and a damaged store is left as it is; what can be read of it is
 	// opened as a copy beside it.
 	Look bool

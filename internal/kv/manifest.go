@@ -56,20 +56,18 @@ type tableEntry struct {
 
 // manifest is what one says.
 type manifest struct {
-	number  uint64
 	records [][]byte
 	whole   bool // all of it could be read
 	tables  map[uint64]tableEntry
 	gone    map[uint64]bool   // files of tables that are there no longer
 	backing map[uint64]uint64 // sizes of files that hold parts, by number
 	minLog  uint64            // 0: not said
-	next    uint64
 	lastSeq uint64
 }
 
 // readManifest reads as many edits as can be read.
-func readManifest(b []byte, number uint64) *manifest {
-	m := &manifest{number: number, tables: map[uint64]tableEntry{}, gone: map[uint64]bool{}, backing: map[uint64]uint64{}}
+func readManifest(b []byte) *manifest {
+	m := &manifest{tables: map[uint64]tableEntry{}, gone: map[uint64]bool{}, backing: map[uint64]uint64{}}
 	s := scanRecords(b, 0, false)
 	m.whole = len(s.holes) == 0
 	for _, r := range s.records {
@@ -93,7 +91,7 @@ func (m *manifest) edit(b []byte) error {
 	r := fields{b: b}
 	var added []tableEntry
 	var removed, noBacking []uint64
-	minLog, next, lastSeq := m.minLog, m.next, m.lastSeq
+	minLog, lastSeq := m.minLog, m.lastSeq
 	backing := map[uint64]uint64{}
 	for len(r.b) > 0 && r.err == nil {
 		switch tag := r.number(); tag {
@@ -103,11 +101,9 @@ func (m *manifest) edit(b []byte) error {
 			}
 		case editLogNumber:
 			minLog = r.number()
-		case editNextFile:
-			next = r.number()
 		case editLastSequence:
 			lastSeq = r.number()
-		case editPrevLog:
+		case editPrevLog, editNextFile:
 			r.number()
 		case editCompactPointer:
 			r.number()
@@ -136,7 +132,7 @@ func (m *manifest) edit(b []byte) error {
 	if r.err != nil {
 		return r.err
 	}
-	m.minLog, m.next, m.lastSeq = minLog, next, lastSeq
+	m.minLog, m.lastSeq = minLog, lastSeq
 	for n, size := range backing {
 		m.backing[n] = size
 		delete(m.gone, n)

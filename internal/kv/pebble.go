@@ -121,7 +121,7 @@ func (s *Store) events(log pebbleLogger, dir string) *pebble.EventListener {
 		},
 		DataCorruption: func(i pebble.DataCorruptionInfo) {
 			s.m.corruptions.Inc()
-			if s.suspects.note(s.opt.FS, dir, i.Path) {
+			if !s.opt.Look && s.suspects.note(s.opt.FS, dir, i.Path) {
 				l.Error("store data damaged", "file", i.Path, "err", firstLine(i.Details))
 			}
 		},

@@ -5,10 +5,15 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
+	"io/fs"
 	"math/rand/v2"
+	"os"
+	"os/exec"
 	"path"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
@@ -229,3 +234,179 @@ func (p *markedPart) Seal() any                  { return p }
 func (p *markedPart) Stage(any, kv.Writer) error { return nil }
 func (p *markedPart) Committed(any, uint64)      {}
 func (p *markedPart) Mark(dst []byte) []byte     { return append(dst, p.state...) }
+
+// refusingFS refuses to lock a folder a number of times, with an error that nobody knows, and to open tables while told to.
+type refusingFS struct {
+	vfs.FS
+	locks  int
+	tables error
+}
+
+func (f *refusingFS) Lock(name string) (io.Closer, error) {
+	if f.locks > 0 {
+		f.locks--
+		return nil, errors.New("nobody foresaw this")
+	}
+	return f.FS.Lock(name)
+}
+
+func (f *refusingFS) Open(name string, o ...vfs.OpenOption) (vfs.File, error) {
+	if f.tables != nil && strings.HasSuffix(name, ".sst") {
+		return nil, &os.PathError{Op: "open", Path: name, Err: f.tables}
+	}
+	return f.FS.Open(name, o...)
+}
+
+// TestStoreThatNoRepairOpensGoesAsideWhole: the gateway begins anew.
+func TestStoreThatNoRepairOpensGoesAsideWhole(t *testing.T) {
+	mem := crashed(t, 8, true)
+	s := openAt(t, &refusingFS{FS: mem, locks: 2}, "data/store", nil)
+	defer s.Close()
+	d := s.Damage()
+	if len(d) != 1 || !strings.Contains(d[0].What, "nobody foresaw this") || !strings.HasSuffix(d[0].SetAside, "/store") {
+		t.Fatalf("damage %+v", d)
+	}
+	if there := kept(t, s, 8); len(there) != 0 {
+		t.Errorf("a new store has rows %v", there)
+	}
+	old := openAt(t, mem, d[0].SetAside, nil) // it was none the worse
+	defer old.Close()
+	if there := kept(t, old, 8); len(there) != 8 {
+		t.Errorf("the one that was set aside has rows %v", there)
+	}
+}
+
+// TestWhatCannotBeOpenedIsNotDamaged: without descriptors, or without rights, a start ends with that error and touches nothing.
+func TestWhatCannotBeOpenedIsNotDamaged(t *testing.T) {
+	for _, refusal := range []error{syscall.EMFILE, fs.ErrPermission} {
+		mem := crashed(t, 8, true)
+		before := snapshot(t, mem, "data/store")
+		s, err := kv.Open("data/store", kv.Options{FS: &refusingFS{FS: mem, tables: refusal}, Log: discard()})
+		if !errors.Is(err, refusal) {
+			t.Fatalf("%v: %v, %v", refusal, s, err)
+		}
+		if names, _ := mem.List("data"); len(names) != 1 || snapshot(t, mem, "data/store") != before {
+			t.Errorf("%v: the store was touched: %v", refusal, names)
+		}
+	}
+}
+
+// spoilTable damages the first table that fits while the store is open; at gives the place.
+func spoilTable(t *testing.T, fs vfs.FS, fits func(b []byte) bool, at func(b []byte) int) {
+	t.Helper()
+	names, err := fs.List("data/store")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, n := range names {
+		f := path.Join("data/store", n)
+		if b := readFile(t, fs, f); strings.HasSuffix(n, ".sst") && fits(b) {
+			place := at(b)
+			w, err := fs.OpenReadWrite(f, vfs.WriteCategoryUnspecified) // who has it open sees it, too
+			if err != nil {
+				t.Fatal(err)
+			}
+			_, err = w.WriteAt([]byte{b[place] ^ 1}, int64(place))
+			if err = errors.Join(err, w.Sync(), w.Close()); err != nil {
+				t.Fatal(err)
+			}
+			return
+		}
+	}
+	t.Fatal("no such table")
+}
+
+// TestDamageWhileTheStoreIsOpen: rows of others than the spool that cannot be read, and chunks that a damaged index hides, end the store; the
+// next start keeps what can be read. A damaged chunk is the reader's to pass over.
+func TestDamageWhileTheStoreIsOpen(t *testing.T) {
+	const commits = 8 // one table, which nothing compacts
+	if os.Getenv(childEnv) == "" { // a store that has failed leaves its goroutines to the end of the process
+		cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^TestDamageWhileTheStoreIsOpen$", "-test.v")
+		cmd.Env = append(os.Environ(), childEnv+"=1")
+		out, err := cmd.CombinedOutput()
+		if err != nil || !bytes.Contains(out, []byte("--- PASS: TestDamageWhileTheStoreIsOpen")) {
+			t.Fatalf("%v\n%s", err, out)
+		}
+		return
+	}
+	footer := func(b []byte) int { return len(b) - 5 }
+	for name, c := range map[string]struct {
+		prefix byte
+		at     func([]byte) int
+		fails  bool
+		left   int
+	}{
+		"a row":           {kv.PrefixDevice, func([]byte) int { return 30_000 }, true, commits - 1},
+		"a chunk":         {kv.PrefixData, func([]byte) int { return 30_000 }, false, commits - 1},
+		"index of chunks": {kv.PrefixData, footer, true, commits},
+	} {
+		t.Run(name, func(t *testing.T) {
+			key := func(i int) []byte {
+				if c.prefix == kv.PrefixData {
+					return binary.BigEndian.AppendUint64([]byte{c.prefix, 1}, uint64(i+1))
+				}
+				return deviceKey(i)
+			}
+			mem := vfs.NewCrashableMem()
+			s := openAt(t, mem, "data/store", nil)
+			for i := range commits {
+				if err := s.ApplyWait([]kv.Op{{Key: key(i), Value: bytes.Repeat([]byte{byte(i)}, 20_000)}}); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if err := s.Close(); err != nil {
+				t.Fatal(err)
+			}
+			for range 3 { // into tables, and nothing is left to be compacted
+				if err := openAt(t, mem, "data/store", nil).Close(); err != nil {
+					t.Fatal(err)
+				}
+			}
+			failed := make(chan error, 1)
+			s, err := kv.Open("data/store", kv.Options{FS: mem, Log: discard(), Guard: smallTables(), Fatal: func(err error) { failed <- err }})
+			if err != nil {
+				t.Fatal(err)
+			}
+			spoilTable(t, mem, func(b []byte) bool { return len(b) > 100_000 }, c.at)
+			var met error
+			if c.prefix != kv.PrefixData {
+				met = s.Scan([]byte{c.prefix}, func(_, _ []byte) error { return nil })
+			} else {
+				it, err := s.Iter([]byte{c.prefix}, []byte{c.prefix + 1})
+				if err != nil {
+					t.Fatal(err)
+				}
+				for ok := it.First(); ok; ok = it.Next() {
+				}
+				met = it.Error()
+				_ = it.Close()
+				if err := s.Passable(met); (err != nil) != c.fails {
+					t.Errorf("may a reader pass: %v", err)
+				}
+			}
+			if !kv.IsDamage(met) {
+				t.Fatalf("met %v", met)
+			}
+			if c.fails {
+				if err := <-failed; !strings.Contains(err.Error(), "start again") {
+					t.Errorf("%v names no way out", err)
+				}
+			}
+			_ = s.Close() // it has failed, or is as it was
+			if c.fails {
+				mem = mem.CrashClone(vfs.CrashCloneCfg{UnsyncedDataPercent: 100, RNG: rand.New(rand.NewPCG(1, 1))})
+			}
+			s = openAt(t, mem, "data/store", nil)
+			defer s.Close()
+			there := 0
+			for i := range commits {
+				if _, found, err := s.Get(key(i)); found && err == nil {
+					there++
+				}
+			}
+			if there != c.left || len(s.Damage()) != 1 {
+				t.Errorf("%d rows are there, damage %+v", there, s.Damage())
+			}
+		})
+	}
+}
