@@ -11,9 +11,12 @@ import (
 	"log/slog"
 	"maps"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -347,17 +350,9 @@ func (m *mender) mendTables(base *manifest) error {
 		files[t.file] = append(files[t.file], t)
 	}
 	var edit []byte
-	for _, n := range slices.Sorted(maps.Keys(files)) {
-		ts := files[n]
-		size := ts[0].size
-		if ts[0].inOthers {
-			size = base.backing[n]
-		}
-		chunks := true // and where nothing compacts them
-		for _, t := range ts {
-			chunks = chunks && t.level > 0 && isChunks(t.lo.UserKey, t.hi.UserKey)
-		}
-		what := m.wrong(n, size, !chunks)
+	numbers := slices.Sorted(maps.Keys(files))
+	for i, what := range m.lookAtTables(base, numbers, files) {
+		n, ts := numbers[i], files[numbers[i]]
 		if what == nil {
 			continue
 		}
@@ -384,6 +379,29 @@ func (m *mender) mendTables(base *manifest) error {
 	// The number that comes next goes first.
 	edit = append(appendNumbers(nil, editNextFile, m.nextFile+1), edit...)
 	return m.writeManifest(append(slices.Clone(base.records), edit))
+}
+
+// lookAtTables says of each file what is wrong with it, nil if nothing is to be seen. A large backlog is in thousands: they are looked at side
+// by side.
+func (m *mender) lookAtTables(base *manifest, numbers []uint64, files map[uint64][]tableEntry) []error {
+	problems := make([]error, len(numbers))
+	var next atomic.Int64
+	var done sync.WaitGroup
+	for range runtime.GOMAXPROCS(0) {
+		done.Go(func() {
+			for i := int(next.Add(1)) - 1; i < len(numbers); i = int(next.Add(1)) - 1 {
+				ts := files[numbers[i]]
+				size := ts[0].size
+				if ts[0].inOthers {
+					size = base.backing[numbers[i]]
+				}
+				compacted := slices.ContainsFunc(ts, func(t tableEntry) bool { return t.level == 0 || !isChunks(t.lo.UserKey, t.hi.UserKey) })
+				problems[i] = m.wrong(numbers[i], size, compacted)
+			}
+		})
+	}
+	done.Wait()
+	return problems
 }
 
 // wrong says what is wrong with a table, nil if nothing is to be seen. size is what it should have, 0: not known. all is whether

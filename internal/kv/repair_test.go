@@ -319,7 +319,7 @@ func spoilTable(t *testing.T, fs vfs.FS, fits func(b []byte) bool, at func(b []b
 // TestDamageWhileTheStoreIsOpen: rows of others than the spool that cannot be read, and chunks that a damaged index hides, end the store; the
 // next start keeps what can be read. A damaged chunk is the reader's to pass over.
 func TestDamageWhileTheStoreIsOpen(t *testing.T) {
-	const commits = 8 // one table, which nothing compacts
+	const commits = 8              // one table, which nothing compacts
 	if os.Getenv(childEnv) == "" { // a store that has failed leaves its goroutines to the end of the process
 		cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^TestDamageWhileTheStoreIsOpen$", "-test.v")
 		cmd.Env = append(os.Environ(), childEnv+"=1")

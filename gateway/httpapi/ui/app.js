@@ -121,8 +121,8 @@ const start = {
       const dark = matchMedia('(prefers-color-scheme: dark)').matches, ink = dark ? '#a7b0b9' : '#555d66';
       const el = $('#chart'), size = { width: el.clientWidth, height: 200 };
       if (!chart) {
-        const axis = { stroke: ink, grid: { stroke: dark ? '#39414a' : '#d0d5da' } };
-        chart = new uPlot({ ...size, series: [{}, { label: 'taken in', stroke: dark ? '#7fd0e4' : '#0b5a6e', width: 2 }, { label: 'delivered', stroke: dark ? '#7fd695' : '#1a6b2f', width: 2 }], axes: [axis, axis] }, [at, taken, gone], el);
+        const line = { stroke: dark ? '#39414a' : '#d0d5da', width: 1 }, axis = { stroke: ink, grid: line, ticks: line };
+        chart = new uPlot({ ...size, series: [{}, { label: 'taken in', stroke: dark ? '#7fd0e4' : '#0b5a6e', width: 2 }, { label: 'delivered', stroke: dark ? '#7fd695' : '#1a6b2f', width: 2 }], axes: [axis, axis], scales: { x: { range: (_, from, to) => [Math.min(from, to - 60), to] } } }, [at, taken, gone], el);
         addEventListener('resize', () => chart.setSize({ width: el.clientWidth, height: 200 }));
       } else chart.setData([at, taken, gone]);
     };
