@@ -752,9 +752,9 @@ func (m *mender) find(d Damage) {
 	m.found = append(m.found, d)
 }
 
-// setAside has the damaged file also in the folder for those, where it stays when its place is taken.
+// setAside has the damaged file also in the folder for those, where it stays when its place is taken. A tool that looks has the file where it was.
 func (m *mender) setAside(d *Damage, name string) error {
-	if m.s.looksOnly() || name == "" || !slices.Contains(m.names, name) {
+	if m.s.opt.Look || name == "" || !slices.Contains(m.names, name) {
 		return nil
 	}
 	if err := m.makeAside(); err != nil {
@@ -785,9 +785,6 @@ func (m *mender) makeAside() error {
 		return nil
 	}
 	base := m.fs.PathJoin(filepath.Dir(m.dir), "quarantine")
-	if m.s.copied != "" { // it goes with the copy
-		base = m.fs.PathJoin(m.dir, "aside")
-	}
 	stamp := time.Now().UTC().Format("20060102T150405Z")
 	m.aside = m.fs.PathJoin(base, stamp)
 	for i := 2; ; i++ {
@@ -856,14 +853,19 @@ func (m *mender) report() error {
 	return nil
 }
 
-// setAsideAll moves the whole store away.
+// setAsideAll moves the whole store away; of a copy nobody needs that.
 func (m *mender) setAsideAll(cause error) error {
+	d := Damage{File: filepath.Base(m.dir), What: "store cannot be opened even after a repair, a new one is begun: " + firstLine(cause)}
+	if m.s.opt.Look {
+		m.find(d)
+		return m.fs.RemoveAll(m.dir)
+	}
 	if err := m.makeAside(); err != nil {
 		return err
 	}
-	to := m.fs.PathJoin(m.aside, "store")
-	m.find(Damage{File: filepath.Base(m.dir), What: "store cannot be opened even after a repair, a new one is begun: " + firstLine(cause), SetAside: to})
-	if err := m.fs.Rename(m.dir, to); err != nil {
+	d.SetAside = m.fs.PathJoin(m.aside, "store")
+	m.find(d)
+	if err := m.fs.Rename(m.dir, d.SetAside); err != nil {
 		return fmt.Errorf("set damaged store aside: %w", err)
 	}
 	return syncFolder(m.fs, filepath.Dir(m.dir))

@@ -261,6 +261,11 @@ func lookAt(t *testing.T, fs vfs.FS) {
 		return !strings.HasPrefix(d.File, "mark") || strings.HasPrefix(d.File, "marker")
 	})
 	readRows(t, s)
+	for _, d := range s.Damage() {
+		if d.SetAside != "" {
+			t.Errorf("a look set %s aside as %s", d.File, d.SetAside)
+		}
+	}
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
 	}

@@ -276,6 +276,22 @@ func TestStoreThatNoRepairOpensGoesAsideWhole(t *testing.T) {
 	}
 }
 
+// TestLookAtAStoreThatNoRepairOpens: the tool is told, and the store stays where it is.
+func TestLookAtAStoreThatNoRepairOpens(t *testing.T) {
+	mem := crashed(t, 8, true)
+	before := snapshot(t, mem, "data/store")
+	s := openAt(t, &refusingFS{FS: mem, locks: 3}, "data/store", func(o *kv.Options) { o.Look = true })
+	if d := s.Damage(); len(d) != 1 || !strings.Contains(d[0].What, "nobody foresaw this") || d[0].SetAside != "" {
+		t.Errorf("damage %+v", d)
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if names, _ := mem.List("data"); len(names) != 1 || snapshot(t, mem, "data/store") != before {
+		t.Errorf("the store was touched: %v", names)
+	}
+}
+
 // TestWhatCannotBeOpenedIsNotDamaged: without descriptors, or without rights, a start ends with that error and touches nothing.
 func TestWhatCannotBeOpenedIsNotDamaged(t *testing.T) {
 	for _, refusal := range []error{syscall.EMFILE, fs.ErrPermission} {
