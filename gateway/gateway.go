@@ -368,7 +368,7 @@ func (g *Gateway) openHTTP(ctx context.Context) (err error) {
 	}
 	cfg := httpapi.Config{Address: g.cfg.HTTP.Address, Gateway: g.cfg.Gateway.ID, MaxConnections: g.share.http}
 	g.http = httpapi.New(cfg, httpapi.Parts{
-		Source: g, Devices: g.devices, Commands: g.commands, Lanes: g.spool, Tokens: g.tokens, Events: g.events, Backups: g, Audit: g.audit, Control: g,
+		Source: g, Devices: g.devices, Commands: g.commands, Lanes: g.spool, Messages: arrivals{g.broker}, Tokens: g.tokens, Events: g.events, Backups: g, Audit: g.audit, Control: g,
 		Gatherer: g.registry, Log: g.log.With("part", "http"), Metrics: g.registry,
 	})
 	if err := g.http.Listen(ctx); err != nil {

@@ -32,6 +32,7 @@ type Broker struct {
 	m        *metrics
 	server   *mochi.Server // the index of subscriptions; see doc.go
 	subs     subscriptions
+	taps     taps
 	retained retained
 	fan      *fanout
 	sockets  []*socket

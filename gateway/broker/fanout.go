@@ -176,6 +176,7 @@ func (d *deliverer) pass(m *message) {
 	if m.keep {
 		d.b.retained.set(m)
 	}
+	d.b.taps.pass(m)
 	p := d.plan(m.topic)
 	for i := range p.targets {
 		t := &p.targets[i]

@@ -352,7 +352,7 @@ func (c *conn) heard(topic []byte) bool {
 	if v, ok := c.in.heard[string(topic)]; ok && v>>1 == gen {
 		return v&1 == 1
 	}
-	if c.b.subs.count.Load() == 0 {
+	if c.b.subs.count.Load() == 0 && c.b.taps.all.Load() == nil {
 		return false
 	}
 	v := gen << 1

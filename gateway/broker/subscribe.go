@@ -352,8 +352,11 @@ func (b *Broker) candidates(topic string, each func(*mochi.Subscribers)) {
 	}
 }
 
-// listening says whether anybody may be subscribed to topic.
+// listening says whether anybody may be subscribed to topic, or looks on.
 func (b *Broker) listening(topic string) (yes bool) {
+	if b.taps.matching(topic) {
+		return true
+	}
 	b.candidates(topic, func(s *mochi.Subscribers) {
 		yes = yes || len(s.Subscriptions)+len(s.Shared) > 0
 	})

@@ -182,6 +182,24 @@ func TestDashboard(t *testing.T) {
 	b.run(chromedp.Navigate(addr+"/messages"), chromedp.WaitVisible("body[data-ready=true]"))
 	b.await("messages are shown", `document.querySelector('#messages').textContent.includes('"n":49')`)
 	b.check("messages")
+	b.run(chromedp.Navigate(addr+"/live"), chromedp.WaitVisible("body[data-ready=true]"),
+		chromedp.SetValue(`#filter [name=filter]`, "dt/live/#"), chromedp.Click(`#filter button.main`))
+	b.await("it is live", `document.querySelector('#link').textContent === 'live'`)
+	for n, m := range []mqtt.Publish{
+		{Topic: []byte("dt/a/pump-7/t"), Payload: []byte("not looked for")},
+		{Topic: []byte("dt/live/1"), Payload: []byte(`{"t":[21.5]}`)},
+		{Topic: []byte("dt/live/2"), Payload: []byte("\xa1\x61t\xf9\x4d\x60")},
+		{Topic: []byte("dt/live/3"), Payload: []byte("<b>bold</b>")},
+	} {
+		m.QoS, m.ID = 1, uint16(100+n)
+		if err := c.Publish(&m); err != nil {
+			t.Fatal(err)
+		}
+	}
+	b.await("the newest is shown first, as text", `document.querySelector('#tail tr').textContent.includes('<b>bold</b>')`)
+	b.await("JSON and CBOR are readable", `(() => { const s = document.querySelector('#tail').textContent; return s.includes('21.5\n') && s.includes('CBOR: {"t": 21.5}') && !s.includes('looked'); })()`)
+	b.check("live")
+	b.shot("live")
 	b.run(chromedp.Navigate(addr+"/commands"), chromedp.WaitVisible("body[data-ready=true]"))
 	b.await("commands are shown", `document.querySelector('#commands').textContent.includes('flush')`)
 	b.check("commands")

@@ -16,3 +16,6 @@ const (
 	MaxStreams = maxStreams
 	MaxWaiters = maxWaiters
 )
+
+// ContentOf shows a payload.
+var ContentOf = content

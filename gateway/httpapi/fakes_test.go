@@ -450,6 +450,39 @@ func (l *lanes) Walk(lane string, sel spool.Selection, fn func(uint64, *spool.Re
 	})
 }
 
+// messages is what devices publish: a test says it.
+type messages struct {
+	mu  sync.Mutex
+	see map[string]func(*httpapi.Arrival) // by filter
+}
+
+func (m *messages) Watch(filter string, see func(*httpapi.Arrival)) (end func(), err error) {
+	if strings.HasPrefix(filter, "#/") {
+		return nil, fmt.Errorf("%w: # stands last", httpapi.ErrFilter)
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.see == nil {
+		m.see = map[string]func(*httpapi.Arrival){}
+	}
+	m.see[filter] = see
+	return func() {
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		delete(m.see, filter)
+	}, nil
+}
+
+// publish shows a to all who watch, and says how many these are.
+func (m *messages) publish(a httpapi.Arrival) int {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, see := range m.see {
+		see(&a)
+	}
+	return len(m.see)
+}
+
 // backups makes a backup of one small file.
 // control notes what it is asked for.
 type control struct {

@@ -6,7 +6,6 @@ import (
 	"net/http"
 	"strconv"
 	"time"
-	"unicode/utf8"
 
 	"holdfast/bridge/wire"
 	"holdfast/spool"
@@ -14,8 +13,7 @@ import (
 
 // Bounds of a look into a lane.
 const (
-	shownPayload = 4 << 10 // of one message, bytes
-	shownPage    = 1 << 20 // of all payloads of a page
+	shownPage = 1 << 20 // of all payloads of a page, bytes
 )
 
 func (s *Server) listLanes(c *call) error {
@@ -99,8 +97,8 @@ func (s *Server) message(lane string, seq uint64, r *spool.Record) Message {
 	epoch, _, _ := s.p.Lanes.EpochOf(lane, seq)
 	m := Message{
 		Seq: seq, ID: wire.ID(s.cfg.Gateway, epoch, lane, seq), Device: string(r.Device), Topic: string(r.Topic),
-		Received: time.UnixMilli(r.Received).UTC(), Size: len(r.Payload),
-		Retain: r.Flags&spool.FlagRetain != 0, Will: r.Flags&spool.FlagWill != 0, Unsynced: r.Flags&spool.FlagClockUnsynced != 0,
+		Received: time.UnixMilli(r.Received).UTC(),
+		Retain:   r.Flags&spool.FlagRetain != 0, Will: r.Flags&spool.FlagWill != 0, Unsynced: r.Flags&spool.FlagClockUnsynced != 0,
 	}
 	switch {
 	case r.Flags&spool.FlagQoS2 != 0:
@@ -108,23 +106,11 @@ func (s *Server) message(lane string, seq uint64, r *spool.Record) Message {
 	case r.Flags&spool.FlagQoS1 != 0:
 		m.QoS = 1
 	}
+	kind := ""
 	if r.Props != nil {
-		m.ContentType = r.Props.ContentType
+		kind = r.Props.ContentType
 	}
-	p := r.Payload
-	if len(p) > shownPayload {
-		m.Truncated = true
-		p = p[:shownPayload]
-		if isText(r.Payload) { // not in the middle of a letter
-			for len(p) > 0 && !utf8.RuneStart(r.Payload[len(p)]) {
-				p = p[:len(p)-1]
-			}
-		}
-	}
-	if p == nil {
-		p = []byte{}
-	}
-	m.Payload, m.PayloadBase64 = textOrBase64(p)
+	m.Content = content(r.Payload, kind)
 	return m
 }
 

@@ -120,7 +120,7 @@ func (g *describer) operation(row *route) object {
 			"name": "Idempotency-Key", "in": "header", "schema": object{"type": "string"}, "description": "The id of the command, if the body has none.",
 		})
 	}
-	if row.stream {
+	if row.resumes {
 		op["parameters"] = append(params, object{
 			"name": "Last-Event-ID", "in": "header", "schema": object{"type": "string"}, "description": "The id of the last event that was seen.",
 		})

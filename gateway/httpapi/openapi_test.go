@@ -250,7 +250,8 @@ var rows = map[string]row{
 		}},
 	},
 	"list_upstreams": {method: "GET", target: "/api/v1/upstreams"},
-	"watch_events":   {method: "GET", target: "/api/v1/events"}, // a stream: its own tests call it, and the test below its failures
+	"watch_messages": {method: "GET", target: "/api/v1/messages/live"}, // as watch_events
+	"watch_events":   {method: "GET", target: "/api/v1/events"},        // a stream: its own tests call it, and the test below its failures
 	"reload": {
 		method: "POST", target: "/api/v1/reload",
 		fails: map[string]func(*rig) *answered{"config_wrong": func(r *rig) *answered {
@@ -388,7 +389,7 @@ func TestEveryRowIsWhatIsDescribed(t *testing.T) {
 				if status < "400" {
 					t.Run(op.ID+"/"+status, func(t *testing.T) {
 						if endless[op.ID] {
-							return // stream_test.go, tail_test.go
+							return // stream_test.go, live_test.go
 						}
 						r := newRig(t)
 						if w.ready != nil {

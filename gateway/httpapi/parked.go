@@ -47,7 +47,7 @@ func (s *Server) listParked(c *call) error {
 		shown := ParkedMessage{Lane: m.Lane, Upstream: m.Upstream, ParkedAt: time.UnixMilli(m.AtMS).UTC(), Reason: m.Reason}
 		var r spool.Record
 		if _, err := spool.ParseRecord(m.Record, &r); err != nil {
-			shown.Message, shown.Unreadable = Message{Seq: m.Seq, Size: len(m.Record)}, true
+			shown.Message, shown.Unreadable = Message{Seq: m.Seq, Content: Content{Size: len(m.Record)}}, true
 		} else {
 			shown.Message = s.message(m.Lane, m.Seq, &r)
 		}

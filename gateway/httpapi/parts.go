@@ -20,6 +20,7 @@ type Parts struct {
 	Devices  Devices
 	Commands Commands
 	Lanes    Lanes
+	Messages Messages
 	Tokens   Tokens
 	Events   *Events
 	Backups  Backups
@@ -76,6 +77,25 @@ type Lanes interface {
 	Replay(lane, upstream string, seqs []uint64) (n int, err error)
 	// Walk is Peek without a limit, which passes over what is damaged and tells it to damaged. spool.ErrNoLane.
 	Walk(lane string, sel spool.Selection, fn func(seq uint64, r *spool.Record) error, damaged func(spool.Damage)) error
+}
+
+// Messages shows what devices publish.
+type Messages interface {
+	// Watch calls see for each message to a topic that filter matches, once it is on disk, until end is called. see must not wait for
+	// anything, and may keep what it gets, which nobody changes. ErrFilter.
+	Watch(filter string, see func(*Arrival)) (end func(), err error)
+}
+
+// ErrFilter is about a topic filter that is none. Texts that wrap it say why.
+var ErrFilter = errors.New("wrong topic filter")
+
+// Arrival is a message that devices published and that is on disk.
+type Arrival struct {
+	Device, Topic, ContentType string
+	Payload                    []byte
+	QoS                        byte
+	Retain                     bool
+	Received                   time.Time
 }
 
 // Backups makes copies of all that is stored; *gateway.Gateway does.

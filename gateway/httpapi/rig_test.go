@@ -35,6 +35,7 @@ type rig struct {
 	registry *registry
 	queue    *queue
 	lanes    *lanes
+	messages messages
 	backups  backups
 	audit    auditLog
 	control  control
@@ -62,7 +63,7 @@ func newRigWith(t *testing.T, events int) *rig {
 	r.queue = &queue{reg: r.registry, hub: r.hub}
 	out := io.MultiWriter(r.log, t.Output())
 	r.api = httpapi.New(httpapi.Config{Address: "127.0.0.1:0", Gateway: "gw"}, httpapi.Parts{
-		Source: r.source, Devices: r.registry, Commands: r.queue, Lanes: r.lanes, Tokens: r.tokens, Events: r.hub, Gatherer: r.metrics, Backups: &r.backups, Audit: &r.audit, Control: &r.control,
+		Source: r.source, Devices: r.registry, Commands: r.queue, Lanes: r.lanes, Messages: &r.messages, Tokens: r.tokens, Events: r.hub, Gatherer: r.metrics, Backups: &r.backups, Audit: &r.audit, Control: &r.control,
 		Log: slog.New(slog.NewTextHandler(out, &slog.HandlerOptions{Level: slog.LevelInfo})), Metrics: r.metrics,
 	})
 	return r

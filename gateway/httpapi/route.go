@@ -23,6 +23,7 @@ type route struct {
 	passing      bool         // what it changes is not stored
 	limit        int64        // of the body, bytes; 0: maxBody
 	stream       bool         // it ends when somebody ends it
+	resumes      bool         // a stream that goes on where it ended
 	reads        bool         // it changes nothing, whatever its method is
 	bulk         bool         // its answer may be large: how long it takes says nothing
 	answers      []answer
@@ -234,6 +235,12 @@ var table = []route{
 		answers: []answer{{200, "A page of them, payloads no longer than 4 KiB.", is[MessagePage](), ""}}, fails: []string{codeNoLane}, h: (*Server).listMessages,
 	},
 	{
+		method: "GET", path: "/api/v1/messages/live", who: Viewer, id: "watch_messages", stream: true,
+		summary: "What devices publish, as it is stored: server-sent events of kind message, whose data is a LiveMessage in JSON. If more comes than the stream takes, some are missed, and missed says how many. It takes nothing out.",
+		query:   []param{text("filter", "Only topics that this MQTT filter matches, such as dt/+/alarm; default: #.")},
+		answers: []answer{{200, "The stream.", is[LiveMessage](), "text/event-stream"}}, fails: []string{codeTooManyStreams}, h: (*Server).watchMessages,
+	},
+	{
 		method: "POST", path: "/api/v1/lanes/{lane}/purge", who: Operator, id: "purge_lane",
 		summary: "Drop messages of a lane, the oldest first, until the first that is to stay. They count as evicted, and upstreams are told (gap, reason purged). The space is free at once.",
 		body:    is[PurgeRequest](), answers: []answer{{200, "What is gone.", is[Purged](), ""}}, fails: []string{codeNoLane}, h: (*Server).purge,
@@ -269,7 +276,7 @@ var table = []route{
 		answers: []answer{{200, "All of them.", is[UpstreamList](), ""}}, h: (*Server).listUpstreams,
 	},
 	{
-		method: "GET", path: "/api/v1/events", who: Viewer, id: "watch_events", stream: true,
+		method: "GET", path: "/api/v1/events", who: Viewer, id: "watch_events", stream: true, resumes: true,
 		summary: "What happens, as it happens: server-sent events, whose data is an Event in JSON. The header Last-Event-ID goes on where a stream ended; an event reset says that some are missed.",
 		query: []param{
 			text("kinds", "Only these kinds, separated by commas: command, device, upstream, refusal."),

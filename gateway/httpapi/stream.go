@@ -37,20 +37,11 @@ func (s *Server) events(c *call) error {
 	if seen == "" {
 		seen = c.query.Get("last_event_id")
 	}
-	if !take(s.streams) {
-		return failf(codeTooManyStreams, "%d streams are open already: end one, or try again later", maxStreams)
+	out, err := s.openStream(c)
+	if err != nil || out == nil {
+		return err
 	}
-	defer give(s.streams)
-	s.m.streams.Inc()
-	defer s.m.streams.Dec()
-
-	h := c.w.Header()
-	h.Set("Content-Type", "text/event-stream")
-	h.Set("X-Accel-Buffering", "no") // to a proxy: pass it on as it comes
-	c.w.WriteHeader(http.StatusOK)
-	if c.r.Method == http.MethodHead {
-		return nil
-	}
+	defer out.close()
 	hub := s.p.Events
 	pos, whole := hub.now(), true
 	if seen != "" {
@@ -58,31 +49,13 @@ func (s *Server) events(c *call) error {
 	}
 	// An id without data is no event, but is what a reader comes back with: so one that loses its link before its first event, or
 	// while nothing happens that it wants to know, misses nothing.
-	buf := []byte("retry: " + streamRetryMS + "\nid: " + hub.id(pos) + "\n\n")
+	out.buf = append(out.buf, "id: "+hub.id(pos)+"\n\n"...)
 	if !whole {
-		buf = appendFrame(buf, &Event{ID: hub.id(pos), Kind: KindReset, At: time.Now()})
+		out.buf = appendFrame(out.buf, &Event{ID: hub.id(pos), Kind: KindReset, At: time.Now()})
 	}
-	rc := http.NewResponseController(c.w)
-	_ = rc.SetReadDeadline(time.Time{})                                     // else the server's ends the request; not every writer has one
-	defer func() { _ = rc.SetWriteDeadline(time.Now().Add(time.Second)) }() // for the end of the answer
-	send := func() bool {
-		_ = rc.SetWriteDeadline(time.Now().Add(streamWrite))
-		_, err := c.w.Write(buf)
-		if err == nil {
-			err = rc.Flush()
-		}
-		if errors.Is(err, os.ErrDeadlineExceeded) { // else it went away
-			s.m.streamsCut.Inc()
-			s.log.Debug("event stream cut: its reader takes nothing", "who", c.who, "address", c.r.RemoteAddr, "err", err)
-		}
-		buf = buf[:0]
-		return err == nil
-	}
-	beat := time.NewTicker(heartbeat)
-	defer beat.Stop()
 	var batch []*happening
-	for send() {
-		for len(buf) == 0 {
+	for out.send() {
+		for len(out.buf) == 0 {
 			var wake <-chan struct{}
 			var lost bool
 			clear(batch)
@@ -95,27 +68,111 @@ func (s *Server) events(c *call) error {
 			for _, e := range batch {
 				pos = e.n
 				if f.takes(e) {
-					buf = append(buf, e.lines()...)
+					out.buf = append(out.buf, e.lines()...)
 				}
 			}
 			if wake == nil {
 				wake = alreadyAwake // there was a batch: look at the others, and go on
 			}
-			select {
-			case <-s.stopping:
+			switch out.wait(wake) {
+			case streamEnds:
 				return nil
-			case <-c.r.Context().Done():
-				return nil
-			case <-beat.C:
-				if !s.still(c) {
-					return nil // the token was removed, or has expired; or the session has ended
-				}
-				buf = append(buf, ": still here\nid: "+hub.id(pos)+"\n\n"...)
-			case <-wake:
+			case streamBeats:
+				out.buf = append(out.buf, ": still here\nid: "+hub.id(pos)+"\n\n"...)
 			}
 		}
 	}
 	return nil
+}
+
+// stream is an answer of server-sent events that is under way.
+type stream struct {
+	s    *Server
+	c    *call
+	rc   *http.ResponseController
+	beat *time.Ticker
+	buf  []byte // goes out with send
+}
+
+// openStream begins one, which has to be closed. nil without an error: nothing more was asked for. What comes first goes out with the
+// first send.
+func (s *Server) openStream(c *call) (*stream, error) {
+	if !take(s.streams) {
+		return nil, failf(codeTooManyStreams, "%d streams are open already: end one, or try again later", maxStreams)
+	}
+	s.m.streams.Inc()
+	out := &stream{s: s, c: c, rc: http.NewResponseController(c.w), beat: time.NewTicker(heartbeat)}
+	h := c.w.Header()
+	h.Set("Content-Type", "text/event-stream")
+	h.Set("X-Accel-Buffering", "no") // to a proxy: pass it on as it comes
+	c.w.WriteHeader(http.StatusOK)
+	if c.r.Method == http.MethodHead {
+		out.close()
+		return nil, nil
+	}
+	out.buf = append(out.buf, "retry: "+streamRetryMS+"\n"...)
+	_ = out.rc.SetReadDeadline(time.Time{}) // else the server's ends the request; not every writer has one
+	return out, nil
+}
+
+func (out *stream) close() {
+	out.beat.Stop()
+	_ = out.rc.SetWriteDeadline(time.Now().Add(time.Second)) // for the end of the answer
+	out.s.m.streams.Dec()
+	give(out.s.streams)
+}
+
+// send sends buf. false: the reader takes nothing, or went away.
+func (out *stream) send() bool {
+	_ = out.rc.SetWriteDeadline(time.Now().Add(streamWrite))
+	_, err := out.c.w.Write(out.buf)
+	if err == nil {
+		err = out.rc.Flush()
+	}
+	if errors.Is(err, os.ErrDeadlineExceeded) { // else it went away
+		out.s.m.streamsCut.Inc()
+		out.s.log.Debug("event stream cut: its reader takes nothing", "who", out.c.who, "address", out.c.r.RemoteAddr, "err", err)
+	}
+	out.buf = out.buf[:0]
+	return err == nil
+}
+
+// rest lets time pass between two sends. false: the stream ends.
+func (out *stream) rest(d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-out.s.stopping:
+		return false
+	case <-out.c.r.Context().Done():
+		return false
+	case <-t.C:
+		return true
+	}
+}
+
+// woken is why a stream goes on, or does not.
+type woken uint8
+
+const (
+	streamEnds  woken = iota // its reader is gone or may read no more, or the server stops
+	streamBeats              // a sign of life is due
+	streamWakes              // what it waited for is there
+)
+
+// wait waits for wake.
+func (out *stream) wait(wake <-chan struct{}) woken {
+	select {
+	case <-out.s.stopping:
+	case <-out.c.r.Context().Done():
+	case <-out.beat.C:
+		if out.s.still(out.c) { // else the token was removed, or has expired; or the session has ended
+			return streamBeats
+		}
+	case <-wake:
+		return streamWakes
+	}
+	return streamEnds
 }
 
 var alreadyAwake = func() <-chan struct{} {

@@ -120,13 +120,32 @@ type Message struct {
 	Retain   bool      `json:"retain,omitempty"`
 	Will     bool      `json:"will,omitempty"`
 	// Unsynced: the gateway's clock was not synchronised when it was received.
-	Unsynced    bool   `json:"clock_unsynced,omitempty"`
+	Unsynced bool `json:"clock_unsynced,omitempty"`
+	Content
+}
+
+// Content is what a message carries.
+type Content struct {
 	ContentType string `json:"content_type,omitempty"`
 	Size        int    `json:"size"` // of the payload, bytes
 	// Payload if it is text, else PayloadBase64; no more than its first 4 KiB, and Truncated says so.
 	Payload       *string `json:"payload,omitempty"`
 	PayloadBase64 string  `json:"payload_base64,omitempty"`
-	Truncated     bool    `json:"truncated,omitempty"`
+	// PayloadCBOR is CBOR as people read it (RFC 8949 §8), if the content type says that it is, or if it looks like a map or a list.
+	PayloadCBOR string `json:"payload_cbor,omitempty"`
+	Truncated   bool   `json:"truncated,omitempty"`
+}
+
+// LiveMessage is one that devices have just published and that is on disk: the data of an event message of GET /messages/live.
+type LiveMessage struct {
+	Device   string    `json:"device"`
+	Topic    string    `json:"topic"`
+	Received time.Time `json:"received"`
+	QoS      int       `json:"qos"`
+	Retain   bool      `json:"retain,omitempty"`
+	// Missed is how many before this one were not shown, since more came than the stream takes.
+	Missed uint64 `json:"missed,omitempty"`
+	Content
 }
 
 // MessagePage answers GET /lanes/{lane}/messages, the oldest first. Next is what to give as ?after=; "": there are no more now.

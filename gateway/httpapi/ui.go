@@ -36,6 +36,7 @@ var pages = []page{
 	{"/devices/{id}", "device", "Device", false},
 	{"/commands", "commands", "Commands", true},
 	{"/messages", "messages", "Messages", true},
+	{"/live", "live", "Live", true},
 	{"/parked", "parked", "Parked", true},
 }
 
@@ -71,7 +72,7 @@ func newDashboard() *dashboard {
 		_ = w.Close()
 		d.assets[at], d.names[name] = &asset{mime, b, z.Bytes()}, "/ui/"+at
 	}
-	for _, file := range []string{"overview", "devices", "device", "commands", "messages", "parked", "signin"} {
+	for _, file := range []string{"overview", "devices", "device", "commands", "messages", "live", "parked", "signin"} {
 		d.pages[file] = template.Must(template.ParseFS(uiFiles, "ui/layout.html", "ui/"+file+".html"))
 	}
 	return d

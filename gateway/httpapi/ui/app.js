@@ -75,12 +75,14 @@ function table(el, heads, rows, empty) {
 
 function facts(el, list) { el.replaceChildren(...list.map(([k, v]) => h('div', {}, h('dt', {}, k), h('dd', {}, v)))); }
 
-// live opens the stream of events, and comes back by itself; the browser does, unless the answer was an error.
-function live(kinds, fn, back) {
+// live opens a stream, that of events if nothing else is said, and comes back by itself; the browser does, unless the answer was an error.
+// It gives what ends it.
+function live(kinds, fn, back, path) {
   const link = $('#link');
-  let es, wait = 1000, lost = false;
+  let es, wait = 1000, lost = false, ended = false;
   const open = () => {
-    es = new EventSource('/api/v1/events');
+    if (ended) return;
+    es = new EventSource('/api/v1/' + (path || 'events'));
     es.onopen = () => { link.textContent = 'live'; link.className = 'state good'; wait = 1000; if (lost) { lost = false; back(); } };
     es.onerror = () => {
       lost = true;
@@ -94,6 +96,7 @@ function live(kinds, fn, back) {
     es.addEventListener('reset', () => back());
   };
   open();
+  return () => { ended = true; es.close(); link.textContent = 'stopped'; link.className = 'state'; };
 }
 
 // soon runs fn a little later, once for many calls.
@@ -255,6 +258,27 @@ const start = {
     return [fresh, 0];
   },
 
+  live() {
+    const form = $('#filter'), stop = $('#stop'), list = $('#tail');
+    let end = null, seen = 0, missed = 0;
+    const count = () => { $('#count').textContent = `${number(seen)} shown${missed ? `, ${number(missed)} not: more came than a page takes` : ''}.`; };
+    const show = (m) => {
+      seen++; missed += m.missed || 0;
+      list.prepend(h('tr', {}, h('td', {}, new Date(m.received).toLocaleTimeString()), h('td', {}, m.device), h('td', { className: 'any' }, m.topic), h('td', { className: 'num' }, bytes(m.size)), h('td', { className: 'any' }, readable(m))));
+      while (list.childElementCount > 200) list.lastElementChild.remove();
+      count();
+    };
+    const begin = async () => {
+      if (end) end();
+      const path = 'messages/live?' + query({ filter: form.filter.value || '#' });
+      stop.disabled = false; seen = missed = 0; list.replaceChildren(); count();
+      end = live(['message'], (_, m) => show(m), () => {}, path);
+    };
+    form.addEventListener('submit', tried(form.querySelector('button'), begin));
+    stop.addEventListener('click', () => { end(); stop.disabled = true; });
+    return [begin, 0];
+  },
+
   parked() {
     const fresh = paged($('#parked'), ['Parked', 'Lane', '#Sequence', 'Upstream', 'Reason', 'Topic', 'Payload', ''], async (after) => {
       const p = await api('parked?' + query({ after, limit: 50 }));
@@ -269,7 +293,12 @@ const start = {
   },
 };
 
-const payload = (m) => (m.payload !== undefined ? m.payload : m.payload_base64 ? 'base64: ' + m.payload_base64 : '') + (m.truncated ? ' …' : '');
+// readable is a payload as people read it: JSON is set out.
+function readable(m) {
+  if (m.payload === undefined || m.truncated || !/^\s*[[{]/.test(m.payload)) return payload(m);
+  try { return h('pre', {}, JSON.stringify(JSON.parse(m.payload), null, 1)); } catch { return payload(m); }
+}
+const payload = (m) => (m.payload_cbor ? 'CBOR: ' + m.payload_cbor : m.payload !== undefined ? m.payload : m.payload_base64 ? 'base64: ' + m.payload_base64 : '') + (m.truncated ? ' …' : '');
 
 function secret(text, device) {
   $('#secret').replaceChildren(text ? 'Credential of ' + device + ', shown this once: ' : '', text ? h('code', {}, text) : '');
