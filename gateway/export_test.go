@@ -94,3 +94,31 @@ func Bounds(memory int64) broker.Config {
 	bounds(&c, memory)
 	return c
 }
+
+// AlarmsOf finds alarms in a status.
+var AlarmsOf = alarmsOf
+
+// Alarms remembers alarms.
+type Alarms struct{ alarms }
+
+// Update takes those that there are now.
+func (a *Alarms) Update(found []httpapi.Alarm, now time.Time, tell func(httpapi.AlarmChange)) []httpapi.Alarm {
+	return a.update(found, now, tell)
+}
+
+// Quantile says below which value a part of what was counted lies.
+var Quantile = quantile
+
+// Rate gives the point between two samples that are d apart.
+func Rate(d time.Duration, before, after [2]uint64, bounds []float64, acks [2][]uint64) httpapi.HistoryPoint {
+	a := sample{accepted: before[0], delivered: before[1], bounds: bounds, acks: acks[0]}
+	b := sample{at: time.UnixMilli(0), elapsed: d, accepted: after[0], delivered: after[1], bounds: bounds, acks: acks[1]}
+	return b.point(&a)
+}
+
+// Past keeps points.
+type Past struct{ history }
+
+// Add takes a point, After gives those after since.
+func (p *Past) Add(q httpapi.HistoryPoint)                   { p.add(q) }
+func (p *Past) After(since time.Time) []httpapi.HistoryPoint { return p.after(since) }

@@ -10,7 +10,6 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -84,6 +83,8 @@ type Gateway struct {
 	http     *httpapi.Server // nil: none
 	registry *prometheus.Registry
 	clock    *clock.Clock
+	alarms   alarms
+	past     history
 	memory   int64
 	share    resources
 
@@ -412,7 +413,8 @@ func (g *Gateway) run(ctx context.Context) error {
 		lifecycle.Part{Name: "bridges", Run: g.uplinks.Run, Grace: bridgeDrain + bridgeGoodbye + 3*partSlack},
 		lifecycle.Part{Name: "devices", Run: g.devices.Run, Grace: partSlack},
 		lifecycle.Part{Name: "commands", Run: g.commands.Run, Grace: partSlack},
-		lifecycle.Part{Name: "ledger", Run: g.watchLedger, Grace: partSlack},
+		lifecycle.Part{Name: "alarms", Run: g.watchAlarms, Grace: time.Second},
+		lifecycle.Part{Name: "history", Run: g.keepHistory, Grace: time.Second},
 		lifecycle.Part{Name: "broker", Run: g.broker.Run, Grace: brokerShutdown + partSlack},
 		lifecycle.Part{Name: "gateway", Run: g.beReady, Grace: partSlack},
 	)
@@ -497,7 +499,18 @@ func (g *Gateway) Ready() error {
 
 // Status implements httpapi.Source.
 func (g *Gateway) Status() httpapi.Status {
+	st := g.look()
+	st.Alarms = g.alarms.update(alarmsOf(&st, g.parked()), st.Clock.Wall, g.tellAlarm)
+	return st
+}
+
+// look is Status without alarms.
+func (g *Gateway) look() httpapi.Status {
 	now := g.clock.State()
+	accounts := g.spool.Accounts()
+	if err := g.spool.Date(accounts); err != nil {
+		g.log.Warn("oldest messages cannot be read", "err", err)
+	}
 	st := httpapi.Status{
 		Version:   g.version,
 		Gateway:   g.cfg.Gateway.ID,
@@ -514,7 +527,7 @@ func (g *Gateway) Status() httpapi.Status {
 		Broker:    httpapi.Broker{Listeners: []httpapi.Listener{}},
 		Lanes:     g.spool.Lanes(),
 		Upstreams: []httpapi.Upstream{},
-		Ledger:    httpapi.NewLedger(g.spool.Accounts()),
+		Ledger:    httpapi.NewLedger(accounts),
 		Devices:   g.devices.Counts(),
 		Commands:  g.commands.Counts(),
 	}
@@ -563,30 +576,5 @@ func (g *Gateway) storeStatus() httpapi.Store {
 	return httpapi.Store{
 		Damage: damage, LostMessages: g.spool.Recovered(),
 		Bytes: g.store.DiskBytes(), FreeBytes: d.Free, ReserveBytes: d.Reserve, BallastBytes: d.Ballast, Level: d.Level.String(), Since: d.Since,
-	}
-}
-
-// watchLedger holds the accounts against themselves once a minute. They cannot be out of balance
-// unless Holdfast itself is wrong, and then somebody should know before the cloud notices.
-func (g *Gateway) watchLedger(ctx context.Context) error {
-	tick := time.NewTicker(time.Minute)
-	defer tick.Stop()
-	var told []string
-	for {
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-tick.C:
-		}
-		for _, a := range g.spool.Accounts() {
-			key := a.Upstream + "/" + a.Lane
-			if a.Balanced() || slices.Contains(told, key) {
-				continue
-			}
-			told = append(told, key) // it will not heal
-			g.log.Error("ledger does not balance: please report this", "upstream", a.Upstream, "lane", a.Lane,
-				"accepted", a.Accepted, "delivered", a.Delivered, "expired", a.Expired, "evicted", a.Evicted, "parked", a.Parked,
-				"pending", a.Pending)
-		}
 	}
 }

@@ -1,6 +1,10 @@
 package gateway
 
-import "github.com/prometheus/client_golang/prometheus"
+import (
+	"github.com/prometheus/client_golang/prometheus"
+
+	"holdfast/gateway/httpapi"
+)
 
 // newMetrics registers what is about the gateway as a whole; the parts bring their own.
 func newMetrics(reg prometheus.Registerer, g *Gateway) {
@@ -12,6 +16,7 @@ func newMetrics(reg prometheus.Registerer, g *Gateway) {
 	info.Set(1)
 	reg.MustRegister(
 		info,
+		alarmMetrics{&g.alarms},
 		g.audit.failures,
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name: "holdfast_gateway_ready",
@@ -60,4 +65,21 @@ func newMetrics(reg prometheus.Registerer, g *Gateway) {
 			Help: "0: ok; 1: high, QoS 0 is shed and MQTT 3.1.1 publishers are slowed; 2: full, lanes do what when_full says.",
 		}, func() float64 { return float64(g.store.Level()) }),
 	)
+}
+
+// alarmMetrics counts alarms when metrics are asked for.
+type alarmMetrics struct{ a *alarms }
+
+var descAlarms = prometheus.NewDesc("holdfast_gateway_alarms",
+	"What a person should look at now, by alarm; GET /api/v1/alarms and the log say what it is.", []string{"alarm"}, nil)
+
+// Describe implements prometheus.Collector.
+func (m alarmMetrics) Describe(ch chan<- *prometheus.Desc) { ch <- descAlarms }
+
+// Collect implements prometheus.Collector.
+func (m alarmMetrics) Collect(ch chan<- prometheus.Metric) {
+	n := m.a.count()
+	for _, name := range httpapi.AlarmNames {
+		ch <- prometheus.MustNewConstMetric(descAlarms, prometheus.GaugeValue, float64(n[name]), name)
+	}
 }

@@ -1,6 +1,10 @@
 package spool
 
-import "github.com/prometheus/client_golang/prometheus"
+import (
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+)
 
 // Count is a number of messages and their record bytes.
 type Count struct {
@@ -35,6 +39,8 @@ type Account struct {
 	// Islands stretches of them.
 	Backlog Count `json:"backlog"`
 	Islands int   `json:"islands"`
+	// Oldest is when the message at Cursor was received, by the gateway's clock as it is now; zero: nothing is pending. Only Date sets it.
+	Oldest time.Time `json:"oldest,omitzero"`
 }
 
 // Balanced says whether every accepted message is in exactly one account. Pending is what lies
@@ -109,6 +115,24 @@ func (s *Spool) Lanes() []LaneStat {
 	return all
 }
 
+// Date sets Oldest in each of accounts, which Accounts has returned: that reads a chunk an account.
+func (s *Spool) Date(accounts []Account) error {
+	for i := range accounts {
+		a := &accounts[i]
+		if a.Pending.Messages == 0 {
+			continue
+		}
+		// What has gone meanwhile is not found: the next one is as good.
+		if err := s.Peek(a.Lane, a.Cursor, 1, func(_ uint64, r *Record) error {
+			a.Oldest = time.UnixMilli(r.Received).UTC()
+			return nil
+		}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // collector shows the ledger as metrics, read when they are asked for: the hot path counts once.
 type collector struct{ s *Spool }
 
@@ -129,13 +153,15 @@ var (
 		"Record bytes a lane holds. At max_bytes its when_full rule applies.", []string{"lane"}, nil)
 	descRefused = prometheus.NewDesc("holdfast_spool_refused_messages_total",
 		"Messages not taken and not acknowledged, by reason. A rise means that devices keep their data because the gateway cannot.", []string{"lane", "reason"}, nil)
+	descOldest = prometheus.NewDesc("holdfast_spool_oldest_seconds",
+		"Age of the oldest message that waits for an upstream; 0: none waits. A rise by a second each second means that nothing gets through.", []string{"upstream", "lane"}, nil)
 	descBalanced = prometheus.NewDesc("holdfast_spool_ledger_balanced",
 		"1 if every accepted message is in exactly one account. 0 is a defect: keep the data directory and report it.", nil, nil)
 )
 
 // Describe implements prometheus.Collector.
 func (c collector) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{descEnded, descPending, descPendingBytes, descBacklog, descIslands, descAccepted, descKept, descRefused, descBalanced} {
+	for _, d := range []*prometheus.Desc{descEnded, descPending, descPendingBytes, descBacklog, descIslands, descAccepted, descKept, descRefused, descOldest, descBalanced} {
 		ch <- d
 	}
 }
@@ -146,9 +172,19 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 		ch <- prometheus.MustNewConstMetric(d, t, float64(v), labels...)
 	}
 	balanced := uint64(1)
-	for _, a := range c.s.Accounts() {
+	accounts := c.s.Accounts()
+	dated := c.s.Date(accounts) == nil // else the store tells of it
+	now := c.s.clock.Time()
+	for _, a := range accounts {
 		if !a.Balanced() {
 			balanced = 0
+		}
+		if dated {
+			age := 0.0
+			if !a.Oldest.IsZero() {
+				age = max(now.Sub(a.Oldest).Seconds(), 0)
+			}
+			ch <- prometheus.MustNewConstMetric(descOldest, prometheus.GaugeValue, age, a.Upstream, a.Lane)
 		}
 		send(descPending, prometheus.GaugeValue, a.Pending.Messages, a.Upstream, a.Lane)
 		send(descPendingBytes, prometheus.GaugeValue, a.Pending.Bytes, a.Upstream, a.Lane)

@@ -765,6 +765,44 @@ holdfast_spool_pending_messages{lane="telemetry",upstream="cloud"} 9
 	}
 }
 
+func TestTheOldestThatWaitsHasAnAge(t *testing.T) {
+	cfg := lanes("telemetry")
+	reg := prometheus.NewRegistry()
+	cfg.Metrics = reg
+	h := newHeld()
+	h.wall = time.UnixMilli(1_700_000_010_000)
+	r := openHeld(t, kv.Options{FS: vfs.NewMem()}, h, cfg)
+	rd, _ := r.reader("cloud", "telemetry")
+	age := func(want string) {
+		t.Helper()
+		text := "# HELP holdfast_spool_oldest_seconds Age of the oldest message that waits for an upstream; 0: none waits. A rise by a second each second means that nothing gets through.\n" +
+			"# TYPE holdfast_spool_oldest_seconds gauge\n" + `holdfast_spool_oldest_seconds{lane="system",upstream="cloud"} 0` + "\n" +
+			`holdfast_spool_oldest_seconds{lane="telemetry",upstream="cloud"} ` + want + "\n"
+		if err := testutil.GatherAndCompare(reg, strings.NewReader(text), "holdfast_spool_oldest_seconds"); err != nil {
+			t.Error(err)
+		}
+	}
+	age("0")
+	r.put("telemetry", 0, 2000)
+	age("10")
+	run, err := rd.Next(1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	rd.Resolve(run.End(), spool.Delivered)
+	h.advance(time.Second)
+	age(fmt.Sprint(float64(11000-run.Count) / 1000))
+	accounts := r.Accounts()
+	if err := r.Date(accounts); err != nil {
+		t.Fatal(err)
+	}
+	for _, a := range accounts {
+		if want := time.UnixMilli(int64(1_700_000_000_000 + run.Count)); a.Lane == "telemetry" && !a.Oldest.Equal(want) || a.Lane != "telemetry" && !a.Oldest.IsZero() {
+			t.Errorf("lane %s: oldest %v", a.Lane, a.Oldest)
+		}
+	}
+}
+
 func TestAppendAllTakesAllOrNone(t *testing.T) {
 	r := open(t, vfs.NewMem(), func() spool.Config {
 		c := lanes("a", "b")

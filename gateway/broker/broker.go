@@ -15,6 +15,7 @@ import (
 
 	mochi "github.com/mochi-mqtt/server/v2"
 	"github.com/prometheus/client_golang/prometheus"
+	dto "github.com/prometheus/client_model/go"
 
 	"holdfast/internal/clock"
 	"holdfast/internal/kv"
@@ -317,6 +318,23 @@ type Stats struct {
 	Subscriptions int `json:"subscriptions"`
 	Retained      int `json:"retained"`
 	RetainedBytes int `json:"retained_bytes"`
+}
+
+// AckSeconds is how long acknowledgements took, of those that are measured: how many took at most as long as each bound, and longer than the
+// one before; the last count has no bound.
+func (b *Broker) AckSeconds() (bounds []float64, counts []uint64) {
+	var m dto.Metric
+	if b.m.ackSeconds.Write(&m) != nil {
+		return nil, nil // it never fails
+	}
+	h := m.GetHistogram()
+	before := uint64(0)
+	for _, k := range h.GetBucket() {
+		bounds = append(bounds, k.GetUpperBound())
+		counts = append(counts, k.GetCumulativeCount()-before)
+		before = k.GetCumulativeCount()
+	}
+	return bounds, append(counts, h.GetSampleCount()-before)
 }
 
 // Stats may be called at any time.

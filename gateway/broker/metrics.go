@@ -98,7 +98,7 @@ func newMetrics(b *Broker, reg prometheus.Registerer) *metrics {
 			"Bytes of PUBLISH packets from clients."),
 		acked: counter("answers_total", "Acknowledgements given in their order: PUBACK, PUBREC, PUBCOMP, CONNACK, SUBACK, UNSUBACK."),
 		ackSeconds: prometheus.NewHistogram(prometheus.HistogramOpts{
-			Name: "holdfast_broker_ack_seconds", Help: "From reading a QoS 1 or 2 PUBLISH to its acknowledgement, of every 64th. Rises with the time of an fsync.",
+			Name: "holdfast_broker_ack_seconds", Help: "From reading a QoS 1 or 2 PUBLISH to its acknowledgement, of every 64th and of each that a connection sends while nothing of it is unanswered. Rises with the time of an fsync.",
 			Buckets: prometheus.ExponentialBuckets(0.00025, 2, 16),
 		}),
 		repeats: counter("publish_repeated_total", "QoS 2 messages that were sent again and not stored again."),

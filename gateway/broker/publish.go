@@ -44,7 +44,7 @@ type slot struct {
 	reason  mqtt.Reason // what the answer says
 	id      uint16
 	size    int32    // bytes counted in unacked
-	at      int64    // when it was read, ns after began; 0 but in a few, from which latency is taken
+	at      int64    // when it was read, ns after began; 0: its latency is not taken
 	message *message // to be fanned out after the commit; nil: nobody waits for it
 	raw     *answer  // answers other than acknowledgements
 }
@@ -388,6 +388,9 @@ func (c *conn) reserve(s *slot) (token uint64, err error) {
 			ring[i&uint64(len(ring)-1)] = c.ring[i&uint64(len(c.ring)-1)]
 		}
 		c.ring = ring
+	}
+	if s.at == 0 && c.head == c.tail && (s.kind == slotPuback || s.kind == slotPubrec) {
+		s.at = int64(time.Since(began))
 	}
 	token = c.tail
 	c.tail++

@@ -106,7 +106,7 @@ const checks = `(() => {
 	const lum = (c) => { const v = c.match(/[\d.]+/g).map(Number).slice(0, 3).map((x) => { x /= 255; return x <= 0.03928 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4; }); return 0.2126 * v[0] + 0.7152 * v[1] + 0.0722 * v[2]; };
 	const ground = (e) => { for (; e; e = e.parentElement) { const c = getComputedStyle(e).backgroundColor; if (c !== 'rgba(0, 0, 0, 0)') return c; } return 'rgb(255,255,255)'; };
 	for (const e of document.querySelectorAll('h1,h2,p,td,th,dt,dd,a,button,label,span')) {
-		if (!e.textContent.trim() || !e.offsetParent || e.closest('#chart')) continue;
+		if (!e.textContent.trim() || !e.offsetParent || e.closest('.chart')) continue;
 		const a = lum(getComputedStyle(e).color), b = lum(ground(e)), ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
 		if (ratio < 4.5) bad.push('contrast ' + ratio.toFixed(2) + ': ' + e.outerHTML.slice(0, 80));
 	}
@@ -170,6 +170,7 @@ func TestDashboard(t *testing.T) {
 		}
 	}
 	b.await("the counters move", `document.querySelector('#facts').textContent.match(/Taken in[^0-9]*5\d/) !== null`)
+	b.await("the charts are there", `document.querySelectorAll('.chart canvas').length === 2`)
 	b.await("the ledger balances", `document.querySelector('#ledger').textContent.includes('exactly one account')`)
 	b.check("overview")
 	b.shot("overview")
@@ -205,6 +206,10 @@ func TestDashboard(t *testing.T) {
 	b.check("commands")
 	b.run(chromedp.Navigate(addr+"/parked"), chromedp.WaitVisible("body[data-ready=true]"))
 	b.check("parked")
+	b.run(chromedp.Navigate(addr+"/alarms"), chromedp.WaitVisible("body[data-ready=true]"))
+	b.await("alarms are shown, or that there are none", `document.querySelector('#alarms').textContent.length > 0`)
+	b.check("alarms")
+	b.shot("alarms")
 
 	b.run(chromedp.EmulateViewport(360, 700), chromedp.Navigate(addr+"/"), chromedp.WaitVisible("body[data-ready=true]"))
 	b.check("overview at 360 px")

@@ -197,6 +197,9 @@ func (s *Server) status(c *call) error {
 	if st.Ledger.Accounts == nil {
 		st.Ledger.Accounts = []spool.Account{}
 	}
+	if st.Alarms == nil {
+		st.Alarms = []Alarm{}
+	}
 	if st.Certificates == nil {
 		st.Certificates = []Certificate{}
 	}

@@ -31,7 +31,7 @@ var needs = map[string]string{
 	"get_health": "", "get_ready": "", "sign_in": "", "sign_out": "",
 	"get_metrics": "viewer", "get_openapi": "viewer", "get_status": "viewer", "list_devices": "viewer", "get_device": "viewer",
 	"list_device_commands": "viewer", "list_commands": "viewer", "get_command": "viewer", "list_lanes": "viewer", "list_messages": "viewer",
-	"list_upstreams": "viewer", "watch_events": "viewer", "watch_messages": "viewer", "list_parked": "viewer",
+	"list_upstreams": "viewer", "list_alarms": "viewer", "get_history": "viewer", "watch_events": "viewer", "watch_messages": "viewer", "list_parked": "viewer",
 	"change_device": "operator", "send_command": "operator", "cancel_command": "operator", "purge_lane": "operator", "replay_parked": "operator", "export_lane": "operator",
 	"add_device": "admin", "remove_device": "admin", "add_credential": "admin", "remove_credential": "admin",
 	"list_tokens": "admin", "add_token": "admin", "remove_token": "admin", "make_backup": "admin", "list_audit": "admin", "reload": "admin", "diff_file": "admin", "diff_config": "admin", "set_log": "admin",

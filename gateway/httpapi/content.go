@@ -5,7 +5,7 @@ import (
 	"strings"
 	"unicode/utf8"
 
-	"github.com/fxamacker/cbor/v2"
+	"holdfast/bridge/wire"
 )
 
 // Bounds of what is shown of one message, bytes.
@@ -35,14 +35,6 @@ func content(payload []byte, kind string) Content {
 	return c
 }
 
-var diagnosis = func() cbor.DiagMode {
-	m, err := cbor.DiagOptions{ByteStringText: true, MaxNestedLevels: 16, MaxArrayElements: 1024, MaxMapPairs: 1024}.DiagMode()
-	if err != nil {
-		panic(err) // the options are wrong
-	}
-	return m
-}()
-
 // diagnose writes CBOR in diagnostic notation, as far as shownPayload goes; "": it is none.
 func diagnose(b []byte, kind string) (text string, cut bool) {
 	if len(b) == 0 || len(b) > readableCBOR {
@@ -54,7 +46,7 @@ func diagnose(b []byte, kind string) (text string, cut bool) {
 	if !told && (!list || isText(b)) {
 		return "", false
 	}
-	text, err := diagnosis.Diagnose(b)
+	text, err := wire.Diagnose(b)
 	if err != nil {
 		return "", false
 	}

@@ -41,6 +41,7 @@ type happening struct {
 	device   *devices.PresenceChange
 	refusal  *devices.Refusal
 	upstream *UpstreamChange
+	alarm    *AlarmChange
 
 	once  sync.Once
 	frame []byte // under once; the lines of the stream
@@ -79,6 +80,11 @@ func (h *Events) Publish(e devices.Event) {
 // PublishUpstream shows that a link came up or went down.
 func (h *Events) PublishUpstream(u UpstreamChange) {
 	h.add(&happening{upstream: &u})
+}
+
+// PublishAlarm shows that an alarm began or ended.
+func (h *Events) PublishAlarm(a AlarmChange) {
+	h.add(&happening{alarm: &a})
 }
 
 func (h *Events) add(ev *happening) {
@@ -153,6 +159,7 @@ const (
 	KindDevice   = "device"
 	KindUpstream = "upstream"
 	KindRefusal  = "refusal"
+	KindAlarm    = "alarm"
 	KindReset    = "reset" // events were missed: what is known has to be read again
 )
 
@@ -164,6 +171,8 @@ func (e *happening) kind() string {
 		return KindDevice
 	case e.refusal != nil:
 		return KindRefusal
+	case e.alarm != nil:
+		return KindAlarm
 	}
 	return KindUpstream
 }
@@ -193,7 +202,7 @@ func (f *filter) takes(e *happening) bool {
 // lines gives the event as it stands in the stream. Many goroutines may call it; nobody changes what it returns.
 func (e *happening) lines() []byte {
 	e.once.Do(func() {
-		ev := Event{ID: e.start + "-" + strconv.FormatUint(e.n, 10), Kind: e.kind(), At: e.at, Upstream: e.upstream}
+		ev := Event{ID: e.start + "-" + strconv.FormatUint(e.n, 10), Kind: e.kind(), At: e.at, Upstream: e.upstream, Alarm: e.alarm}
 		if e.command != nil {
 			c := NewCommand(e.command, false)
 			ev.Command = &c

@@ -114,6 +114,29 @@ func (s *Server) message(lane string, seq uint64, r *spool.Record) Message {
 	return m
 }
 
+func (s *Server) history(c *call) error {
+	var since time.Time
+	if v := c.query.Get("since"); v != "" {
+		var err error
+		if since, err = time.Parse(time.RFC3339, v); err != nil {
+			return failf(codeBadQuery, "query: since is %.64q: it is a time such as 2026-05-04T03:02:01Z", v)
+		}
+	}
+	h := s.p.Source.History(since)
+	if h.Points == nil {
+		h.Points = []HistoryPoint{}
+	}
+	return c.reply(http.StatusOK, h)
+}
+
+func (s *Server) listAlarms(c *call) error {
+	l := AlarmList{Alarms: s.p.Source.Status().Alarms}
+	if l.Alarms == nil {
+		l.Alarms = []Alarm{}
+	}
+	return c.reply(http.StatusOK, l)
+}
+
 func (s *Server) listUpstreams(c *call) error {
 	l := UpstreamList{Upstreams: s.p.Source.Status().Upstreams}
 	if l.Upstreams == nil {

@@ -195,6 +195,8 @@ func (g *describer) schema(t reflect.Type, request bool) object {
 		return object{"type": "boolean"}
 	case reflect.Int, reflect.Int64, reflect.Int32:
 		return object{"type": "integer"}
+	case reflect.Float64:
+		return object{"type": "number"}
 	case reflect.Uint, reflect.Uint64, reflect.Uint32:
 		return object{"type": "integer", "minimum": 0}
 	case reflect.Slice:

@@ -112,6 +112,8 @@ var rows = map[string]row{
 			return r.ask("GET", "/api/v1/openapi.json", header("If-None-Match", `"x", `+tag))
 		},
 	}},
+	"get_history":  {method: "GET", target: "/api/v1/history?since=2026-05-04T03:02:01Z"},
+	"list_alarms":  {method: "GET", target: "/api/v1/alarms"},
 	"get_status":   {method: "GET", target: "/api/v1/status"},
 	"list_devices": {method: "GET", target: "/api/v1/devices"},
 	"add_device": {

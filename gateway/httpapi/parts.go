@@ -36,6 +36,8 @@ type Source interface {
 	// Ready is nil if the spool is open and every listener accepts.
 	Ready() error
 	Status() Status
+	// History gives the points after since.
+	History(since time.Time) History
 }
 
 // Devices keeps the devices; *devices.Registry is one. Errors are those of that package; any other one of a method that

@@ -147,6 +147,16 @@ var table = []route{
 		answers: []answer{{200, "How it is now.", is[Status](), ""}}, h: (*Server).status,
 	},
 	{
+		method: "GET", path: "/api/v1/alarms", who: Viewer, id: "list_alarms", summary: "What a person should look at now, the critical ones first.",
+		answers: []answer{{200, "All of them.", is[AlarmList](), ""}}, h: (*Server).listAlarms,
+	},
+	{
+		method: "GET", path: "/api/v1/history", who: Viewer, id: "get_history",
+		summary: "Messages a second and the time that acknowledgements took, over the last hour, a restart included.",
+		query:   []param{text("since", "Only points after this time.")},
+		answers: []answer{{200, "The points.", is[History](), ""}}, h: (*Server).history,
+	},
+	{
 		method: "GET", path: "/api/v1/devices", who: Viewer, id: "list_devices", summary: "Devices, by id.",
 		query: []param{
 			text("search", "Only those with this in id, name or a label's value, in small or capital letters."),
@@ -279,7 +289,7 @@ var table = []route{
 		method: "GET", path: "/api/v1/events", who: Viewer, id: "watch_events", stream: true, resumes: true,
 		summary: "What happens, as it happens: server-sent events, whose data is an Event in JSON. The header Last-Event-ID goes on where a stream ended; an event reset says that some are missed.",
 		query: []param{
-			text("kinds", "Only these kinds, separated by commas: command, device, upstream, refusal."),
+			text("kinds", "Only these kinds, separated by commas: command, device, upstream, refusal, alarm."),
 			text("device", "Only what is about this device."),
 			text("command", "Only what is about this command."),
 			text("last_event_id", "As the header Last-Event-ID, for those that cannot send it."),

@@ -30,6 +30,55 @@ type Status struct {
 	Devices      devices.Counts      `json:"devices"`
 	Commands     devices.QueueCounts `json:"commands"`
 	Certificates []Certificate       `json:"certificates"` // that listeners show; the first to expire first
+	Alarms       []Alarm             `json:"alarms"`       // the critical ones first
+}
+
+// Severities of alarms.
+const (
+	Warning  = "warning"  // it may get worse
+	Critical = "critical" // somebody has to act now, or something is lost already
+)
+
+// AlarmNames are all that there may be.
+var AlarmNames = []string{
+	"certificate_expiring", "clock_unsynced", "commands_unavailable", "disk_full", "disk_nearly_full", "lane_nearly_full", "ledger_unbalanced",
+	"messages_lost", "messages_parked", "store_damaged", "upstream_down",
+}
+
+// Alarm is something that a person should look at, as long as it is so.
+type Alarm struct {
+	Name     string    `json:"name"`             // one of AlarmNames
+	Object   string    `json:"object,omitempty"` // the upstream, lane or listener that it is about
+	Severity string    `json:"severity" enum:"warning,critical"`
+	Since    time.Time `json:"since"` // it was noticed
+	Text     string    `json:"text"`  // what it is, and what to do
+}
+
+// AlarmChange tells that an alarm began or ended.
+type AlarmChange struct {
+	Alarm
+	Active bool `json:"active"`
+}
+
+// HistoryPoint is what was done in the seconds before At.
+type HistoryPoint struct {
+	At        time.Time `json:"at"`
+	Accepted  float64   `json:"accepted"`  // messages stored, a second
+	Delivered float64   `json:"delivered"` // messages that upstreams acknowledged, a second
+	// Of the acknowledgements to devices, a half and 99 % took no longer than this, in seconds; absent: none was given.
+	AckP50 float64 `json:"ack_p50_s,omitempty"`
+	AckP99 float64 `json:"ack_p99_s,omitempty"`
+}
+
+// History answers GET /history: the last hour, also that before a restart, the oldest first.
+type History struct {
+	EveryS int            `json:"every_s"` // seconds from point to point while the gateway runs
+	Points []HistoryPoint `json:"points"`
+}
+
+// AlarmList answers GET /alarms.
+type AlarmList struct {
+	Alarms []Alarm `json:"alarms"`
 }
 
 // Clock is the machine's wall clock.

@@ -77,6 +77,7 @@ func (s *Server) events(c *call) error {
 			switch out.wait(wake) {
 			case streamEnds:
 				return nil
+			case streamWakes:
 			case streamBeats:
 				out.buf = append(out.buf, ": still here\nid: "+hub.id(pos)+"\n\n"...)
 			}
@@ -181,7 +182,7 @@ var alreadyAwake = func() <-chan struct{} {
 	return c
 }()
 
-var kinds = []string{KindCommand, KindDevice, KindUpstream, KindRefusal}
+var kinds = []string{KindCommand, KindDevice, KindUpstream, KindRefusal, KindAlarm}
 
 // take takes one of the places that sem has; give gives it back.
 func take(sem chan struct{}) bool {

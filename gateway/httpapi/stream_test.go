@@ -209,6 +209,9 @@ func summary(ev *httpapi.Event) string {
 	case ev.Upstream != nil:
 		return fmt.Sprintf("%s connected=%t", ev.Upstream.Name, ev.Upstream.Connected)
 	}
+	if ev.Alarm != nil {
+		return fmt.Sprintf("%s active=%t", ev.Alarm.Name, ev.Alarm.Active)
+	}
 	return ev.Kind
 }
 
@@ -236,11 +239,13 @@ func TestEventsComeAsTheyHappen(t *testing.T) {
 		l.hub.Publish(presence("pump", false))
 		l.hub.Publish(devices.Event{Refusal: &devices.Refusal{Device: "x", ID: "c2", Code: "unknown_device", Reason: "r", At: then}})
 		l.hub.PublishUpstream(httpapi.UpstreamChange{Name: "cloud", Connected: true})
+		l.hub.PublishAlarm(httpapi.AlarmChange{Alarm: httpapi.Alarm{Name: "disk_full", Severity: httpapi.Critical}, Active: true})
 		s.want("pump c1 ->QUEUED")
 		s.want("pump c1 QUEUED->SENT")
 		s.want("pump connected=false")
 		s.want("x c2 unknown_device")
 		s.want("cloud connected=true")
+		s.want("disk_full active=true")
 	})
 }
 

@@ -301,8 +301,8 @@ type CancelRequest struct {
 
 // Event is one server-sent event: its JSON is the data field, ID the id field, Kind the event field.
 type Event struct {
-	ID      string    `json:"id"`                                                // {start}-{n}; n counts 1, 2, 3 … since the start
-	Kind    string    `json:"kind" enum:"command,device,upstream,refusal,reset"` // reset: some events are no longer there
+	ID      string    `json:"id"`                                                      // {start}-{n}; n counts 1, 2, 3 … since the start
+	Kind    string    `json:"kind" enum:"command,device,upstream,refusal,alarm,reset"` // reset: some events are no longer there
 	At      time.Time `json:"at"`
 	Command *Command  `json:"command,omitempty"`
 	Device  *Presence `json:"device,omitempty"`
@@ -310,6 +310,7 @@ type Event struct {
 	Previous string          `json:"previous,omitempty"`
 	Refusal  *RefusalEvent   `json:"refusal,omitempty"`
 	Upstream *UpstreamChange `json:"upstream,omitempty"`
+	Alarm    *AlarmChange    `json:"alarm,omitempty"`
 }
 
 // Presence tells that a device came or went.

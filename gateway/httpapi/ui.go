@@ -38,6 +38,7 @@ var pages = []page{
 	{"/messages", "messages", "Messages", true},
 	{"/live", "live", "Live", true},
 	{"/parked", "parked", "Parked", true},
+	{"/alarms", "alarms", "Alarms", true},
 }
 
 // asset is a file that pages load, under a name that changes with what is in it: so it is kept for ever.
@@ -72,7 +73,7 @@ func newDashboard() *dashboard {
 		_ = w.Close()
 		d.assets[at], d.names[name] = &asset{mime, b, z.Bytes()}, "/ui/"+at
 	}
-	for _, file := range []string{"overview", "devices", "device", "commands", "messages", "live", "parked", "signin"} {
+	for _, file := range []string{"overview", "devices", "device", "commands", "messages", "live", "parked", "alarms", "signin"} {
 		d.pages[file] = template.Must(template.ParseFS(uiFiles, "ui/layout.html", "ui/"+file+".html"))
 	}
 	return d

@@ -12,7 +12,7 @@ func TestPagesWantASession(t *testing.T) {
 	r := newRig(t)
 	for path, to := range map[string]string{
 		"/": "/signin", "/devices": "/signin?next=%2Fdevices", "/devices/pump-7": "/signin?next=%2Fdevices%2Fpump-7", "/commands": "/signin?next=%2Fcommands",
-		"/messages": "/signin?next=%2Fmessages", "/live": "/signin?next=%2Flive", "/parked": "/signin?next=%2Fparked",
+		"/messages": "/signin?next=%2Fmessages", "/live": "/signin?next=%2Flive", "/alarms": "/signin?next=%2Falarms", "/parked": "/signin?next=%2Fparked",
 	} {
 		a := r.ask("GET", path, nobody, html)
 		if a.status != http.StatusSeeOther || a.header.Get("Location") != to {
@@ -39,7 +39,7 @@ func TestPagesHoldNothingButAFrame(t *testing.T) {
 	r := newRig(t)
 	for _, role := range []string{"viewer", "operator", "admin"} {
 		in := r.signIn(role)
-		for _, path := range []string{"/", "/devices", "/devices/pump-7", "/commands", "/messages", "/live", "/parked"} {
+		for _, path := range []string{"/", "/devices", "/devices/pump-7", "/commands", "/messages", "/live", "/parked", "/alarms"} {
 			a := r.ask("GET", path, nobody, in.cookie, html)
 			if a.status != 200 || !strings.HasPrefix(a.header.Get("Content-Type"), "text/html") || a.header.Get("Cache-Control") != "no-store" {
 				t.Fatalf("%s as %s: %d %v", path, role, a.status, a.header)

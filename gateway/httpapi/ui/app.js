@@ -118,17 +118,30 @@ const query = (o) => new URLSearchParams(Object.entries(o).filter(([, v]) => v))
 
 const start = {
   overview() {
-    const at = [], taken = [], gone = [];
-    let last = null, chart = null;
-    const draw = () => {
-      const dark = matchMedia('(prefers-color-scheme: dark)').matches, ink = dark ? '#a7b0b9' : '#555d66';
-      const el = $('#chart'), size = { width: el.clientWidth, height: 200 };
-      if (!chart) {
-        const line = { stroke: dark ? '#39414a' : '#d0d5da', width: 1 }, axis = { stroke: ink, grid: line, ticks: line };
-        chart = new uPlot({ ...size, series: [{}, { label: 'taken in', stroke: dark ? '#7fd0e4' : '#0b5a6e', width: 2 }, { label: 'delivered', stroke: dark ? '#7fd695' : '#1a6b2f', width: 2 }], axes: [axis, axis], scales: { x: { range: (_, from, to) => [Math.min(from, to - 60), to] } } }, [at, taken, gone], el);
-        addEventListener('resize', () => chart.setSize({ width: el.clientWidth, height: 200 }));
-      } else chart.setData([at, taken, gone]);
+    let last = null, newest = '';
+    const at = [], taken = [], gone = [], half = [], most = [], charts = [];
+    const plot = (el, lines, data) => {
+      const dark = matchMedia('(prefers-color-scheme: dark)').matches, ink = dark ? '#a7b0b9' : '#555d66', blue = dark ? '#7fd0e4' : '#0b5a6e', green = dark ? '#7fd695' : '#1a6b2f';
+      const line = { stroke: dark ? '#39414a' : '#d0d5da', width: 1 }, axis = { stroke: ink, grid: line, ticks: line };
+      const c = new uPlot({ width: el.clientWidth, height: 190, axes: [axis, { ...axis, size: 60 }], series: [{}, { label: lines[0], stroke: blue, width: 2 }, { label: lines[1], stroke: green, width: 2 }],
+        scales: { x: { range: (_, from, to) => [Math.min(from, to - 300), to] }, y: { range: (_, from, to) => [0, Math.max(to, 1e-3) * 1.1] } } }, data, el);
+      addEventListener('resize', () => c.setSize({ width: el.clientWidth, height: 190 }));
+      return c;
     };
+    const draw = async () => {
+      const p = await api('history?' + query({ since: newest }));
+      if (!p.points.length && charts.length) return;
+      for (const q of p.points) {
+        const t = new Date(q.at) / 1000;
+        if (at.length && t - at[at.length - 1] > 3 * p.every_s) { at.push(at[at.length - 1] + p.every_s); for (const l of [taken, gone, half, most]) l.push(null); } // it was away: no line
+        at.push(t); taken.push(q.accepted); gone.push(q.delivered); half.push(q.ack_p50_s ? q.ack_p50_s * 1000 : null); most.push(q.ack_p99_s ? q.ack_p99_s * 1000 : null);
+        newest = q.at;
+      }
+      while (at.length && at[0] < at[at.length - 1] - 3600) for (const l of [at, taken, gone, half, most]) l.shift();
+      if (!charts.length) charts.push(plot($('#chart'), ['taken in', 'delivered'], [at, taken, gone]), plot($('#acks'), ['half within', '99 % within'], [at, half, most]));
+      else { charts[0].setData([at, taken, gone]); charts[1].setData([at, half, most]); }
+    };
+    let drawn = 0;
     const look = async () => {
       const s = await api('status'), now = Date.now() / 1000;
       const sum = (f) => s.ledger.accounts.reduce((n, a) => n + f(a).messages, 0);
@@ -142,10 +155,8 @@ const start = {
           const b = last.s.ledger.accounts.find((x) => x.lane === a.lane && x.upstream === a.upstream);
           if (b) rates[a.upstream + '/' + a.lane] = { in: (a.accepted.messages - b.accepted.messages) / dt, out: (a.delivered.messages - b.delivered.messages) / dt };
         }
-        at.push(now); taken.push(inRate); gone.push(outRate);
-        while (at[0] < now - 3600) { at.shift(); taken.shift(); gone.shift(); }
-        draw();
       }
+      if (now - drawn > 9) { drawn = now; await draw(); }
       last = { s, now, accepted, delivered };
       facts($('#facts'), [
         ['State', s.ready ? word('ready', 'good') : word(s.not_ready, 'bad')], ['Up for', span(s.uptime_s)], ['Version', s.version],
@@ -154,26 +165,19 @@ const start = {
       ]);
       $('#ledger').replaceChildren(s.ledger.balanced ? word(`Every one of ${number(sum((a) => a.accepted))} accepted messages is in exactly one account.`, 'good')
         : word('The accounts do not balance: please report this.', 'bad'));
-      table($('#lanes'), ['Lane', 'Upstream', '#Waiting', '#Size', '#Delivered', '#Expired', '#Evicted', '#Parked', 'Empty in'], s.ledger.accounts.map((a) => {
+      table($('#lanes'), ['Lane', 'Upstream', '#Waiting', '#Size', '#Delivered', '#Expired', '#Evicted', '#Parked', 'Oldest', 'Empty in'], s.ledger.accounts.map((a) => {
         const r = rates[a.upstream + '/' + a.lane], net = r ? r.out - r.in : 0;
         return [a.lane, a.upstream || '(none)', number(a.pending.messages), bytes(a.pending.bytes), number(a.delivered.messages), number(a.expired.messages),
-          number(a.evicted.messages), number(a.parked.messages), a.pending.messages === 0 ? 'empty' : net > 0 ? span(a.pending.messages / net) : 'not yet'];
+          number(a.evicted.messages), number(a.parked.messages), a.oldest ? span((new Date(s.clock.wall) - new Date(a.oldest)) / 1000) : '–', a.pending.messages === 0 ? 'empty' : net > 0 ? span(a.pending.messages / net) : 'not yet'];
       }), 'No message has come yet.');
       table($('#upstreams'), ['Upstream', 'Link', 'For', 'Address', '#In flight', '#Acknowledged', 'Last error'], s.upstreams.map((u) => [u.name,
         word(u.state, u.connected ? 'good' : 'bad'), since(u.since), u.url, number(u.in_flight), number(u.acked_messages), u.last_error || '–']),
       'No upstream is configured: messages are kept by the limits of their lanes.');
-      const w = [];
-      if (s.store.level !== 'ok') w.push(['bad', `The disk is ${s.store.level === 'full' ? 'full: messages are refused or the oldest dropped' : 'nearly full'}. Free space, or purge a lane.`]);
-      if (s.store.damage) w.push(['bad', `${s.store.damage.length} damaged files of the store were set aside at the start: the disk may be failing.`]);
-      if (!s.clock_synced) w.push(['warn', 'The clock is not synchronised: receive times may be wrong until it is.']);
-      for (const u of s.upstreams) if (!u.connected) w.push(['warn', `Upstream ${u.name} is not connected for ${since(u.since)}.`]);
-      for (const c of s.certificates) { const d = (new Date(c.not_after) - Date.now()) / 86400e3; if (d < 30) w.push([d < 3 ? 'bad' : 'warn', `The certificate of listener ${c.listener} expires in ${Math.floor(d)} days.`]); }
-      if (sum((a) => a.parked)) w.push(['warn', `${number(sum((a) => a.parked))} messages were refused by an upstream: see Parked.`]);
-      $('#warnings').hidden = !w.length;
-      $('#warnings ul').replaceChildren(...w.map(([c, t]) => h('li', { className: c }, t)));
+      $('#warnings').hidden = !s.alarms.length;
+      $('#warnings ul').replaceChildren(...s.alarms.map((a) => h('li', { className: a.severity === 'critical' ? 'bad' : 'warn' }, a.text)));
     };
     const again = soon(look, 200);
-    live(['upstream', 'device'], again, again);
+    live(['upstream', 'device', 'alarm'], again, again);
     return [look, 2000];
   },
 
@@ -277,6 +281,16 @@ const start = {
     form.addEventListener('submit', tried(form.querySelector('button'), begin));
     stop.addEventListener('click', () => { end(); stop.disabled = true; });
     return [begin, 0];
+  },
+
+  alarms() {
+    const fresh = async () => {
+      const l = await api('alarms');
+      table($('#alarms'), ['Severity', 'Since', 'Alarm', 'What, and what to do'], l.alarms.map((a) => [word(a.severity, a.severity === 'critical' ? 'bad' : 'warn'), when(a.since), a.object ? a.name + ' ' + a.object : a.name, a.text]), 'Nothing needs a look.');
+    };
+    const again = soon(fresh, 150);
+    live(['alarm'], again, again);
+    return [fresh, 15000];
   },
 
   parked() {
