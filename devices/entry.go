@@ -198,7 +198,7 @@ const entryShards = 64
 // in a cache that keeps alive what was used of late.
 type entries struct {
 	seed   maphash.Seed
-	shards [entryShards]entryShard
+	shards *[entryShards]entryShard // apart from the cache: see forgotten
 	cache  entryCache
 }
 
@@ -209,6 +209,7 @@ type entryShard struct {
 
 func (t *entries) init(cached int) {
 	t.seed = maphash.MakeSeed()
+	t.shards = new([entryShards]entryShard)
 	for i := range t.shards {
 		t.shards[i].table = map[string]weak.Pointer[entry]{}
 	}
@@ -244,7 +245,8 @@ func (t *entries) get(id string) *entry {
 	return e
 }
 
-// forgotten is an entry that nobody holds any more. It holds nothing that leads back to one.
+// forgotten is an entry that nobody holds any more. It holds nothing that leads back to one: what it points into is kept alive as a
+// whole until the entry is gone, and the cache in it would keep the entry.
 type forgotten struct {
 	shard *entryShard
 	id    string

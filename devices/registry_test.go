@@ -5,10 +5,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
 	"time"
+	"weak"
 
 	"github.com/google/go-cmp/cmp"
 	"go.uber.org/goleak"
@@ -65,6 +67,24 @@ func TestDeviceSurvivesARestart(t *testing.T) {
 		t.Errorf("counts %+v", c)
 	}
 	s.store.Close()
+}
+
+// TestAClosedRegistryIsCollected: what is to happen when an entry is collected must not keep the registry, which keeps entries.
+func TestAClosedRegistryIsCollected(t *testing.T) {
+	s := newSite(t)
+	s.add(devices.NewDevice{ID: "pump-1"})
+	if _, err := s.Get("pump-1"); err != nil {
+		t.Fatal(err)
+	}
+	r := weak.Make(s.Registry)
+	if err := s.store.Close(); err != nil {
+		t.Fatal(err)
+	}
+	s.Registry, s.metrics, s.rows, s.journal = nil, nil, nil, nil
+	testkit.Eventually(t, 10*time.Second, "the registry to be collected", func() bool {
+		runtime.GC()
+		return r.Value() == nil
+	})
 }
 
 func TestBadIDs(t *testing.T) {

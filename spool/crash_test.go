@@ -63,19 +63,29 @@ func TestCrashKeepsWhatWasAcked(t *testing.T) {
 		d    kv.Durability
 	}{{"fsync", kv.Fsync}, {"interval", kv.Interval}} {
 		t.Run(mode.name, func(t *testing.T) {
-			fs := vfs.NewCrashableMem()
-			want := newCrashRun()
+			var fs *vfs.MemFS
+			var want *crashRun
+			messages := 0
 			for i := range *crashes {
+				if i%crashesPerStore == 0 {
+					fs, want = vfs.NewCrashableMem(), newCrashRun()
+				}
 				rng := rand.New(rand.NewPCG(seed+uint64(i), 1))
 				fs = want.live(t, fs, rng, mode.d)
 				if t.Failed() {
 					t.Fatalf("crash %d failed; again with: -crashes %d -crash-seed %d", i, i+1, seed)
 				}
+				if i == *crashes-1 || (i+1)%crashesPerStore == 0 {
+					messages += want.delivered + len(want.acked["a"]) + len(want.acked["b"])
+				}
 			}
-			t.Logf("%d crashes, seed %d: %d messages acknowledged, none lost", *crashes, seed, want.delivered+len(want.acked["a"])+len(want.acked["b"]))
+			t.Logf("%d crashes, seed %d: %d messages acknowledged, none lost", *crashes, seed, messages)
 		})
 	}
 }
+
+// crashesPerStore is how many crashes one store goes through: it grows with each, and is held in memory.
+const crashesPerStore = 50
 
 func newCrashRun() *crashRun {
 	return &crashRun{
@@ -90,7 +100,7 @@ func (c *crashRun) live(t *testing.T, fs *vfs.MemFS, rng *rand.Rand, d kv.Durabi
 	cfg := lanes("a", "b")
 	cfg.Upstreams = map[string][]string{"cloud": nil}
 	cfg.TailBytes = 64 << 10
-	r := openWith(t, kv.Options{FS: fs, Durability: d, SyncInterval: 2 * time.Millisecond}, cfg)
+	r := openOnce(t, kv.Options{FS: fs, Durability: d, SyncInterval: 2 * time.Millisecond}, nil, cfg)
 	c.check(t, r, d)
 	var (
 		wg   sync.WaitGroup

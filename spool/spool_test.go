@@ -37,6 +37,7 @@ type rig struct {
 	store *kv.Store
 	clk   *clock.Clock // nil: the system's
 	*spool.Spool
+	consumers []*spool.Consumer // to be closed before it
 }
 
 func logger(t testing.TB) *slog.Logger {
@@ -64,6 +65,14 @@ func openWith(t testing.TB, o kv.Options, cfg spool.Config) *rig {
 // openHeld opens a spool whose clock the test holds; nil: the system's.
 func openHeld(t testing.TB, o kv.Options, h *held, cfg spool.Config) *rig {
 	t.Helper()
+	r := openOnce(t, o, h, cfg)
+	t.Cleanup(r.close)
+	return r
+}
+
+// openOnce is openHeld for a test that opens many and closes each itself.
+func openOnce(t testing.TB, o kv.Options, h *held, cfg spool.Config) *rig {
+	t.Helper()
 	o.Log = logger(t)
 	if o.Fatal == nil {
 		o.Fatal = func(err error) { t.Errorf("store failed: %v", err) }
@@ -83,13 +92,14 @@ func openHeld(t testing.TB, o kv.Options, h *held, cfg spool.Config) *rig {
 	if err != nil {
 		t.Fatal(err)
 	}
-	r := &rig{t: t, store: store, clk: cfg.Clock, Spool: sp}
-	t.Cleanup(r.close)
-	return r
+	return &rig{t: t, store: store, clk: cfg.Clock, Spool: sp}
 }
 
 func (r *rig) close() {
 	r.t.Helper()
+	for _, c := range r.consumers {
+		c.Close()
+	}
 	if err := errors.Join(r.Spool.Close(), r.store.Close()); err != nil {
 		r.t.Errorf("close: %v", err)
 	}
@@ -138,7 +148,7 @@ func (r *rig) reader(upstream, lane string) (*spool.Reader, *spool.Consumer) {
 	if err != nil {
 		r.t.Fatal(err)
 	}
-	r.t.Cleanup(c.Close)
+	r.consumers = append(r.consumers, c)
 	for _, rd := range c.Lanes() {
 		if rd.Lane() == lane {
 			return rd, c
