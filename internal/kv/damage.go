@@ -223,6 +223,11 @@ func (m *mender) look(all bool) error {
 	return m.mendLogs(base)
 }
 
+func manifestNumber(name string) uint64 {
+	n, _ := strconv.ParseUint(strings.TrimPrefix(name, "MANIFEST-"), 10, 64) // 0: it is none
+	return n
+}
+
 func isManifest(name string) bool { return strings.HasPrefix(name, "MANIFEST-") }
 
 func (m *mender) path(name string) string { return m.fs.PathJoin(m.dir, name) }
@@ -301,6 +306,19 @@ func (m *mender) manifest(all bool) (*manifest, error) {
 		if err == nil {
 			base, size = readManifest(b), len(b)
 			base.whole = base.whole && unread == 0
+		}
+	}
+	marked, _, _, err := readMarks(m.fs, m.dir)
+	if err != nil {
+		return nil, err
+	}
+	if cause == nil && marked.manifestSize > 0 {
+		switch n := manifestNumber(name); {
+		case n < marked.manifest:
+			cause = fmt.Errorf("the marker names list of tables %d, and there was %d already; the list is made anew from the tables", n, marked.manifest)
+		case n == marked.manifest && uint64(size) < marked.manifestSize:
+			cause = fmt.Errorf("the list of tables has %d bytes and had %d; it is made anew from the tables", size, marked.manifestSize)
+			size = int(marked.manifestSize)
 		}
 	}
 	if cause != nil || !base.whole {
@@ -875,7 +893,7 @@ func (m *mender) setAsideAll(cause error) error {
 func (s *Store) damagedMarks() {
 	for _, name := range s.marks.bad {
 		d := Damage{At: time.Now().UTC().Truncate(time.Second), File: name, What: "mark of what was committed cannot be read; the other one can", LostBytes: markSize}
-		if s.marks.last == nil {
+		if s.marks.state == nil {
 			d.What = "mark of what was committed cannot be read: whether the end of the log is all there is not known"
 		}
 		s.damage = append(s.damage, d)

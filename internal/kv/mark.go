@@ -6,6 +6,9 @@ import (
 	"hash/crc32"
 	"io/fs"
 	"log/slog"
+	"strconv"
+	"strings"
+	"sync/atomic"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
 )
@@ -15,54 +18,87 @@ import (
 // is noted in two small files, one after the other, without an fsync: a torn write, or damage, leaves one. A power cut may take the note
 // back, never make it say too much.
 //
-//	0      4     5          13      15      ...     end
-//	| "HFmk" | ver | number | length | state | crc32c of all before | zeros to 16 KiB
+// So does a manifest that is cut between two edits: tables, and logs that are in tables, would be gone. Its size is noted with the next commit
+// after each of its edits; it only grows.
 //
-// Written to disk: never renumber, never reuse.
+//	0        4     5        13                21              29       31      ...     end
+//	| "HFmk" | ver | number | manifest number | manifest size | length | state | crc32c of all before | zeros to 16 KiB
+//
+// Version 1 has no manifest. Written to disk: never renumber, never reuse.
 const (
-	markMagic   = "HFmk"
-	markV1      = 1
-	markHeader  = 15
-	markSize    = 16 << 10
-	markTrailer = 4
+	markMagic    = "HFmk"
+	markV1       = 1
+	markV2       = 2
+	markHeaderV1 = 15
+	markHeader   = 31
+	markSize     = 16 << 10
+	markTrailer  = 4
 )
+
+// mark is what one of the files says.
+type mark struct {
+	number                 uint64 // rises with each commit
+	manifest, manifestSize uint64 // number of the manifest, and bytes that it had at least; 0: not known
+	state                  []byte // nil: none
+}
+
+// manifestWatch tells which manifest there is, and when it has grown. Pebble's goroutines note it.
+type manifestWatch struct {
+	changed atomic.Bool
+	path    atomic.Pointer[string] // nil: none was made since the start
+}
+
+func (w *manifestWatch) made(path string) {
+	w.path.Store(&path)
+	w.changed.Store(true)
+}
 
 var markNames = [...]string{"mark", "mark.2"}
 
 // marks is those files. Nil writes nothing. Only the goroutine that completes commits writes them.
 type marks struct {
-	files  []vfs.File
-	log    *slog.Logger
-	number uint64
-	last   []byte // the state found at the start; nil: none
-	lost   bool   // there was one that cannot be read
-	bad    []string
-	buf    []byte
-	told   bool
+	mark  // the one that was found at the start; state stays so, the rest is of the last that was written
+	fs    vfs.FS
+	watch *manifestWatch
+	files []vfs.File
+	log   *slog.Logger
+	lost  bool // there was one that cannot be read
+	bad   []string
+	buf   []byte
+	told  bool
 }
 
-// openMarks opens the files, or makes them; with look it only reads them.
-func openMarks(fsys vfs.FS, dir string, log *slog.Logger, look bool) (*marks, error) {
-	m := &marks{log: log}
-	whole := [len(markNames)]bool{}
+// readMarks reads the files. whole are those that may be written over as they are, bad those that are damaged.
+func readMarks(fsys vfs.FS, dir string) (last mark, whole [len(markNames)]bool, bad []string, err error) {
 	for i, name := range markNames {
 		b, _, err := readTolerant(fsys, fsys.PathJoin(dir, name))
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return nil, err
+			return mark{}, whole, nil, err
 		}
 		if err != nil {
 			continue
 		}
-		n, state, ok := parseMark(b)
+		found, ok := parseMark(b)
 		if whole[i] = len(b) == markSize && (ok || allZero(b)); !whole[i] && len(b) > 0 {
-			m.bad = append(m.bad, name)
+			bad = append(bad, name)
 		}
-		if ok && n > m.number {
-			m.number, m.last = n, append([]byte{}, state...)
+		if ok && found.number > last.number {
+			last = found
 		}
 	}
+	return last, whole, bad, nil
+}
+
+// openMarks opens the files, or makes them; with look it only reads them.
+func openMarks(fsys vfs.FS, dir string, log *slog.Logger, watch *manifestWatch, look bool) (*marks, error) {
+	m := &marks{fs: fsys, log: log, watch: watch}
+	var whole [len(markNames)]bool
+	var err error
+	if m.mark, whole, m.bad, err = readMarks(fsys, dir); err != nil {
+		return nil, err
+	}
 	// Zeros are what a power cut may leave of it.
-	m.lost = len(m.bad) > 0 && m.last == nil
+	m.lost = len(m.bad) > 0 && m.state == nil
 	if look {
 		return m, nil
 	}
@@ -89,8 +125,8 @@ func (m *marks) open(fsys vfs.FS, path string, whole bool) error {
 	}
 	m.files = append(m.files, f)
 	b := make([]byte, markSize)
-	if m.last != nil {
-		copy(b, appendMark(nil, m.number, m.last))
+	if m.state != nil {
+		copy(b, m.mark.encode(nil))
 	}
 	if _, err := f.Write(b); err != nil {
 		return err
@@ -98,25 +134,42 @@ func (m *marks) open(fsys vfs.FS, path string, whole bool) error {
 	return f.Sync()
 }
 
-func appendMark(dst []byte, number uint64, state []byte) []byte {
-	dst = append(append(dst, markMagic...), markV1)
-	dst = binary.BigEndian.AppendUint64(dst, number)
-	dst = append(binary.BigEndian.AppendUint16(dst, uint16(len(state))), state...)
-	return binary.BigEndian.AppendUint32(dst, crc32.Checksum(dst, castagnoli))
+func (m *mark) appendHeader(dst []byte) []byte {
+	dst = binary.BigEndian.AppendUint64(append(append(dst, markMagic...), markV2), m.number)
+	dst = binary.BigEndian.AppendUint64(dst, m.manifest)
+	return append(binary.BigEndian.AppendUint64(dst, m.manifestSize), 0, 0)
 }
 
-func parseMark(b []byte) (number uint64, state []byte, ok bool) {
-	if len(b) < markHeader+markTrailer {
-		return 0, nil, false
+// endMark fills in the length of the state, which stands behind the header, and appends the checksum.
+func endMark(b []byte) []byte {
+	binary.BigEndian.PutUint16(b[markHeader-2:], uint16(len(b)-markHeader))
+	return binary.BigEndian.AppendUint32(b, crc32.Checksum(b, castagnoli))
+}
+
+func (m *mark) encode(dst []byte) []byte { return endMark(append(m.appendHeader(dst), m.state...)) }
+
+func parseMark(b []byte) (m mark, ok bool) {
+	if len(b) < markHeaderV1+markTrailer || string(b[:4]) != markMagic {
+		return mark{}, false
 	}
-	if string(b[:4]) != markMagic || b[4] != markV1 {
-		return 0, nil, false
+	header := markHeader
+	switch b[4] {
+	case markV1:
+		header = markHeaderV1
+	case markV2:
+		if len(b) < markHeader+markTrailer {
+			return mark{}, false
+		}
+		m.manifest, m.manifestSize = binary.BigEndian.Uint64(b[13:]), binary.BigEndian.Uint64(b[21:])
+	default:
+		return mark{}, false
 	}
-	end := markHeader + int(binary.BigEndian.Uint16(b[13:]))
+	end := header + int(binary.BigEndian.Uint16(b[header-2:]))
 	if end+markTrailer > len(b) || crc32.Checksum(b[:end], castagnoli) != binary.BigEndian.Uint32(b[end:]) {
-		return 0, nil, false
+		return mark{}, false
 	}
-	return binary.BigEndian.Uint64(b[5:]), b[markHeader:end], true
+	m.number, m.state = binary.BigEndian.Uint64(b[5:]), append([]byte{}, b[header:end]...)
+	return m, true
 }
 
 // write notes the state that appendTo gives. A disk that does not take it fails at the next commit.
@@ -125,25 +178,40 @@ func (m *marks) write(appendTo func([]byte) []byte) {
 		return
 	}
 	m.number++
-	b := append(m.buf[:0], markMagic...)
-	b = binary.BigEndian.AppendUint64(append(b, markV1), m.number)
-	b = appendTo(append(b, 0, 0))
-	state := len(b) - markHeader
+	m.lookAtManifest()
+	b := appendTo(m.appendHeader(m.buf[:0]))
 	if len(b)+markTrailer > markSize {
 		if !m.told {
 			m.told = true
-			m.log.Warn("too many lanes for the mark of what is committed: damage of the log's end may go unnoticed", "size_bytes", state)
+			m.log.Warn("too many lanes for the mark of what is committed: damage of the log's end may go unnoticed", "size_bytes", len(b)-markHeader)
 		}
 		return
 	}
-	binary.BigEndian.PutUint16(b[13:], uint16(state))
-	b = binary.BigEndian.AppendUint32(b, crc32.Checksum(b, castagnoli))
+	b = endMark(b)
 	m.buf = b
 	for _, f := range m.files {
 		if _, err := f.WriteAt(b, 0); err != nil && !m.told {
 			m.told = true
 			m.log.Warn("mark of what is committed cannot be written", "err", err)
 		}
+	}
+}
+
+// lookAtManifest notes how long the manifest is, if it may have grown. Its edits are synced before anybody hears of them.
+func (m *marks) lookAtManifest() {
+	if !m.watch.changed.Swap(false) {
+		return
+	}
+	p := m.watch.path.Load()
+	if p == nil {
+		return
+	}
+	n, err := strconv.ParseUint(strings.TrimPrefix(m.fs.PathBase(*p), "MANIFEST-"), 10, 64)
+	if err != nil {
+		return
+	}
+	if st, err := m.fs.Stat(*p); err == nil { // else another one has taken its place, and that will be told
+		m.manifest, m.manifestSize = n, uint64(st.Size())
 	}
 }
 
@@ -163,7 +231,7 @@ func (s *Store) Marked() []byte {
 	if s.marks == nil {
 		return nil
 	}
-	return s.marks.last
+	return s.marks.state
 }
 
 // MarkLost says whether there was a mark that cannot be read.

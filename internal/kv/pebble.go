@@ -104,7 +104,15 @@ func (s *Store) events(log pebbleLogger, dir string) *pebble.EventListener {
 				s.memtable.Add(1) // a new log goes with each new memtable
 			}
 		},
+		ManifestCreated: func(i pebble.ManifestCreateInfo) {
+			if i.Err == nil {
+				s.manifest.made(i.Path)
+			}
+		},
+		CompactionEnd: func(pebble.CompactionInfo) { s.manifest.changed.Store(true) },
+		TableIngested: func(pebble.TableIngestInfo) { s.manifest.changed.Store(true) },
 		FlushEnd: func(i pebble.FlushInfo) {
+			s.manifest.changed.Store(true)
 			if i.Err == nil && !i.Ingest {
 				s.flushed.Add(uint64(i.Input))
 			}

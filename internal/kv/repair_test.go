@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"io"
 	"io/fs"
 	"math/rand/v2"
@@ -17,6 +18,7 @@ import (
 	"testing"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
+	"github.com/cockroachdb/pebble/v2/vfs/atomicfs"
 
 	"holdfast/internal/kv"
 )
@@ -224,6 +226,69 @@ func TestMarkTellsHowFarTheLogWent(t *testing.T) {
 		if err := s.Close(); err != nil {
 			t.Fatal(err)
 		}
+	}
+}
+
+// TestManifestThatIsCutAnywhere: where it is cut between two edits, nothing in it says so, but the mark does.
+func TestManifestThatIsCutAnywhere(t *testing.T) {
+	const lives, commits = 3, 10
+	fs := vfs.NewCrashableMem()
+	var left *vfs.MemFS
+	for life := range lives { // each start puts the log of the one before into tables
+		s := openAt(t, fs, "data/store", nil)
+		s.Join(&markedPart{state: []byte("x")})
+		for i := range commits {
+			i += life * commits
+			if err := s.ApplyWait([]kv.Op{{Key: deviceKey(i), Value: bytes.Repeat([]byte{byte(i)}, 20_000)}}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		left = fs.CrashClone(vfs.CrashCloneCfg{UnsyncedDataPercent: 100, RNG: rand.New(rand.NewPCG(1, 1))})
+		if err := s.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	_, current, err := atomicfs.LocateMarker(left, "data/store", "manifest")
+	if err != nil {
+		t.Fatal(err)
+	}
+	manifest := path.Join("data/store", current)
+	whole := readFile(t, left, manifest)
+	for size := range len(whole) {
+		fs := left.CrashClone(vfs.CrashCloneCfg{UnsyncedDataPercent: 100, RNG: rand.New(rand.NewPCG(1, 1))})
+		writeFile(t, fs, manifest, whole[:size])
+		s := openAt(t, fs, "data/store", nil)
+		if there := kept(t, s, lives*commits); len(there) != lives*commits || len(s.Damage()) == 0 {
+			t.Errorf("cut to %d of %d bytes: %d rows are there, told is %v", size, len(whole), len(there), s.Damage())
+		}
+		if err := s.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s := openAt(t, left, "data/store", nil)
+	if len(s.Damage()) > 0 {
+		t.Errorf("whole, and told is %v", s.Damage())
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestMarkOfVersion1 is read, and says nothing of the manifest.
+func TestMarkOfVersion1(t *testing.T) {
+	fs := crashed(t, 3, true)
+	b := append([]byte("HFmk\x01"), 0, 0, 0, 0, 0, 0, 0, 7, 0, 5)
+	b = append(b, "state"...)
+	b = binary.BigEndian.AppendUint32(b, crc32.Checksum(b, crc32.MakeTable(crc32.Castagnoli)))
+	for _, name := range []string{"mark", "mark.2"} {
+		writeFile(t, fs, path.Join("data/store", name), append(bytes.Clone(b), make([]byte, 16<<10-len(b))...))
+	}
+	s := openAt(t, fs, "data/store", nil)
+	if string(s.Marked()) != "state" || s.MarkLost() || len(s.Damage()) > 0 {
+		t.Errorf("marked %q, lost %v, told %v", s.Marked(), s.MarkLost(), s.Damage())
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
 	}
 }
 

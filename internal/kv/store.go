@@ -78,6 +78,7 @@ type Store struct {
 	copied   string   // the folder of a copy, to be removed; "": it is the store itself
 	suspects suspects
 	marks    *marks // nil: none
+	manifest manifestWatch
 
 	memtable atomic.Uint64 // number of the mutable memtable
 	flushed  atomic.Uint64 // every memtable up to this one is in tables
@@ -155,7 +156,7 @@ func (s *Store) openPebble(dir string) error {
 		s.db = db
 		err = s.checkFormat()
 		if err == nil {
-			if s.marks, err = openMarks(s.opt.FS, cmp.Or(s.copied, dir), s.opt.Log, s.opt.Look); err == nil {
+			if s.marks, err = openMarks(s.opt.FS, cmp.Or(s.copied, dir), s.opt.Log, &s.manifest, s.opt.Look); err == nil {
 				s.damagedMarks()
 			}
 		}
