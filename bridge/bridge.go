@@ -32,6 +32,7 @@ type Bridge struct {
 	counts counts
 	meter  *Meter
 	onLink func(up bool, reason string)
+	onSent func(*Sent) // nil: nobody wants to know
 
 	mu     sync.Mutex
 	status Status // guarded by mu; the counters in it are filled in by Status
@@ -92,6 +93,27 @@ func New(cfg Config, gateway string, sp *spool.Spool, up Upstream, log *slog.Log
 // OnLink has fn told each time that the link has come up, and each time that it was lost, with why. Call it before Run. fn must
 // not block.
 func (b *Bridge) OnLink(fn func(up bool, reason string)) { b.onLink = fn }
+
+// Sent is a send that has ended.
+type Sent struct {
+	Lane      string
+	First     uint64 // sequence of its first message
+	Records   int
+	At, Ended time.Time
+	Err       error // nil: the upstream has acknowledged it; else it refuses it for good
+}
+
+// OnSent has fn told of each send that was acknowledged, or refused for good. Call it before Run. fn must not block, nor keep what it gets.
+func (b *Bridge) OnSent(fn func(*Sent)) { b.onSent = fn }
+
+func (b *Bridge) tellSent(i int, f *flight, now time.Duration, err error) {
+	if b.onSent == nil {
+		return
+	}
+	b.onSent(&Sent{
+		Lane: b.lanes[i].name, First: f.end.Seq - uint64(f.records), Records: f.records, At: b.start.Add(f.sent), Ended: b.start.Add(now), Err: err,
+	})
+}
 
 // consumer makes a Source of a spool's consumer.
 type consumer struct{ *spool.Consumer }
@@ -619,11 +641,13 @@ func (b *Bridge) takeAcks() error {
 			b.metrics.latency.Observe((now - f.sent).Seconds())
 			b.laneCount[i].acked.Add(float64(f.records))
 			b.counts.acked.Add(uint64(f.records))
+			b.tellSent(i, f, now, nil)
 			b.window.land(i, f, spool.Delivered)
 			b.lastAck, b.newestAcked = now, max(b.newestAcked, f.order)
 			b.lanes[i].lastAck = now
 		case IsPermanent(a.err):
 			b.lastAck = now
+			b.tellSent(i, f, now, a.err)
 			if err := b.refused(i, f, a.err); err != nil {
 				return err
 			}

@@ -85,6 +85,7 @@ type Gateway struct {
 	clock    *clock.Clock
 	alarms   alarms
 	past     history
+	traces   *traces
 	memory   int64
 	share    resources
 
@@ -152,7 +153,7 @@ func (g *Gateway) open(ctx context.Context) error {
 		return fmt.Errorf("register metrics: %w", err)
 	}
 	g.log.Info("gateway starts", "gateway", g.cfg.Gateway.ID, "version", g.version, "pid", os.Getpid())
-	for _, step := range []func(context.Context) error{g.divide, g.openStore, g.openDevices, g.openBroker, g.openBridges, g.openHTTP, g.recordStart} {
+	for _, step := range []func(context.Context) error{g.divide, g.openStore, g.openDevices, g.openBroker, g.openTraces, g.openBridges, g.openHTTP, g.recordStart} {
 		if err := step(ctx); err != nil {
 			return err
 		}
@@ -459,6 +460,7 @@ func (g *Gateway) Close() error {
 	if g.uplinks != nil {
 		err = errors.Join(err, g.uplinks.Close())
 	}
+	err = errors.Join(err, g.traces.close())
 	if g.spool != nil {
 		err = errors.Join(err, g.spool.Close())
 	}

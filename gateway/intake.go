@@ -30,6 +30,7 @@ type Intake struct {
 	// answers takes what devices say of their commands; nil: there are none.
 	answers func(m *broker.Message, ops []kv.Op, done kv.Done, token uint64) (taken bool, err error)
 	level   func() kv.Level // how full the disk is; nil: it does not matter
+	traces  *traces         // nil: none
 }
 
 func newIntake(sp appender, table []config.Route, c *clock.Clock) (*Intake, error) {
@@ -91,6 +92,9 @@ func (i *Intake) Publish(m *broker.Message, ops []kv.Op, done kv.Done, token uin
 	lane := i.routes.Load().match(m.Record.Topic)
 	if lane == spool.LaneNone && m.Retain && len(m.Record.Payload) > 0 && i.level != nil && i.level() == kv.LevelFull {
 		return errKeep
+	}
+	if i.traces != nil && lane != spool.LaneNone {
+		done = i.traces.begin(m, lane, done)
 	}
 	err := i.spool.Append(lane, &m.Record, ops, done, token, m.QoS == 0)
 	switch {

@@ -276,6 +276,9 @@ func (g *Gateway) newUplink(up *mqttup.Upstream, c bridge.Config) (*uplink, erro
 	b.OnLink(func(up bool, reason string) {
 		g.events.PublishUpstream(httpapi.UpstreamChange{Name: c.Name, Connected: up, Error: reason})
 	})
+	if g.traces != nil {
+		b.OnSent(func(s *bridge.Sent) { g.traces.sent(c.Name, s) })
+	}
 	l := &uplink{cfg: c, bridge: b}
 	if c.Commands {
 		l.orders = newOrders(g.cfg.Gateway.ID, tuned, b, g.commands, g.clock.Time, log.With("upstream", c.Name))

@@ -44,6 +44,7 @@ var arrows = map[string][]string{
 	"internal/mqtt/mqtttest": {"internal/mqtt"}, // a test's mosquitto and scripted peers: linked into no program
 	"internal/powercut":      {},
 	"internal/proof":         {"bridge/cloud", "bridge/wire", "firmware-sim", "internal/mqtt"}, // stands outside the gateway, as the devices and the cloud do
+	"internal/tracing":       {},
 	"internal/testkit":       {"internal/mqtt", "internal/proof"},
 }
 
@@ -54,6 +55,7 @@ var adapters = map[string][]string{
 	"github.com/cockroachdb/pebble/v2":      {"internal/kv", "spool", "devices"},
 	"github.com/eclipse/paho.mqtt.golang":   {"bridge/mqttup"},
 	"github.com/fxamacker/cbor/v2":          {"bridge/wire", "devices", "internal/clock"},
+	"go.opentelemetry.io":                   {"internal/tracing", "internal/testkit"},
 	"github.com/hanwen/go-fuse/v2":          {"internal/powercut"}, // and nobody but tests imports that
 }
 

@@ -32,6 +32,7 @@ type Config struct {
 	Upstreams []bridge.Config   `yaml:"upstreams"`
 	HTTP      HTTP              `yaml:"http"`
 	Log       Log               `yaml:"log"`
+	Traces    Traces            `yaml:"traces"`
 }
 
 // Gateway is who this gateway is and where it keeps what it must not lose.
@@ -93,6 +94,12 @@ type Log struct {
 	Format string `yaml:"format"` // text, json, or auto: text on a terminal, else JSON
 }
 
+// Traces is whom to tell the way that messages take.
+type Traces struct {
+	Endpoint string `yaml:"endpoint"` // URL of a collector's OTLP over HTTP; "": nobody
+	Every    int    `yaml:"every"`    // each so many messages of a lane
+}
+
 const (
 	defaultDataDir  = "/var/lib/holdfast"
 	loopbackDataDir = "holdfast-data"
@@ -129,6 +136,8 @@ func defaults() *Config {
 		},
 		HTTP: HTTP{Address: "127.0.0.1:8080"},
 		Log:  Log{Level: "info", Format: "auto"},
+
+		Traces: Traces{Every: 100},
 	}
 }
 

@@ -78,6 +78,7 @@ func TestDefaultsAreThoseOfTheManual(t *testing.T) {
 		Upstreams: []bridge.Config{},
 		HTTP:      config.HTTP{Address: "127.0.0.1:8080"},
 		Log:       config.Log{Level: "info", Format: "auto"},
+		Traces:    config.Traces{Every: 100},
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("defaults (-want +got):\n%s", diff)
@@ -144,6 +145,7 @@ upstreams:
 http:
   address: "[::1]:9000"
 log: { level: debug, format: json }
+traces: { endpoint: "https://otel.example.com/v1/traces", every: 7 }
 `)
 	want := &config.Config{
 		Gateway: config.Gateway{ID: "ward-3-east", DataDir: "/etc/holdfast/data"},
@@ -181,8 +183,9 @@ log: { level: debug, format: json }
 			TLS:   bridge.TLS{CA: "/etc/holdfast/ca.pem", Cert: "/etc/holdfast/c.pem", Key: "/etc/holdfast/k.pem"},
 			Lanes: []string{"telemetry", "vitals"}, Window: 64,
 		}},
-		HTTP: config.HTTP{Address: "[::1]:9000"},
-		Log:  config.Log{Level: "debug", Format: "json"},
+		HTTP:   config.HTTP{Address: "[::1]:9000"},
+		Log:    config.Log{Level: "debug", Format: "json"},
+		Traces: config.Traces{Endpoint: "https://otel.example.com/v1/traces", Every: 7},
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
@@ -273,6 +276,13 @@ func TestProblems(t *testing.T) {
 		"listener and http on one address": {
 			ok + "http: { address: \"127.0.0.1:1883\" }\n",
 			[]string{`g.yaml:3:18: http.address: "127.0.0.1:1883" is taken by listeners[0].address already: two cannot listen on one address`},
+		},
+		"traces to nowhere": {
+			ok + "traces: { endpoint: \"localhost:4318\", every: 0 }\n",
+			[]string{
+				`g.yaml:3:21: traces.endpoint: is no URL that begins with http:// or https:// and names a host, without user and password: a collector on this machine has http://127.0.0.1:4318/v1/traces`,
+				`g.yaml:3:46: traces.every: is 0: 1 tells of every message, 100 of one in a hundred`,
+			},
 		},
 		"two of one name": {
 			ok + "listeners:\n  - { name: a, protocol: mqtt, address: \"127.0.0.1:1\" }\n  - { name: a, protocol: ws, address: \"127.0.0.1:2\" }\n",
@@ -430,7 +440,7 @@ func TestProblems(t *testing.T) {
 		"merge":    {"log: &l { level: info }\nhttp: { <<: *l }\n", []string{`g.yaml:2:9: http: merge keys (<<) are not supported: write the keys out`}},
 		"two docs": {"log: { level: info }\n---\nlog: { level: warn }\n", []string{`g.yaml:2:1: holds more than one document: remove the second '---'`}},
 		"tab":      {"log:\n\tlevel: info\n", []string{"g.yaml:2:1: is not YAML: found character that cannot start any token (indent with spaces, not tabs; a value that begins with @, ` or % needs quotes)"}},
-		"list":     {"- a\n", []string{`g.yaml:1:1: is a list, has to be a section with the keys gateway, listeners, devices, spool, routes, upstreams, http, log`}},
+		"list":     {"- a\n", []string{`g.yaml:1:1: is a list, has to be a section with the keys gateway, listeners, devices, spool, routes, upstreams, http, log, traces`}},
 	}
 	for name, tc := range cases {
 		t.Run(name, func(t *testing.T) {

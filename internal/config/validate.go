@@ -104,6 +104,7 @@ func (d *decoder) validate(c *Config) {
 	d.checkRoutes(c)
 	d.checkUpstreams(c)
 	d.oneOf("log.level", c.Log.Level, "debug", "info", "warn", "error")
+	d.checkTraces(&c.Traces)
 	d.oneOf("log.format", c.Log.Format, "auto", "text", "json")
 }
 
@@ -251,6 +252,20 @@ func (d *decoder) checkListeners(c *Config) {
 					"ssh -L %d:127.0.0.1:%d", c.HTTP.Address, port, port)
 			}
 		}
+	}
+}
+
+func (d *decoder) checkTraces(t *Traces) {
+	if t.Every < 1 {
+		d.problem("traces.every", "is %d: 1 tells of every message, 100 of one in a hundred", t.Every)
+	}
+	if t.Endpoint == "" {
+		return
+	}
+	u, err := url.Parse(t.Endpoint)
+	if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" || u.User != nil {
+		d.problem("traces.endpoint", "is no URL that begins with http:// or https:// and names a host, without user and password: "+
+			"a collector on this machine has http://127.0.0.1:4318/v1/traces")
 	}
 }
 

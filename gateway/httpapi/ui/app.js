@@ -124,7 +124,7 @@ const start = {
       const dark = matchMedia('(prefers-color-scheme: dark)').matches, ink = dark ? '#a7b0b9' : '#555d66', blue = dark ? '#7fd0e4' : '#0b5a6e', green = dark ? '#7fd695' : '#1a6b2f';
       const line = { stroke: dark ? '#39414a' : '#d0d5da', width: 1 }, axis = { stroke: ink, grid: line, ticks: line };
       const c = new uPlot({ width: el.clientWidth, height: 190, axes: [axis, { ...axis, size: 60 }], series: [{}, { label: lines[0], stroke: blue, width: 2 }, { label: lines[1], stroke: green, width: 2 }],
-        scales: { x: { range: (_, from, to) => [Math.min(from, to - 300), to] }, y: { range: (_, from, to) => [0, Math.max(to, 1e-3) * 1.1] } } }, data, el);
+        scales: { x: { range: (_, from, to) => (at.length ? [Math.min(from, to - 300), to] : [Date.now() / 1000 - 300, Date.now() / 1000]) }, y: { range: (_, from, to) => [0, to > 0 ? to * 1.1 : 1] } } }, data, el);
       addEventListener('resize', () => c.setSize({ width: el.clientWidth, height: 190 }));
       return c;
     };
@@ -168,7 +168,7 @@ const start = {
       table($('#lanes'), ['Lane', 'Upstream', '#Waiting', '#Size', '#Delivered', '#Expired', '#Evicted', '#Parked', 'Oldest', 'Empty in'], s.ledger.accounts.map((a) => {
         const r = rates[a.upstream + '/' + a.lane], net = r ? r.out - r.in : 0;
         return [a.lane, a.upstream || '(none)', number(a.pending.messages), bytes(a.pending.bytes), number(a.delivered.messages), number(a.expired.messages),
-          number(a.evicted.messages), number(a.parked.messages), a.oldest ? span((new Date(s.clock.wall) - new Date(a.oldest)) / 1000) : '–', a.pending.messages === 0 ? 'empty' : net > 0 ? span(a.pending.messages / net) : 'not yet'];
+          number(a.evicted.messages), number(a.parked.messages), a.oldest ? span((new Date(s.clock.wall) - new Date(a.oldest)) / 1000) : '–', !a.upstream ? '–' : a.pending.messages === 0 ? 'empty' : net > 0 ? span(a.pending.messages / net) : 'not yet'];
       }), 'No message has come yet.');
       table($('#upstreams'), ['Upstream', 'Link', 'For', 'Address', '#In flight', '#Acknowledged', 'Last error'], s.upstreams.map((u) => [u.name,
         word(u.state, u.connected ? 'good' : 'bad'), since(u.since), u.url, number(u.in_flight), number(u.acked_messages), u.last_error || '–']),

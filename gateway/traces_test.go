@@ -1,0 +1,55 @@
+package gateway_test
+
+import (
+	"fmt"
+	"testing"
+	"time"
+
+	"holdfast/bridge"
+	"holdfast/internal/config"
+	"holdfast/internal/mqtt"
+	"holdfast/internal/testkit"
+)
+
+// TestTracesFollowAMessage: each second message of the lane is told of, from its arrival to the upstream's acknowledgement.
+func TestTracesFollowAMessage(t *testing.T) {
+	up := startUpstream(t)
+	tell := testkit.StartCollector(t)
+	c := configuration(t, t.TempDir())
+	c.Upstreams = []bridge.Config{{Name: "cloud", URL: "mqtt://" + up, Format: bridge.FormatBatch}}
+	c.Traces = config.Traces{Endpoint: tell.URL, Every: 2}
+	g := start(t, c)
+	d, err := connect(t, g.Addrs()[0], "dev1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range 10 {
+		if r := d.publish(t, "dt/x", fmt.Sprint(i)); r != mqtt.Success {
+			t.Fatalf("reason %v", r)
+		}
+	}
+	testkit.EventuallyNil(t, 15*time.Second, "all to be told", func() error {
+		arrived, sent := tell.Named("receive telemetry"), tell.Named("send cloud")
+		if len(arrived) != 5 || len(sent) != 5 {
+			return fmt.Errorf("%d arrivals and %d sends are told", len(arrived), len(sent))
+		}
+		traces := map[string]bool{}
+		for i, s := range arrived {
+			if want := fmt.Sprintf("gw1/%s/telemetry/%d", g.Status().Epoch, 2*i+2); s.Attributes["messaging.message.id"] != want {
+				t.Errorf("message %q, want %q", s.Attributes["messaging.message.id"], want)
+			}
+			traces[s.Trace] = true
+		}
+		for _, s := range sent {
+			if !traces[s.Trace] || s.End.Before(s.Start) {
+				t.Errorf("span %+v is of none of the traces", s)
+			}
+		}
+		return nil
+	})
+	for _, s := range tell.Spans() {
+		if s.Attributes["holdfast.lane"] == "system" {
+			t.Errorf("the gateway's own messages are told: %+v", s)
+		}
+	}
+}
