@@ -159,7 +159,7 @@ esac`,
 		"kill -CONT":       until("grep -q ' 23.0$' terminal-1"),
 		"command list":     until("grep -q ': DELIVERED' terminal-1"),
 	}
-	script := "trap 'kill -CONT $CLOUD; kill $CLOUD $TERMINALS $(cat pid); wait; while kill -0 $(cat pid); do sleep 0.1; done 2>/dev/null' EXIT\n"
+	script := "trap 'set +e; exec 2>/dev/null; kill -CONT $CLOUD; kill $CLOUD $TERMINALS $(cat pid); wait; while kill -0 $(cat pid); do sleep 0.1; done' EXIT\n"
 	terminals := 0
 	for _, block := range regexp.MustCompile("(?ms)^```(sh|bash)\n(.*?)^```$").FindAllStringSubmatch(text, -1) {
 		command := block[2]
