@@ -33,7 +33,7 @@ LINK_TIME  ?= 10m
 
 .PHONY: help
 help: ## this list
-	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 .PHONY: build
 build: ## static binaries into bin/ (CGO_ENABLED=0)
@@ -60,6 +60,12 @@ fmt: bin/tools/gofumpt bin/tools/goimports ## format every Go file
 fmt-check: bin/tools/gofumpt bin/tools/goimports # fails and lists what `make fmt` would change
 	@bad=$$(git ls-files -z '*.go' | xargs -0r bin/tools/gofumpt -l; git ls-files -z '*.go' | xargs -0r bin/tools/goimports -local holdfast -l); \
 	if [ -n "$$bad" ]; then echo "not formatted (run make fmt):"; sort -u <<<"$$bad"; exit 1; fi
+
+.PHONY: alerts-check
+alerts-check: ## Prometheus rules against their cases (configs/alerts_test.yaml); wants promtool, Debian's prometheus
+	@command -v promtool >/dev/null || { echo "alerts-check: there is no promtool. It comes with Debian's package prometheus: .ci/run installs it without starting the service."; exit 1; }
+	promtool check rules configs/alerts.yaml
+	promtool test rules configs/alerts_test.yaml
 
 .PHONY: fuzz
 fuzz: ## every fuzz target for FUZZTIME each (20s)
@@ -134,7 +140,7 @@ clean: ## remove what the targets made
 	rm -rf bin dist coverage.out
 
 .PHONY: ci
-ci: fmt-check lint build test race e2e ## what .ci/run runs
+ci: fmt-check lint alerts-check build test race e2e ## what .ci/run runs
 
 # Tools are built from the module proxy by their own module files, so that their dependencies never meet ours.
 bin/tools/golangci-lint: .ci/lint.mod
