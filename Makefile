@@ -6,7 +6,9 @@ SHELL       := /bin/bash
 
 # The version is the git tag or commit, if there is a git folder to ask.
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
-LDFLAGS := -s -w -X main.version=$(VERSION)
+COMMIT  := $(shell git rev-parse --short=12 HEAD 2>/dev/null)
+DATE    := $(shell TZ=UTC0 git log -1 --date=format-local:%Y-%m-%dT%H:%M:%SZ --format=%cd 2>/dev/null)
+LDFLAGS := -s -w -X main.version=$(VERSION) -X main.commit=$(COMMIT) -X main.date=$(DATE)
 export GOFLAGS ?= -buildvcs=false
 
 # Knobs: make fuzz FUZZTIME=5m; make e2e E2E_CYCLES=50 E2E_SEED=7; make crash CRASHES=1000; make damage DAMAGES=1000; make soak SOAK=1h; make compare BASE=v0.1.0 BENCH=Append
@@ -135,6 +137,19 @@ demo: build ## see it work: devices, cuts, a crash, then the ledger
 .PHONY: tools
 tools: bin/tools/golangci-lint bin/tools/gofumpt bin/tools/goimports bin/tools/benchstat ## build the linter and the formatters
 
+.PHONY: deb
+deb: bin/tools/nfpm sbom ## Debian packages for amd64, arm64 and armhf into dist/, the same bytes from the same commit
+	.ci/deb
+
+.PHONY: sbom
+sbom: build bin/tools/cyclonedx-gomod ## what the binary is made of, in CycloneDX: dist/holdfast.cdx.json
+	@mkdir -p dist
+	bin/tools/cyclonedx-gomod bin -json -noserial -notimestamp -version $(VERSION) -output dist/holdfast.cdx.json bin/holdfast
+
+.PHONY: deb-test
+deb-test: deb ## install, run, upgrade, remove and purge the package in a clean root (root; debootstrap; a minute or two)
+	.ci/deb-test
+
 .PHONY: clean
 clean: ## remove what the targets made
 	rm -rf bin dist coverage.out
@@ -148,3 +163,6 @@ bin/tools/golangci-lint: .ci/lint.mod
 
 bin/tools/gofumpt bin/tools/goimports bin/tools/benchstat &: .ci/tools.mod
 	CGO_ENABLED=0 go build -modfile=.ci/tools.mod -o bin/tools/ mvdan.cc/gofumpt golang.org/x/tools/cmd/goimports golang.org/x/perf/cmd/benchstat
+
+bin/tools/nfpm bin/tools/cyclonedx-gomod &: .ci/packages.mod
+	CGO_ENABLED=0 go build -modfile=.ci/packages.mod -o bin/tools/ github.com/goreleaser/nfpm/v2/cmd/nfpm github.com/CycloneDX/cyclonedx-gomod/cmd/cyclonedx-gomod

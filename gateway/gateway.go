@@ -14,6 +14,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 
@@ -441,8 +442,10 @@ func (g *Gateway) beReady(ctx context.Context) error {
 	if err := g.log.Handler().Handle(ctx, ready); err != nil {
 		return fmt.Errorf("log ready: %w", err)
 	}
-	<-ctx.Done()
+	g.notify(daemon.SdNotifyReady)
+	g.beAlive(ctx)
 	g.state.Store(stopping)
+	g.notify(daemon.SdNotifyStopping)
 	g.log.Info("gateway stops")
 	return nil
 }

@@ -7,6 +7,8 @@ import (
 	"slices"
 	"time"
 
+	"github.com/coreos/go-systemd/v22/daemon"
+
 	"holdfast/bridge"
 	"holdfast/devices"
 	"holdfast/gateway/httpapi"
@@ -200,6 +202,8 @@ func (g *Gateway) read() (*config.Config, []string, error) {
 
 // ReloadFile reads the configuration again and takes it, see Reload. It tells in the log what came of it.
 func (g *Gateway) ReloadFile() (httpapi.Reload, error) {
+	g.notify(daemon.SdNotifyReloading)
+	defer g.notify(daemon.SdNotifyReady)
 	cfg, warnings, err := g.read()
 	var problems config.Problems
 	switch {

@@ -49,6 +49,7 @@ func commands() []command {
 		configDiffCommand,
 		configPrintCommand,
 		statusCommand,
+		healthCommand,
 		deviceAddCommand,
 		deviceListCommand,
 		deviceShowCommand,

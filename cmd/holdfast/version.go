@@ -7,8 +7,12 @@ import (
 	"runtime/debug"
 )
 
-// version is set by the linker (Makefile).
-var version string
+// Set by the linker (Makefile): what git says.
+var (
+	version string
+	commit  string
+	date    string // of the commit, RFC 3339
+)
 
 var versionCommand = command{
 	name: "version", args: "[--json]",
@@ -19,12 +23,13 @@ var versionCommand = command{
 type versionInfo struct {
 	Version string `json:"version"`
 	Commit  string `json:"commit,omitempty"`
+	Date    string `json:"date,omitempty"` // of the commit
 	Go      string `json:"go"`
 	System  string `json:"system"`
 }
 
 func thisVersion() versionInfo {
-	v := versionInfo{Version: version, Go: runtime.Version(), System: runtime.GOOS + "/" + runtime.GOARCH}
+	v := versionInfo{Version: version, Commit: commit, Date: date, Go: runtime.Version(), System: runtime.GOOS + "/" + runtime.GOARCH}
 	if info, ok := debug.ReadBuildInfo(); ok {
 		if v.Version == "" && info.Main.Version != "(devel)" {
 			v.Version = info.Main.Version
@@ -51,10 +56,14 @@ func printVersion(_ context.Context, p *program, args []string) error {
 	if *asJSON {
 		return p.printJSON(v)
 	}
-	commit := ""
+	from := ""
 	if v.Commit != "" {
-		commit = "commit " + v.Commit + ", "
+		from = "commit " + v.Commit
+		if v.Date != "" {
+			from += " of " + v.Date
+		}
+		from += ", "
 	}
-	fmt.Fprintf(p.stdout, "holdfast %s (%s%s, %s)\n", v.Version, commit, v.Go, v.System)
+	fmt.Fprintf(p.stdout, "holdfast %s (%s%s, %s)\n", v.Version, from, v.Go, v.System)
 	return nil
 }

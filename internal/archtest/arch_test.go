@@ -55,6 +55,7 @@ var adapters = map[string][]string{
 	"github.com/cockroachdb/pebble/v2":      {"internal/kv", "spool", "devices"},
 	"github.com/eclipse/paho.mqtt.golang":   {"bridge/mqttup"},
 	"github.com/fxamacker/cbor/v2":          {"bridge/wire", "devices", "internal/clock"},
+	"github.com/coreos/go-systemd/v22":      {"gateway"},
 	"go.opentelemetry.io":                   {"internal/tracing", "internal/testkit"},
 	"github.com/hanwen/go-fuse/v2":          {"internal/powercut"}, // and nobody but tests imports that
 }
