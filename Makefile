@@ -137,6 +137,11 @@ demo: build ## see it work: devices, cuts, a crash, then the ledger
 .PHONY: tools
 tools: bin/tools/golangci-lint bin/tools/gofumpt bin/tools/goimports bin/tools/benchstat ## build the linter and the formatters
 
+.PHONY: docs
+docs: ## docs/configuration.md and docs/man, made of the code
+	go test -count=1 -run 'TestThePaperIsOfTheKeys' ./internal/config -update
+	go test -count=1 -run 'TestManPagesAreOfTheCommandLine' ./cmd/holdfast -update
+
 .PHONY: deb
 deb: bin/tools/nfpm sbom ## Debian packages for amd64, arm64 and armhf into dist/, the same bytes from the same commit
 	.ci/deb
