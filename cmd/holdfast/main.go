@@ -49,6 +49,7 @@ func commands() []command {
 		configDiffCommand,
 		configPrintCommand,
 		statusCommand,
+		topCommand,
 		healthCommand,
 		deviceAddCommand,
 		deviceListCommand,

@@ -44,6 +44,7 @@ var arrows = map[string][]string{
 	"internal/mqtt/mqtttest": {"internal/mqtt"}, // a test's mosquitto and scripted peers: linked into no program
 	"internal/powercut":      {},
 	"internal/proof":         {"bridge/cloud", "bridge/wire", "firmware-sim", "internal/mqtt"}, // stands outside the gateway, as the devices and the cloud do
+	"internal/top":           {"gateway/httpapi"},
 	"internal/tracing":       {},
 	"internal/testkit":       {"internal/mqtt", "internal/proof"},
 }
@@ -56,6 +57,8 @@ var adapters = map[string][]string{
 	"github.com/eclipse/paho.mqtt.golang":   {"bridge/mqttup"},
 	"github.com/fxamacker/cbor/v2":          {"bridge/wire", "devices", "internal/clock"},
 	"github.com/coreos/go-systemd/v22":      {"gateway"},
+	"charm.land":                            {"internal/top"},
+	"github.com/charmbracelet":              {"internal/top"},
 	"go.opentelemetry.io":                   {"internal/tracing", "internal/testkit"},
 	"github.com/hanwen/go-fuse/v2":          {"internal/powercut"}, // and nobody but tests imports that
 }
