@@ -33,6 +33,7 @@ func (s *Screen) Look() (more bool) {
 
 // Resize, Press and View are what the terminal does.
 func (s *Screen) Resize(w, h int) { s.m.Update(tea.WindowSizeMsg{Width: w, Height: h}) }
+
 func (s *Screen) Press(k tea.KeyPressMsg) (quits bool) {
 	_, cmd := s.m.Update(k)
 	if cmd == nil {
