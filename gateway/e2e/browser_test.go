@@ -28,7 +28,7 @@ type browser struct {
 	said []string
 }
 
-func startBrowser(t *testing.T) *browser {
+func startBrowser(t *testing.T, patience time.Duration) *browser {
 	t.Helper()
 	path, err := exec.LookPath("chromium")
 	if err != nil {
@@ -37,7 +37,7 @@ func startBrowser(t *testing.T) *browser {
 	opts := append(chromedp.DefaultExecAllocatorOptions[:], chromedp.ExecPath(path), chromedp.NoSandbox, chromedp.Flag("disable-dev-shm-usage", true))
 	alloc, stop := chromedp.NewExecAllocator(t.Context(), opts...)
 	ctx, cancel := chromedp.NewContext(alloc)
-	limited, end := context.WithTimeout(ctx, 90*time.Second)
+	limited, end := context.WithTimeout(ctx, patience)
 	t.Cleanup(func() { end(); cancel(); stop() })
 	b := &browser{Context: limited, t: t}
 	chromedp.ListenTarget(limited, func(ev any) {
@@ -81,13 +81,9 @@ func (b *browser) await(what, script string) {
 	})
 }
 
-// shot keeps what the page looks like where SCREENSHOTS says.
-func (b *browser) shot(name string) {
+// shot keeps what the page looks like.
+func (b *browser) shot(dir, name string) {
 	b.t.Helper()
-	dir := os.Getenv("SCREENSHOTS")
-	if dir == "" {
-		return
-	}
 	var png []byte
 	b.run(chromedp.FullScreenshot(&png, 100))
 	if err := os.WriteFile(filepath.Join(dir, name+".png"), png, 0o644); err != nil {
@@ -125,7 +121,7 @@ func (b *browser) check(page string) {
 // TestDashboard looks at the pages with a browser: it signs in, sees counters move, sends a command and sees it succeed, and sees the
 // gateway go and come back.
 func TestDashboard(t *testing.T) {
-	b := startBrowser(t)
+	b := startBrowser(t, 90*time.Second)
 	g := startGated(t, testkit.GatewayConfig{})
 	secret := g.register("pump-7", nil).Secret
 	addr := "http://" + g.HTTP
@@ -154,14 +150,12 @@ func TestDashboard(t *testing.T) {
 
 	b.run(chromedp.EmulateViewport(1200, 900), chromedp.Navigate(addr+"/devices"), chromedp.WaitVisible("#token"))
 	b.check("sign in")
-	b.shot("signin")
 	b.run(chromedp.SendKeys("#token", "wrong token\n"), chromedp.WaitVisible("#refused"))
 	began := time.Now()
 	b.run(chromedp.SendKeys("#token", token+"\n"), chromedp.WaitVisible("body[data-ready=true]"))
 	t.Logf("signed in and filled in %v", time.Since(began).Round(time.Millisecond))
 	b.await("the device is in the list", `document.querySelector('#devices').textContent.includes('pump-7')`)
 	b.check("devices")
-	b.shot("devices")
 
 	b.run(chromedp.Navigate(addr+"/"), chromedp.WaitVisible("body[data-ready=true]"))
 	for n := range 50 {
@@ -173,13 +167,11 @@ func TestDashboard(t *testing.T) {
 	b.await("the charts are there", `document.querySelectorAll('.chart canvas').length === 2`)
 	b.await("the ledger balances", `document.querySelector('#ledger').textContent.includes('exactly one account')`)
 	b.check("overview")
-	b.shot("overview")
 
 	b.run(chromedp.Navigate(addr+"/devices/pump-7"), chromedp.WaitVisible("body[data-ready=true]"),
 		chromedp.SendKeys(`#send [name=name]`, "flush"), chromedp.SendKeys(`#send [name=payload]`, `{"seconds": 5}`), chromedp.Click(`#send button`))
 	b.await("the command succeeds", `document.querySelector('#commands').textContent.includes('SUCCEEDED')`)
 	b.check("device")
-	b.shot("device")
 	b.run(chromedp.Navigate(addr+"/messages"), chromedp.WaitVisible("body[data-ready=true]"))
 	b.await("messages are shown", `document.querySelector('#messages').textContent.includes('"n":49')`)
 	b.check("messages")
@@ -200,7 +192,6 @@ func TestDashboard(t *testing.T) {
 	b.await("the newest is shown first, as text", `document.querySelector('#tail tr').textContent.includes('<b>bold</b>')`)
 	b.await("JSON and CBOR are readable", `(() => { const s = document.querySelector('#tail').textContent; return s.includes('21.5\n') && s.includes('CBOR: {"t": 21.5}') && !s.includes('looked'); })()`)
 	b.check("live")
-	b.shot("live")
 	b.run(chromedp.Navigate(addr+"/commands"), chromedp.WaitVisible("body[data-ready=true]"))
 	b.await("commands are shown", `document.querySelector('#commands').textContent.includes('flush')`)
 	b.check("commands")
@@ -209,11 +200,9 @@ func TestDashboard(t *testing.T) {
 	b.run(chromedp.Navigate(addr+"/alarms"), chromedp.WaitVisible("body[data-ready=true]"))
 	b.await("alarms are shown, or that there are none", `document.querySelector('#alarms').textContent.length > 0`)
 	b.check("alarms")
-	b.shot("alarms")
 
 	b.run(chromedp.EmulateViewport(360, 700), chromedp.Navigate(addr+"/"), chromedp.WaitVisible("body[data-ready=true]"))
 	b.check("overview at 360 px")
-	b.shot("overview-small")
 	b.mu.Lock()
 	for _, s := range b.said {
 		t.Errorf("console: %s", s)
@@ -230,4 +219,90 @@ func TestDashboard(t *testing.T) {
 	if !strings.HasPrefix(at, addr+"/signin") {
 		t.Errorf("after a restart the browser is at %s", at)
 	}
+}
+
+// TestScreenshots makes the pictures in docs/screenshots: a dozen devices publish for two minutes, in the middle of which the link is cut.
+func TestScreenshots(t *testing.T) {
+	dir := os.Getenv("SCREENSHOTS")
+	if dir == "" {
+		t.Skip("make screenshots")
+	}
+	b := startBrowser(t, 5*time.Minute)
+	up := testkit.StartMosquitto(t)
+	link := testkit.StartProxy(t, up.Addr)
+	g := startGated(t, testkit.GatewayConfig{
+		Devices: "{ anonymous: true }",
+		YAML:    fmt.Sprintf("upstreams: [{ name: cloud, url: %q }]\n", "mqtt://"+link.Addr()),
+	})
+	token, err := g.Token()
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, stop := context.WithCancel(t.Context())
+	var devices sync.WaitGroup
+	defer devices.Wait()
+	defer stop()
+	for d := range 12 {
+		id := fmt.Sprintf("pump-%02d", d+1)
+		c, err := mqtt.Dial(ctx, mqtt.ClientOptions{
+			Address: g.Addr, Connect: mqtt.Connect{Version: mqtt.V5, ClientID: id, CleanStart: true},
+			OnMessage: func(c *mqtt.Client, p *mqtt.Publish) {
+				parts := strings.Split(string(p.Topic), "/")
+				_ = c.Queue(&mqtt.Publish{QoS: 0, Topic: []byte("cmd/" + parts[1] + "/res/" + parts[3] + "/succeeded")})
+				c.Flush()
+			},
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := c.Subscribe(ctx, &mqtt.Subscribe{Filters: []mqtt.Subscription{{Filter: "cmd/" + id + "/req/#", QoS: 1}}}); err != nil {
+			t.Fatal(err)
+		}
+		devices.Go(func() {
+			defer func() { c.Abort(); <-c.Done() }()
+			tick := time.NewTicker(time.Duration(40+5*d) * time.Millisecond)
+			defer tick.Stop()
+			for n := 0; ; n++ {
+				select {
+				case <-ctx.Done():
+					return
+				case <-tick.C:
+				}
+				if err := c.Publish(&mqtt.Publish{
+					QoS: 1, ID: uint16(n%60000 + 1), Topic: fmt.Appendf(nil, "dt/water/%s/pressure", id), Payload: fmt.Appendf(nil, `{"bar":%.2f,"n":%d}`, 4+float64((n*7+d*13)%50)/100, n),
+				}); err != nil {
+					return
+				}
+			}
+		})
+	}
+	addr := "http://" + g.HTTP
+	ready := chromedp.WaitVisible("body[data-ready=true]")
+	b.run(chromedp.EmulateViewport(1200, 1000), chromedp.Navigate(addr+"/"), chromedp.WaitVisible("#token"), chromedp.SendKeys("#token", token+"\n"), ready)
+	for _, step := range []struct {
+		wait time.Duration
+		cut  bool
+	}{{45 * time.Second, true}, {30 * time.Second, false}, {45 * time.Second, false}} {
+		<-time.After(step.wait)
+		link.Set(testkit.Faults{Refuse: step.cut})
+		if step.cut {
+			link.Reset()
+		}
+	}
+	b.run(chromedp.Reload(), ready)
+	b.await("the charts are drawn", `document.querySelectorAll('.chart canvas').length === 2`)
+	<-time.After(5 * time.Second) // two looks: rates
+	b.shot(dir, "overview")
+	b.run(chromedp.Navigate(addr+"/devices/pump-07"), ready, chromedp.SendKeys(`#send [name=name]`, "calibrate"), chromedp.SendKeys(`#send [name=payload]`, `{"offset": 0.02}`), chromedp.Click(`#send button`))
+	b.await("the command succeeds", `document.querySelector('#commands').textContent.includes('SUCCEEDED')`)
+	b.shot(dir, "device")
+	b.run(chromedp.Navigate(addr+"/devices"), ready)
+	b.shot(dir, "devices")
+	b.run(chromedp.Navigate(addr+"/live"), ready, chromedp.SetValue(`#filter [name=filter]`, "dt/+/pump-07/#"), chromedp.Click(`#filter button.main`))
+	b.await("messages come", `document.querySelectorAll('#tail tr').length > 5`)
+	b.run(chromedp.Click("#stop"))
+	b.shot(dir, "live")
+	b.run(chromedp.EmulateViewport(360, 740), chromedp.Navigate(addr+"/"), ready)
+	<-time.After(5 * time.Second)
+	b.shot(dir, "overview-small")
 }

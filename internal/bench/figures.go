@@ -20,6 +20,8 @@ var figures = []figure{
 	{10, "A registry with many devices", measureRegistry},
 	{11, "Live first: how old the newest message is after an outage", measureLive},
 	{12, "A link of 50 kbit/s", measureLink},
+	{13, "Lists of the API", measureLists},
+	{14, "Taking in while browsers look on", measureViewers},
 }
 
 // storeFolder is where a gateway keeps its store below its data folder.
