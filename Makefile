@@ -61,6 +61,10 @@ fmt-check: bin/tools/gofumpt bin/tools/goimports # fails and lists what `make fm
 	@bad=$$(git ls-files -z '*.go' | xargs -0r bin/tools/gofumpt -l; git ls-files -z '*.go' | xargs -0r bin/tools/goimports -local holdfast -l); \
 	if [ -n "$$bad" ]; then echo "not formatted (run make fmt):"; sort -u <<<"$$bad"; exit 1; fi
 
+.PHONY: docs
+docs: ## write again what is made from the code: docs/configuration.md
+	go test -count=1 ./internal/config -run '^TestTheConfigurationPage$$' -update
+
 .PHONY: fuzz
 fuzz: ## every fuzz target for FUZZTIME each (20s)
 	FUZZTIME=$(FUZZTIME) .ci/fuzz
