@@ -62,8 +62,8 @@ fmt-check: bin/tools/gofumpt bin/tools/goimports # fails and lists what `make fm
 	if [ -n "$$bad" ]; then echo "not formatted (run make fmt):"; sort -u <<<"$$bad"; exit 1; fi
 
 .PHONY: docs
-docs: ## write again what is made from the code: docs/configuration.md
-	go test -count=1 ./internal/config -run '^TestTheConfigurationPage$$' -update
+docs: ## write again what is made from the code: docs/configuration.md and docs/man
+	go test -count=1 ./internal/config ./cmd/holdfast -run '^(TestTheConfigurationPage|TestTheManualPages)$$' -update
 
 .PHONY: fuzz
 fuzz: ## every fuzz target for FUZZTIME each (20s)

@@ -12,16 +12,19 @@ import (
 
 	"holdfast/gateway"
 	"holdfast/internal/config"
+	"holdfast/internal/mdoc"
 	"holdfast/internal/testkit"
 )
 
-var update = flag.Bool("update", false, "write docs/configuration.md")
+var update = flag.Bool("update", false, "write docs/configuration.md and docs/man/gateway.yaml.5")
 
-// docs/configuration.md is made of configs/gateway.yaml and of the code, so that neither is said twice. What a key means stands in the comment
+// docs/configuration.md and gateway.yaml(5) are made of configs/gateway.yaml and of the code, so that nothing is said twice. What a key means stands in the comment
 // above it, or in a line "#   key  meaning" of the comment above its section. Type and default are those of the types, what is allowed is asked of
 // the checks, and what a reload takes of a gateway.
 func TestTheConfigurationPage(t *testing.T) {
-	testkit.Golden(t, "../../docs/configuration.md", []byte(page(reference(t))), *update, "make docs")
+	d := reference(t)
+	testkit.Golden(t, "../../docs/configuration.md", []byte(page(d)), *update, "make docs")
+	testkit.Golden(t, "../../docs/man/gateway.yaml.5", []byte(manual(d)), *update, "make docs")
 }
 
 // What the comments say of defaults and bounds is what the code does.
@@ -448,6 +451,91 @@ func blocks(comment []string, path string) (bs []block) {
 		}
 	}
 	return bs
+}
+
+// manual writes docs/man/gateway.yaml.5.
+func manual(d doc) string {
+	p := mdoc.New("gateway.yaml", 5, "configuration of the Holdfast gateway")
+	p.Section("DESCRIPTION")
+	p.Text("The gateway has one configuration file, in YAML. configs/gateway.yaml in the sources is an example with every key in it.")
+	items(p, d.head[1:])
+	p.Linef(".Pp")
+	p.Text(takenBy)
+	p.Linef(".Bl -tag -width Ds")
+	for _, e := range d.entries {
+		p.Linef(".It Ic %s", mdoc.Word(e.name()))
+		open := false
+		for i, m := range e.meaning {
+			if m.term == "" {
+				if i > 0 {
+					p.Linef(".Pp")
+				}
+				p.Text(m.text)
+				open = true
+			}
+		}
+		items(p, e.meaning)
+		if e.Section {
+			continue
+		}
+		facts := strings.ToUpper(e.Type[:1]) + e.Type[1:]
+		if a := e.allowed(); a != "" {
+			facts += ": " + a
+		}
+		facts += ". "
+		switch def := e.defaultText(); {
+		case e.required:
+			facts += "It has to be given"
+		case e.List && e.Default != "":
+			facts += "Default: as below"
+		default:
+			facts += "Default: " + def
+		}
+		if open {
+			p.Linef(".Pp")
+		}
+		p.Text(facts + ". Taken by a " + e.taken() + ".")
+		if e.List && e.Default != "" {
+			p.Literal(e.Default)
+		}
+	}
+	p.Linef(".El")
+	p.Section("FILES")
+	p.Linef(".Bl -tag -width Ds\n.It Pa /etc/holdfast/gateway.yaml")
+	p.Text("What the systemd unit names.")
+	p.Linef(".El")
+	p.Section("SEE ALSO")
+	p.Linef(".Xr holdfast 1 ,\n.Xr holdfast-config 1 ,\n.Xr holdfast-run 1")
+	return p.String()
+}
+
+// items writes those blocks that have a term.
+func items(p *mdoc.Page, bs []block) {
+	bs = slices.DeleteFunc(slices.Clone(bs), func(b block) bool { return b.term == "" })
+	for i, b := range bs {
+		switch {
+		case i == 0 || (b.term == "-") != (bs[i-1].term == "-"):
+			if i > 0 {
+				p.Linef(".El")
+			}
+			if b.term == "-" {
+				p.Linef(".Bl -bullet")
+			} else {
+				p.Linef(".Bl -tag -width Ds")
+			}
+		}
+		if b.term == "-" {
+			p.Linef(".It")
+		} else {
+			p.Linef(".It %s", mdoc.Word(b.term))
+		}
+		if b.text != "" {
+			p.Text(b.text)
+		}
+	}
+	if len(bs) > 0 {
+		p.Linef(".El")
+	}
 }
 
 const takenBy = `A changed value is taken by a reload (SIGHUP or POST /api/v1/reload) or only by a restart; "holdfast config diff" tells beforehand. ` +
