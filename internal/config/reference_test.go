@@ -214,10 +214,8 @@ func (e *entry) ask(t *testing.T) {
 	}
 	if i := strings.LastIndexByte(e.Path, '.'); i >= 0 && strings.HasSuffix(e.Path[:i], "[]") {
 		said := problem(at, fileWith(e.Path[:i], "{}"))
-		e.required = strings.HasPrefix(said, "is missing") || said != "" && e.Default == "" && strings.Contains(e.Path, ".windows[]")
-	}
-	if strings.HasSuffix(e.Path, ".share") {
-		e.required = false // it is only missing where the others take everything
+		// A window is checked by the bridge, which tells what is wrong with "" and 0 in place of what is missing.
+		e.required = strings.HasPrefix(said, "is missing") || said != "" && strings.HasPrefix(e.Path, "upstreams[].budget.windows[].")
 	}
 }
 
