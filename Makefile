@@ -69,6 +69,10 @@ alerts-check: ## Prometheus rules against their cases (configs/alerts_test.yaml)
 	promtool check rules configs/alerts.yaml
 	promtool test rules configs/alerts_test.yaml
 
+.PHONY: docs
+docs: ## write again what is made from the code: docs/configuration.md and docs/man
+	go test -count=1 ./internal/config ./cmd/holdfast -run '^(TestTheConfigurationPage|TestTheManualPages)$$' -update
+
 .PHONY: fuzz
 fuzz: ## every fuzz target for FUZZTIME each (20s)
 	FUZZTIME=$(FUZZTIME) .ci/fuzz
@@ -136,11 +140,6 @@ demo: build ## see it work: devices, cuts, a crash, then the ledger
 
 .PHONY: tools
 tools: bin/tools/golangci-lint bin/tools/gofumpt bin/tools/goimports bin/tools/benchstat ## build the linter and the formatters
-
-.PHONY: docs
-docs: ## docs/configuration.md and docs/man, made of the code
-	go test -count=1 -run 'TestThePaperIsOfTheKeys' ./internal/config -update
-	go test -count=1 -run 'TestManPagesAreOfTheCommandLine' ./cmd/holdfast -update
 
 .PHONY: deb
 deb: bin/tools/nfpm sbom ## Debian packages for amd64, arm64 and armhf into dist/, the same bytes from the same commit

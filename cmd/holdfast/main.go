@@ -99,16 +99,21 @@ type program struct {
 	declared *declaration
 }
 
-type declaration struct{ fs *flag.FlagSet }
+type declaration struct {
+	fs          *flag.FlagSet
+	least, most int // arguments
+}
 
 // flagsOf gives the flags that a command takes, without running it.
-func flagsOf(c command) *flag.FlagSet {
+func flagsOf(c command) *flag.FlagSet { return declarationOf(c).fs }
+
+func declarationOf(c command) declaration {
 	p := &program{cmd: c, stdout: io.Discard, stderr: io.Discard, declared: &declaration{}}
 	_ = c.run(context.Background(), p, nil) // parse ends it
 	if p.declared.fs == nil {
 		panic("holdfast " + c.name + " does something before it parses its flags")
 	}
-	return p.declared.fs
+	return *p.declared
 }
 
 // Errors that say how to exit.
@@ -250,19 +255,26 @@ func list(w io.Writer, cs []command) {
 }
 
 func printOverview(w io.Writer) {
-	fmt.Fprint(w, `Holdfast is an IoT edge gateway: it takes what devices publish over MQTT, acknowledges
-it once it is on disk, and sends it upstream until the upstream has it.
-
-`)
+	fmt.Fprintf(w, "%s\n\n", overview)
 	list(w, commands())
-	fmt.Fprint(w, `
-First steps:
-  holdfast demo                     devices, a cut uplink, a killed gateway, and the ledger at the end
-  holdfast run                      a gateway for this machine only, in ./holdfast-data
-  holdfast config print > gw.yaml   its configuration, to start from
-
-holdfast help COMMAND tells more. Exit codes: 0 done, 1 failed, 2 wrong usage or configuration.
-`)
+	fmt.Fprintln(w, "\nFirst steps:")
+	for _, e := range firstSteps {
+		fmt.Fprintf(w, "  %-33s %s\n", e.line, e.does)
+	}
+	for _, part := range []struct {
+		title string
+		facts []fact
+	}{{"Environment", environment}, {"Files", files}} {
+		fmt.Fprintf(w, "\n%s:\n", part.title)
+		for _, f := range part.facts {
+			fmt.Fprintf(w, "  %-33s %s\n", f.name, f.text)
+		}
+	}
+	codes := make([]string, len(exitCodes))
+	for i, c := range exitCodes {
+		codes[i] = c.name + " " + c.text
+	}
+	fmt.Fprintf(w, "\nholdfast help COMMAND tells more. Exit codes: %s.\n", strings.Join(codes, ", "))
 }
 
 // help prints to stdout what was asked for.
@@ -276,6 +288,7 @@ func (p *program) help(args []string) int {
 		return p.exit(c.run(context.Background(), p, []string{"--help"}))
 	}
 	if group := under(args[0]); len(group) > 0 && len(args) == 1 {
+		fmt.Fprintf(p.stdout, "%s.\n\n", groups[args[0]])
 		list(p.stdout, group)
 		return exitDone
 	}
@@ -293,7 +306,7 @@ func (p *program) flags() *flag.FlagSet {
 // parse reads flags and arguments, in any order, and wants between least and most arguments.
 func (p *program) parse(fs *flag.FlagSet, args []string, least, most int) ([]string, error) {
 	if p.declared != nil {
-		p.declared.fs = fs
+		*p.declared = declaration{fs, least, most}
 		return nil, errHelped
 	}
 	var positional []string
@@ -334,14 +347,22 @@ func (p *program) printHelp(fs *flag.FlagSet) {
 			fmt.Fprintln(p.stdout, "\nFlags:")
 			any = true
 		}
-		value, text := flag.UnquoteUsage(f)
-		name := "--" + f.Name
-		if value != "" {
-			name += " " + value
-		}
-		if f.DefValue != "" && f.DefValue != "false" && f.DefValue != "0" {
-			text += fmt.Sprintf(" (default %s)", f.DefValue)
-		}
-		fmt.Fprintf(p.stdout, "  %-20s %s\n", name, text)
+		name, value, text := flagText(f)
+		fmt.Fprintf(p.stdout, "  %-20s %s\n", strings.TrimSpace(name+" "+value), text)
 	})
+	for i, e := range examples[p.cmd.name] {
+		if i == 0 {
+			fmt.Fprintln(p.stdout, "\nExamples:")
+		}
+		fmt.Fprintf(p.stdout, "  %s\n      %s\n", e.line, e.does)
+	}
+}
+
+// flagText gives what there is to say of a flag: --limit, N, at most N messages (default 20).
+func flagText(f *flag.Flag) (name, value, text string) {
+	value, text = flag.UnquoteUsage(f)
+	if f.DefValue != "" && f.DefValue != "false" && f.DefValue != "0" {
+		text += fmt.Sprintf(" (default %s)", f.DefValue)
+	}
+	return "--" + f.Name, value, text
 }

@@ -1,175 +1,406 @@
 package main
 
 import (
-	"bytes"
+	"errors"
 	"flag"
 	"fmt"
-	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
+
+	"holdfast/internal/mdoc"
+	"holdfast/internal/testkit"
 )
 
-var updateMan = flag.Bool("update", false, "write docs/man anew")
+var update = flag.Bool("update", false, "write docs/man")
 
 const manDir = "../../docs/man"
 
-// TestManPagesAreOfTheCommandLine makes docs/man of what the commands declare: a page for each first word, and one for all. A page that is
-// not what this makes is an error: make docs.
-func TestManPagesAreOfTheCommandLine(t *testing.T) {
-	pages := makeManPages()
-	names, err := filepath.Glob(manDir + "/*.1")
+// The manual pages are made of what "holdfast help" prints: one of the program, and one of each command or group of commands.
+func TestTheManualPages(t *testing.T) {
+	names := []string{"holdfast.1", "gateway.yaml.5"} // the second is of internal/config
+	testkit.Golden(t, filepath.Join(manDir, "holdfast.1"), []byte(programPage()), *update, "make docs")
+	for _, g := range grouped() {
+		name := "holdfast-" + g.word + ".1"
+		names = append(names, name)
+		testkit.Golden(t, filepath.Join(manDir, name), []byte(groupPage(g)), *update, "make docs")
+	}
+	there, err := os.ReadDir(manDir)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if *updateMan {
-		if err := os.MkdirAll(manDir, 0o755); err != nil {
+	for _, f := range there {
+		if !slices.Contains(names, f.Name()) {
+			t.Errorf("docs/man/%s is of a command that there is not: remove it", f.Name())
+		}
+	}
+}
+
+// Those who read the pages have no complaint about them.
+func TestTheManualPagesAreWellFormed(t *testing.T) {
+	pages, err := filepath.Glob(filepath.Join(manDir, "*.[15]"))
+	if err != nil || len(pages) < 10 {
+		t.Fatalf("%d pages, %v", len(pages), err)
+	}
+	reference := regexp.MustCompile(`(?m)^\.(?:It )?Xr (\S+) (\d)`)
+	for _, page := range pages {
+		text, err := os.ReadFile(page)
+		if err != nil {
 			t.Fatal(err)
 		}
-		for _, n := range names {
-			if err := os.Remove(n); err != nil {
-				t.Fatal(err)
+		for _, m := range reference.FindAllStringSubmatch(string(text), -1) {
+			if other := filepath.Join(manDir, m[1]+"."+m[2]); !slices.Contains(pages, other) {
+				t.Errorf("%s refers to %s, which is not there", page, other)
 			}
 		}
-		for name, page := range pages {
-			if err := os.WriteFile(filepath.Join(manDir, name), page, 0o644); err != nil {
-				t.Fatal(err)
+	}
+	for _, tool := range [][]string{{"mandoc", "-T", "lint", "-W", "style"}, {"groff", "-mandoc", "-Tutf8", "-ww", "-z"}} {
+		t.Run(tool[0], func(t *testing.T) {
+			if _, err := exec.LookPath(tool[0]); err != nil {
+				t.Skipf("no %s here", tool[0])
 			}
-		}
-		return
-	}
-	for _, n := range names {
-		if pages[filepath.Base(n)] == nil {
-			t.Errorf("%s is of no command: make docs", n)
-		}
-	}
-	for name, page := range pages {
-		if there, err := os.ReadFile(filepath.Join(manDir, name)); err != nil || !bytes.Equal(there, page) {
-			t.Errorf("docs/man/%s is not what the commands declare (%v): make docs", name, err)
-		}
-	}
-}
-
-// TestManPagesAreRoff has groff read them, where there is one.
-func TestManPagesAreRoff(t *testing.T) {
-	groff, err := exec.LookPath("groff")
-	if err != nil {
-		t.Skip("no groff")
-	}
-	for name, page := range makeManPages() {
-		cmd := exec.CommandContext(t.Context(), groff, "-man", "-Tutf8", "-ww", "-z")
-		cmd.Stdin = bytes.NewReader(page)
-		if out, err := cmd.CombinedOutput(); err != nil || len(out) > 0 {
-			t.Errorf("%s: %v\n%s", name, err, out)
-		}
-	}
-}
-
-func makeManPages() map[string][]byte {
-	groups := map[string][]command{}
-	for _, c := range commands() {
-		first, _, _ := strings.Cut(c.name, " ")
-		groups[first] = append(groups[first], c)
-	}
-	pages := map[string][]byte{}
-	for first, cs := range groups {
-		pages["holdfast-"+first+".1"] = manPage(first, cs)
-	}
-	var b bytes.Buffer
-	manHead(&b, "holdfast", "IoT edge gateway")
-	b.WriteString(".SH SYNOPSIS\n.B holdfast\n.I command\n[\\fIarguments\\fR]\n.SH DESCRIPTION\n")
-	b.WriteString(roff("Devices publish to its MQTT broker; every message is on disk before it is acknowledged, and leaves the disk when the upstream has acknowledged it. " +
-		"Commands from the cloud wait in a durable queue and go down when their device is there.\n"))
-	b.WriteString(".SH COMMANDS\n")
-	for _, c := range commands() {
-		first, _, _ := strings.Cut(c.name, " ")
-		fmt.Fprintf(&b, ".TP\n.B %s\n%s.\nSee\n.BR holdfast\\-%s (1).\n", roff("holdfast "+c.name), roff(c.summary), roff(first))
-	}
-	manTail(&b, slices.Sorted(maps.Keys(groups)))
-	pages["holdfast.1"] = b.Bytes()
-	return pages
-}
-
-func manHead(b *bytes.Buffer, name, summary string) {
-	fmt.Fprintf(b, ".\\\" Made of the command line by make docs: do not edit.\n.TH %s 1 \"\" Holdfast\n.SH NAME\n%s \\- %s\n", strings.ToUpper(roff(name)), roff(name), roff(summary))
-}
-
-func manTail(b *bytes.Buffer, others []string) {
-	b.WriteString(".SH EXIT STATUS\n.TP\n.B 0\ndone\n.TP\n.B 1\nfailed\n.TP\n.B 2\nwrong usage or configuration: trying again changes nothing\n")
-	b.WriteString(".SH FILES\n.TP\n.I /etc/holdfast/gateway.yaml\nthe configuration of the Debian package's gateway\n.TP\n.I /var/lib/holdfast\nits data; admin.token in it is what the commands show that ask the gateway\n")
-	b.WriteString(".SH ENVIRONMENT\n.TP\n.B HOLDFAST_TOKEN\nthe token to show, instead of that of the data folder\n.SH SEE ALSO\n")
-	for i, o := range others {
-		end := ","
-		if i == len(others)-1 {
-			end = ""
-		}
-		fmt.Fprintf(b, ".BR holdfast\\-%s (1)%s\n", roff(o), end)
-	}
-	b.WriteString(".PP\nThe papers in /usr/share/doc/holdfast/docs, above all operations.md and configuration.md.\n")
-}
-
-func manPage(first string, cs []command) []byte {
-	var b bytes.Buffer
-	summary := cs[0].summary
-	if len(cs) > 1 {
-		var words []string
-		for _, c := range cs {
-			_, second, _ := strings.Cut(c.name, " ")
-			words = append(words, second)
-		}
-		summary = strings.Join(words, ", ")
-	}
-	manHead(&b, "holdfast-"+first, summary)
-	b.WriteString(".SH SYNOPSIS\n.nf\n")
-	for _, c := range cs {
-		fmt.Fprintf(&b, "%s\n", roff("holdfast "+usageLine(c)))
-	}
-	b.WriteString(".fi\n.SH DESCRIPTION\n")
-	for i, c := range cs {
-		if len(cs) > 1 {
-			fmt.Fprintf(&b, ".SS \"%s\"\n", roff("holdfast "+c.name))
-		}
-		fmt.Fprintf(&b, "%s.\n", roff(c.summary))
-		if help := strings.TrimSpace(c.help); help != "" {
-			fmt.Fprintf(&b, ".PP\n.nf\n%s\n.fi\n", roff(help))
-		}
-		flagsOf(cs[i]).VisitAll(func(f *flag.Flag) {
-			value, text := flag.UnquoteUsage(f)
-			fmt.Fprintf(&b, ".TP\n.B %s", roff("--"+f.Name))
-			if value != "" {
-				fmt.Fprintf(&b, " %s", roff(value))
+			for _, page := range pages {
+				// mandoc ends with an error because it looks for the other pages among those that are installed.
+				out, err := exec.CommandContext(t.Context(), tool[0], append(tool[1:], page)...).CombinedOutput()
+				var failed *exec.ExitError
+				if err != nil && !errors.As(err, &failed) {
+					t.Fatal(err)
+				}
+				for line := range strings.Lines(string(out)) {
+					if !strings.Contains(line, "referenced manual not found") {
+						t.Errorf("%s: %s", tool[0], line)
+					}
+				}
 			}
-			fmt.Fprintf(&b, "\n%s", roff(text))
-			if d := f.DefValue; d != "" && d != "false" && d != "0" && d != "0s" {
-				fmt.Fprintf(&b, " (default %s)", roff(d))
-			}
-			b.WriteString("\n")
 		})
 	}
-	manTail(&b, []string{first})
-	page := bytes.Replace(b.Bytes(), fmt.Appendf(nil, ".SH SEE ALSO\n.BR holdfast\\-%s (1)\n", roff(first)), []byte(".SH SEE ALSO\n.BR holdfast (1)\n"), 1)
-	return page
 }
 
-// roff writes text so that nothing in it is a request.
-func roff(s string) string {
-	s = strings.NewReplacer(`\`, `\e`, "-", `\-`, "^", `\(ha`, "~", `\(ti`, "`", `\(ga`).Replace(s)
-	var b strings.Builder
-	for _, r := range s {
-		if r > 126 {
-			fmt.Fprintf(&b, `\[u%04X]`, r)
-		} else {
-			b.WriteRune(r)
+// Every example can be typed: it names a command, its flags and as many words as it takes.
+func TestTheExamplesCanBeTyped(t *testing.T) {
+	all := slices.Clone(firstSteps)
+	for name, es := range examples {
+		for _, e := range es {
+			if !strings.Contains(e.line, "holdfast "+name) {
+				t.Errorf("the example %q is not of %s", e.line, name)
+			}
+		}
+		all = append(all, es...)
+	}
+	for _, e := range all {
+		words := typed(strings.TrimPrefix(e.line, "source <("))
+		c, rest, ok := find(words[1:])
+		if !ok {
+			t.Errorf("%s: there is no such command", e.line)
+			continue
+		}
+		d := declarationOf(c)
+		p := &program{cmd: c}
+		if _, err := p.parse(d.fs, rest, d.least, d.most); err != nil {
+			t.Errorf("%s: %v", e.line, err)
 		}
 	}
-	lines := strings.Split(b.String(), "\n")
-	for i, l := range lines {
-		if strings.HasPrefix(l, ".") || strings.HasPrefix(l, "'") {
-			lines[i] = `\&` + l
+	for _, g := range grouped() {
+		if len(g.commands) > 1 && groups[g.word] == "" {
+			t.Errorf("nothing says what the commands of %s are for", g.word)
 		}
 	}
-	return strings.Join(lines, "\n")
+	known := regexp.MustCompile(`--[a-z-]+`)
+	for _, c := range commands() {
+		for _, name := range known.FindAllString(c.args, -1) {
+			if flagsOf(c).Lookup(name[2:]) == nil {
+				t.Errorf("usage of %s: there is no flag %s", c.name, name)
+			}
+		}
+	}
+}
+
+// typed parts a line as a shell does, up to a pipe or a redirection.
+func typed(line string) (words []string) {
+	for _, m := range regexp.MustCompile(`'([^']*)'|([^ ]+)`).FindAllStringSubmatch(line, -1) {
+		if m[2] == "|" || m[2] == ">" {
+			break
+		}
+		words = append(words, m[1]+strings.TrimSuffix(m[2], ")"))
+	}
+	return words
+}
+
+type groupOf struct {
+	word     string
+	commands []command
+}
+
+func grouped() (gs []groupOf) {
+	for _, c := range commands() {
+		word, _, _ := strings.Cut(c.name, " ")
+		if len(gs) == 0 || gs[len(gs)-1].word != word {
+			gs = append(gs, groupOf{word: word})
+		}
+		gs[len(gs)-1].commands = append(gs[len(gs)-1].commands, c)
+	}
+	return gs
+}
+
+func programPage() string {
+	p := mdoc.New("holdfast", 1, "IoT edge gateway")
+	p.Section("SYNOPSIS")
+	p.Linef(".Nm\n.Ar command\n.Op Ar arguments\n.Nm\n.Cm help\n.Op Ar command")
+	p.Section("DESCRIPTION")
+	p.Text(overview)
+	p.Linef(".Pp\nThe commands are:\n.Bl -tag -width Ds")
+	for _, g := range grouped() {
+		p.Linef(".It Xr holdfast-%s 1", g.word)
+		p.Text(about(g) + ".")
+	}
+	p.Linef(".El")
+	facts(p, commands())
+	p.Section("EXAMPLES")
+	lines(p, firstSteps)
+	p.Section("SEE ALSO")
+	var others []string
+	for _, g := range grouped() {
+		others = append(others, "holdfast-"+g.word)
+	}
+	seeAlso(p, others)
+	return p.String()
+}
+
+func groupPage(g groupOf) string {
+	what := about(g)
+	p := mdoc.New("holdfast-"+g.word, 1, strings.ToLower(what[:1])+what[1:])
+	p.Section("SYNOPSIS")
+	for _, c := range g.commands {
+		p.Linef(".Nm holdfast %s", c.name)
+		synopsis(p, c.args)
+	}
+	p.Section("DESCRIPTION")
+	// What several commands say or take alike is told once, at the end.
+	said, taken := map[string]int{}, map[string]int{}
+	for _, c := range g.commands {
+		for _, text := range paragraphs(c.help) {
+			said[text]++
+		}
+		flagsOf(c).VisitAll(func(f *flag.Flag) { taken[f.Name+f.Usage+f.DefValue]++ })
+	}
+	common := func(f *flag.Flag) bool {
+		return len(g.commands) > 1 && taken[f.Name+f.Usage+f.DefValue] == len(g.commands)
+	}
+	var shared []string
+	var es []example
+	for _, c := range g.commands {
+		if len(g.commands) > 1 {
+			p.Linef(".Ss holdfast %s", c.name)
+		}
+		p.Text(c.summary + ".")
+		for _, text := range paragraphs(c.help) {
+			switch {
+			case said[text] == 1:
+				paragraph(p, text)
+			case !slices.Contains(shared, text):
+				shared = append(shared, text)
+			}
+		}
+		flagList(p, "", c, func(f *flag.Flag) bool { return !common(f) })
+		es = append(es, examples[c.name]...)
+	}
+	if len(g.commands) > 1 {
+		all := false
+		flagsOf(g.commands[0]).VisitAll(func(f *flag.Flag) { all = all || common(f) })
+		if all || len(shared) > 0 {
+			p.Linef(".Ss What they have in common")
+		}
+		for i, text := range shared {
+			if i == 0 {
+				p.Text(text)
+			} else {
+				paragraph(p, text)
+			}
+		}
+		intro := "All of them take:"
+		if len(shared) > 0 {
+			p.Linef(".Pp")
+		}
+		if all {
+			flagList(p, intro, g.commands[0], common)
+		}
+	}
+	facts(p, g.commands)
+	if len(es) > 0 {
+		p.Section("EXAMPLES")
+		lines(p, es)
+	}
+	p.Section("SEE ALSO")
+	seeAlso(p, []string{"holdfast"})
+	return p.String()
+}
+
+func about(g groupOf) string {
+	if len(g.commands) == 1 {
+		return g.commands[0].summary
+	}
+	return groups[g.word]
+}
+
+// synopsis writes a usage line with a macro for each part.
+func synopsis(p *mdoc.Page, args string) {
+	for _, word := range strings.Fields(args) {
+		var after []string
+		for strings.HasPrefix(word, "[") || strings.HasPrefix(word, "(") {
+			if word[0] == '[' {
+				p.Linef(".Oo")
+			} else {
+				p.Linef(".Po")
+			}
+			word = word[1:]
+		}
+		word, dots := strings.CutSuffix(word, "...")
+		for {
+			if strings.HasSuffix(word, "]") && strings.Count(word, "]") > strings.Count(word, "[") {
+				after = append(after, ".Oc")
+			} else if strings.HasSuffix(word, ")") && strings.Count(word, ")") > strings.Count(word, "(") {
+				after = append(after, ".Pc")
+			} else {
+				break
+			}
+			word = word[:len(word)-1]
+		}
+		switch {
+		case word == "|":
+			p.Linef("|")
+		case word == "…":
+			p.Linef(`\&...\&`)
+		case strings.HasPrefix(word, "--"):
+			p.Linef(".Fl %s", mdoc.Word(word[1:]))
+		case strings.ToLower(word) == word && word != "flags":
+			p.Linef(".Cm %s", mdoc.Word(word))
+		default:
+			p.Linef(".Ar %s", mdoc.Word(word))
+		}
+		for _, a := range after {
+			p.Linef("%s", a)
+		}
+		if dots {
+			p.Linef(`\&...\&`)
+		}
+	}
+}
+
+func paragraphs(help string) []string {
+	if help = strings.Trim(help, "\n"); help == "" {
+		return nil
+	}
+	return strings.Split(help, "\n\n")
+}
+
+var (
+	numbered = regexp.MustCompile(`(?m)^\d+\. `)
+	columns  = regexp.MustCompile(`(?m)^(\S.*?) {2,}(\S.*)$`)
+	indented = regexp.MustCompile(`(?m)^ `)
+)
+
+func paragraph(p *mdoc.Page, text string) {
+	switch {
+	case numbered.MatchString(text):
+		p.Linef(".Bl -enum")
+		for _, item := range numbered.Split(text, -1)[1:] {
+			p.Linef(".It")
+			p.Text(item)
+		}
+		p.Linef(".El")
+	case columns.MatchString(text):
+		p.Linef(".Bl -tag -width Ds")
+		for _, m := range columns.FindAllStringSubmatch(text, -1) {
+			p.Linef(".It %s", mdoc.Word(m[1]))
+			p.Text(m[2])
+		}
+		p.Linef(".El")
+		if rest := strings.TrimSpace(columns.ReplaceAllString(text, "")); rest != "" {
+			panic("half a table: " + rest)
+		}
+	case indented.MatchString(text):
+		p.Literal(text)
+	default:
+		p.Linef(".Pp")
+		p.Text(text)
+	}
+}
+
+func flagList(p *mdoc.Page, intro string, c command, which func(*flag.Flag) bool) {
+	any := false
+	flagsOf(c).VisitAll(func(f *flag.Flag) {
+		if !which(f) {
+			return
+		}
+		if !any {
+			if intro != "" {
+				p.Text(intro)
+			}
+			p.Linef(".Bl -tag -width Ds")
+			any = true
+		}
+		name, value, text := flagText(f)
+		item := ".It Fl " + mdoc.Word(name[1:])
+		if value != "" {
+			item += " Ar " + mdoc.Word(value)
+		}
+		p.Linef("%s", item)
+		p.Text(text)
+	})
+	if any {
+		p.Linef(".El")
+	}
+}
+
+// facts writes what is around the commands.
+func facts(p *mdoc.Page, cs []command) {
+	concerns := func(f fact) bool {
+		return f.of == "" || slices.ContainsFunc(cs, func(c command) bool {
+			word, _, _ := strings.Cut(c.name, " ")
+			return word == f.of || flagsOf(c).Lookup(strings.TrimPrefix(f.of, "--")) != nil && strings.HasPrefix(f.of, "--")
+		})
+	}
+	for _, s := range []struct {
+		name, macro string
+		facts       []fact
+	}{{"ENVIRONMENT", "Ev", environment}, {"FILES", "Pa", files}, {"EXIT STATUS", "", exitCodes}} {
+		first := true
+		for _, f := range s.facts {
+			if !concerns(f) {
+				continue
+			}
+			if first {
+				p.Section(s.name)
+				p.Linef(".Bl -tag -width Ds")
+				first = false
+			}
+			p.Linef("%s", strings.Join(strings.Fields(fmt.Sprintf(".It %s %s", s.macro, mdoc.Word(f.name))), " "))
+			p.Text(strings.ToUpper(f.text[:1]) + f.text[1:] + ".")
+		}
+		if !first {
+			p.Linef(".El")
+		}
+	}
+}
+
+func lines(p *mdoc.Page, es []example) {
+	for i, e := range es {
+		if i > 0 {
+			p.Linef(".Pp")
+		}
+		p.Text(strings.ToUpper(e.does[:1]) + e.does[1:] + ":")
+		p.Literal(e.line)
+	}
+}
+
+func seeAlso(p *mdoc.Page, pages []string) {
+	slices.Sort(pages)
+	for _, name := range pages {
+		p.Linef(".Xr %s 1 ,", name)
+	}
+	p.Linef(".Xr gateway.yaml 5")
 }

@@ -39,6 +39,7 @@ var arrows = map[string][]string{
 	"internal/kv":            {},
 	"internal/lifecycle":     {},
 	"internal/logs":          {},
+	"internal/mdoc":          {}, // of tests that write manual pages: linked into no program
 	"internal/mqtt":          {},
 	"internal/pki":           {},
 	"internal/mqtt/mqtttest": {"internal/mqtt"}, // a test's mosquitto and scripted peers: linked into no program

@@ -141,6 +141,17 @@ func defaults() *Config {
 	}
 }
 
+// entries is what an entry of a list starts from, by its type.
+func entries() map[reflect.Type]reflect.Value {
+	return map[reflect.Type]reflect.Value{
+		reflect.TypeFor[spool.LaneConfig](): reflect.ValueOf(spool.LaneConfig{
+			MaxBytes: defaultLaneSize, MaxAge: defaultLaneAge, WhenFull: spool.DropOldest,
+			Drain: spool.InOrder, BackfillShare: spool.DefaultBackfillShare,
+		}),
+		reflect.TypeFor[bridge.Config](): reflect.ValueOf(bridge.Config{Format: bridge.FormatBatch, Window: bridge.DefaultWindow, Commands: true}),
+	}
+}
+
 // fill gives what depends on other keys or on this machine its default.
 func (c *Config) fill() {
 	if c.Gateway.ID == "" {
@@ -255,11 +266,7 @@ func readFile(path string) ([]byte, error) {
 // problems found so far.
 func decode(name string, data []byte) (*Config, *decoder) {
 	d := newDecoder(name)
-	d.elements[reflect.TypeFor[spool.LaneConfig]()] = reflect.ValueOf(spool.LaneConfig{
-		MaxBytes: defaultLaneSize, MaxAge: defaultLaneAge, WhenFull: spool.DropOldest,
-		Drain: spool.InOrder, BackfillShare: spool.DefaultBackfillShare,
-	})
-	d.elements[reflect.TypeFor[bridge.Config]()] = reflect.ValueOf(bridge.Config{Format: bridge.FormatBatch, Window: bridge.DefaultWindow, Commands: true})
+	d.elements = entries()
 	doc, ok := d.parse(data)
 	if !ok {
 		return nil, d

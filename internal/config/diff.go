@@ -109,7 +109,10 @@ func oneLine(v reflect.Value) string {
 	if v.Kind() == reflect.Slice && v.IsNil() {
 		return ""
 	}
-	n := node(v)
+	return nodeLine(node(v))
+}
+
+func nodeLine(n *yaml.Node) string {
 	flow(n)
 	b, err := yaml.Marshal(n)
 	if err != nil {

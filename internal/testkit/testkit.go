@@ -12,9 +12,13 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"net"
+	"os"
+	"strings"
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/google/go-cmp/cmp"
 )
 
 // T is what testkit needs of a testing.TB. The benchmark, which is no test, brings its own.
@@ -31,6 +35,24 @@ type T interface {
 // Logger returns a logger whose lines appear in t's output, from debug on.
 func Logger(t testing.TB) *slog.Logger {
 	return slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelDebug}))
+}
+
+// Golden compares a file of the tree with what it should hold, or writes it if update is set. remedy is the command that does that.
+func Golden(t testing.TB, path string, want []byte, update bool, remedy string) {
+	t.Helper()
+	if update {
+		if err := os.WriteFile(path, want, 0o644); err != nil { //nolint:gosec // a page for everybody to read
+			t.Fatal(err)
+		}
+		return
+	}
+	have, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatalf("%v: run %q", err, remedy)
+	}
+	if diff := cmp.Diff(strings.Split(string(have), "\n"), strings.Split(string(want), "\n")); diff != "" {
+		t.Errorf("%s is not what the code says: run %q and look at what changes (-is, +should be):\n%s", path, remedy, diff)
+	}
 }
 
 // Eventually waits until cond holds and fails t if it does not within the time given. what completes the
