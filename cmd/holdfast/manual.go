@@ -65,7 +65,7 @@ var examples = map[string][]example{
 	"config print":   {{"holdfast config print > gateway.yaml", "a configuration to start from"}},
 	"status":         {{"holdfast status --config /etc/holdfast/gateway.yaml", "the gateway with this configuration"}},
 	"top":            {{"holdfast top --config /etc/holdfast/gateway.yaml", "over SSH, until q is pressed"}},
-	"health":         {{"holdfast health || echo away", "in a script"}},
+	"health":         {{"holdfast health --config /etc/holdfast/gateway.yaml", "as a container's health check does"}},
 	"device add":     {{"holdfast device add pump-7 --name 'pump in cellar' --label floor=-1", "its token is shown once"}},
 	"device list":    {{"holdfast device list --offline --label floor=-1", "those of a floor that are not there"}},
 	"device rotate":  {{"holdfast device rotate pump-7 --overlap 7d", "a week for giving it the new token"}},
