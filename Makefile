@@ -39,7 +39,7 @@ help: ## this list
 
 .PHONY: build
 build: ## static binaries into bin/ (CGO_ENABLED=0)
-	CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/...
+	CGO_ENABLED=0 go build -trimpath -tags timetzdata -ldflags '$(LDFLAGS)' -o bin/ ./cmd/...
 
 .PHONY: test
 test: ## every test: no network, no root, no service, under two minutes
@@ -149,6 +149,10 @@ deb: bin/tools/nfpm sbom ## Debian packages for amd64, arm64 and armhf into dist
 sbom: build bin/tools/cyclonedx-gomod ## what the binary is made of, in CycloneDX: dist/holdfast.cdx.json
 	@mkdir -p dist
 	bin/tools/cyclonedx-gomod bin -json -noserial -notimestamp -version $(VERSION) -output dist/holdfast.cdx.json bin/holdfast
+
+.PHONY: container
+container: ## a container image of nothing but the binary, holdfast:VERSION (wants podman, buildah or docker)
+	VERSION='$(VERSION)' .ci/container
 
 .PHONY: deb-test
 deb-test: deb ## install, run, upgrade, remove and purge the package in a clean root (root; debootstrap; a minute or two)

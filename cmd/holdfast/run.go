@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"os/signal"
+	"runtime/debug"
 	"sync"
 	"syscall"
 
@@ -50,6 +51,9 @@ func runGateway(ctx context.Context, p *program, args []string) error {
 	for _, w := range warnings {
 		log.Warn("configuration", "key", w.Key, "line", w.Line, "warning", w.Text)
 	}
+	// A panic, and the SIGABRT of a watchdog, would end in exit code 2, which says that the configuration is wrong and keeps supervisors
+	// from another start. This way both end in a signal, and show every goroutine.
+	debug.SetTraceback("crash")
 	memory := tuneMemory(log)
 	hangups := make(chan struct{}, 1)
 	ctx, stop := onSignalsAnd(ctx, log, hangups)
