@@ -366,6 +366,10 @@ func mqttdo(args []string) int {
 	case <-ctx.Done():
 		return fail(errors.New("no command came"))
 	}
+	// The command is acknowledged after OnMessage; what is answered later has come after that.
+	if _, err := c.Subscribe(ctx, &mqtt.Subscribe{Filters: []mqtt.Subscription{{Filter: "cmd/" + id + "/req/#", QoS: 1}}}); err != nil {
+		return fail(err)
+	}
 	if err := c.Disconnect(mqtt.Success); err != nil {
 		return fail(err)
 	}
