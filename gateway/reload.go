@@ -202,8 +202,10 @@ func (g *Gateway) read() (*config.Config, []string, error) {
 
 // ReloadFile reads the configuration again and takes it, see Reload. It tells in the log what came of it.
 func (g *Gateway) ReloadFile() (httpapi.Reload, error) {
-	g.notify(daemon.SdNotifyReloading)
-	defer g.notify(daemon.SdNotifyReady)
+	if g.state.Load() == running { // before, READY would be told too early
+		g.notify(daemon.SdNotifyReloading)
+		defer g.notify(daemon.SdNotifyReady)
+	}
 	cfg, warnings, err := g.read()
 	var problems config.Problems
 	switch {
