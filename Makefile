@@ -142,7 +142,7 @@ demo: build ## see it work: devices, cuts, a crash, then the ledger
 tools: bin/tools/golangci-lint bin/tools/gofumpt bin/tools/goimports bin/tools/benchstat ## build the linter and the formatters
 
 .PHONY: deb
-deb: bin/tools/nfpm sbom ## Debian packages for amd64, arm64 and armhf into dist/, the same bytes from the same commit
+deb: bin/tools/nfpm bin/tools/cyclonedx-gomod ## Debian packages for amd64, arm64 and armhf into dist/, the same bytes from the same commit
 	.ci/deb
 
 .PHONY: sbom
@@ -155,7 +155,7 @@ container: ## a container image of nothing but the binary, holdfast:VERSION (wan
 	VERSION='$(VERSION)' .ci/container
 
 .PHONY: deb-test
-deb-test: deb ## install, run, upgrade, remove and purge the package in a clean root (root; debootstrap; a minute or two)
+deb-test: deb ## install, run, upgrade, remove and purge the package in a clean root (root; debootstrap, systemd-container; a minute or two)
 	.ci/deb-test
 
 .PHONY: clean
