@@ -452,12 +452,18 @@ func TestFullLaneDropsOldestAndAnnouncesIt(t *testing.T) {
 	for i := range 20 {
 		r.put("bulk", i*100, i*100+100)
 	}
-	eventually(t, "the lane is within its limit", func() bool { return r.Lanes()[1].Kept.Bytes <= 64<<10 })
-	a := r.account("cloud", "bulk")
+	var a spool.Account
+	var got []int
+	var end spool.Position
+	eventually(t, "the lane is within its limit, and drops nothing between two looks", func() bool {
+		a = r.account("cloud", "bulk")
+		rd.Rewind()
+		got, end = read(t, rd, 1<<20)
+		return r.Lanes()[1].Kept.Bytes <= 64<<10 && r.account("cloud", "bulk").Evicted == a.Evicted
+	})
 	if a.Evicted.Messages == 0 || a.Accepted.Messages != 2000 {
 		t.Fatalf("account %+v", a)
 	}
-	got, end := read(t, rd, 1<<20)
 	if diff := cmp.Diff(seq(int(a.Evicted.Messages), 2000), got); diff != "" {
 		t.Fatal(diff)
 	}
