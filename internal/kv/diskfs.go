@@ -105,7 +105,7 @@ func (d *diskFS) wrap(f vfs.File, name string) vfs.File {
 	if f == nil || !d.ours(name) {
 		return f
 	}
-	return &diskFile{File: f, d: d, name: name}
+	return &diskFile{File: f, d: d, name: name, manifest: manifestNumber(d.PathBase(name))}
 }
 
 // Create makes a file. Before the one that names a manifest the folder is synced: else a power cut could keep that name
@@ -188,8 +188,10 @@ func (d *diskFS) Lock(name string) (c io.Closer, err error) {
 // diskFile is a file that is written.
 type diskFile struct {
 	vfs.File
-	d    *diskFS
-	name string
+	d        *diskFS
+	name     string
+	manifest uint64 // its number, if it is one; else 0
+	written  uint64 // bytes of a manifest; one goroutine at a time writes and syncs it
 }
 
 func (f *diskFile) Write(p []byte) (n int, err error) {
@@ -199,6 +201,9 @@ func (f *diskFile) Write(p []byte) (n int, err error) {
 		return err
 	})
 	f.d.s.guard.wrote(n)
+	if f.manifest != 0 {
+		f.written += uint64(n)
+	}
 	return n, err
 }
 
@@ -212,7 +217,13 @@ func (f *diskFile) WriteAt(p []byte, at int64) (n int, err error) {
 	return n, err
 }
 
-func (f *diskFile) Sync() error { return f.synced(f.File.Sync()) }
+func (f *diskFile) Sync() error {
+	err := f.synced(f.File.Sync())
+	if err == nil && f.manifest != 0 {
+		f.d.s.manifest.sync(f.manifest, f.written)
+	}
+	return err
+}
 
 func (f *diskFile) SyncData() error { return f.synced(f.File.SyncData()) }
 

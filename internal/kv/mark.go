@@ -6,9 +6,7 @@ import (
 	"hash/crc32"
 	"io/fs"
 	"log/slog"
-	"strconv"
-	"strings"
-	"sync/atomic"
+	"sync"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
 )
@@ -18,8 +16,8 @@ import (
 // is noted in two small files, one after the other, without an fsync: a torn write, or damage, leaves one. A power cut may take the note
 // back, never make it say too much.
 //
-// So does a manifest that is cut between two edits: tables, and logs that are in tables, would be gone. Its size is noted with the next commit
-// after each of its edits; it only grows.
+// So does a manifest that is cut between two edits: tables, and logs that are in tables, would be gone. How much of it was synced is noted
+// with the next commit after each of its edits; it only grows.
 //
 //	0        4     5        13                21              29       31      ...     end
 //	| "HFmk" | ver | number | manifest number | manifest size | length | state | crc32c of all before | zeros to 16 KiB
@@ -42,15 +40,31 @@ type mark struct {
 	state                  []byte // nil: none
 }
 
-// manifestWatch tells which manifest there is, and when it has grown. Pebble's goroutines note it.
+// manifestWatch knows how much of the manifest is on stable storage: no more, since a power cut may keep the mark and take the rest.
+// Pebble's goroutines tell it of each sync, and of a new manifest once the marker names it.
 type manifestWatch struct {
-	changed atomic.Bool
-	path    atomic.Pointer[string] // nil: none was made since the start
+	mu            sync.Mutex // guards what follows
+	current       uint64     // number of the manifest that the marker names; 0: none was made since the start
+	synced, bytes uint64     // the last one that was synced, and how much of it
 }
 
-func (w *manifestWatch) made(path string) {
-	w.path.Store(&path)
-	w.changed.Store(true)
+func (w *manifestWatch) sync(number, bytes uint64) {
+	w.mu.Lock()
+	w.synced, w.bytes = number, bytes
+	w.mu.Unlock()
+}
+
+func (w *manifestWatch) made(number uint64) {
+	w.mu.Lock()
+	w.current = number
+	w.mu.Unlock()
+}
+
+// safe gives the manifest that is in use and how much of it is safe. ok is false if that is not known.
+func (w *manifestWatch) safe() (number, bytes uint64, ok bool) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.current, w.bytes, w.current != 0 && w.synced == w.current
 }
 
 var markNames = [...]string{"mark", "mark.2"}
@@ -58,7 +72,6 @@ var markNames = [...]string{"mark", "mark.2"}
 // marks is those files. Nil writes nothing. Only the goroutine that completes commits writes them.
 type marks struct {
 	mark  // the one that was found at the start; state stays so, the rest is of the last that was written
-	fs    vfs.FS
 	watch *manifestWatch
 	files []vfs.File
 	log   *slog.Logger
@@ -91,7 +104,7 @@ func readMarks(fsys vfs.FS, dir string) (last mark, whole [len(markNames)]bool, 
 
 // openMarks opens the files, or makes them; with look it only reads them.
 func openMarks(fsys vfs.FS, dir string, log *slog.Logger, watch *manifestWatch, look bool) (*marks, error) {
-	m := &marks{fs: fsys, log: log, watch: watch}
+	m := &marks{log: log, watch: watch}
 	var whole [len(markNames)]bool
 	var err error
 	if m.mark, whole, m.bad, err = readMarks(fsys, dir); err != nil {
@@ -178,7 +191,9 @@ func (m *marks) write(appendTo func([]byte) []byte) {
 		return
 	}
 	m.number++
-	m.lookAtManifest()
+	if number, bytes, ok := m.watch.safe(); ok {
+		m.manifest, m.manifestSize = number, bytes
+	}
 	b := appendTo(m.appendHeader(m.buf[:0]))
 	if len(b)+markTrailer > markSize {
 		if !m.told {
@@ -194,24 +209,6 @@ func (m *marks) write(appendTo func([]byte) []byte) {
 			m.told = true
 			m.log.Warn("mark of what is committed cannot be written", "err", err)
 		}
-	}
-}
-
-// lookAtManifest notes how long the manifest is, if it may have grown. Its edits are synced before anybody hears of them.
-func (m *marks) lookAtManifest() {
-	if !m.watch.changed.Swap(false) {
-		return
-	}
-	p := m.watch.path.Load()
-	if p == nil {
-		return
-	}
-	n, err := strconv.ParseUint(strings.TrimPrefix(m.fs.PathBase(*p), "MANIFEST-"), 10, 64)
-	if err != nil {
-		return
-	}
-	if st, err := m.fs.Stat(*p); err == nil { // else another one has taken its place, and that will be told
-		m.manifest, m.manifestSize = n, uint64(st.Size())
 	}
 }
 

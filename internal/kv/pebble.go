@@ -106,13 +106,10 @@ func (s *Store) events(log pebbleLogger, dir string) *pebble.EventListener {
 		},
 		ManifestCreated: func(i pebble.ManifestCreateInfo) {
 			if i.Err == nil {
-				s.manifest.made(i.Path)
+				s.manifest.made(uint64(i.FileNum))
 			}
 		},
-		CompactionEnd: func(pebble.CompactionInfo) { s.manifest.changed.Store(true) },
-		TableIngested: func(pebble.TableIngestInfo) { s.manifest.changed.Store(true) },
 		FlushEnd: func(i pebble.FlushInfo) {
-			s.manifest.changed.Store(true)
 			if i.Err == nil && !i.Ingest {
 				s.flushed.Add(uint64(i.Input))
 			}

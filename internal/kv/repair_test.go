@@ -14,11 +14,13 @@ import (
 	"path"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
 	"github.com/cockroachdb/pebble/v2/vfs/atomicfs"
+	"github.com/cockroachdb/pebble/v2/vfs/errorfs"
 
 	"holdfast/internal/kv"
 )
@@ -268,6 +270,83 @@ func TestManifestThatIsCutAnywhere(t *testing.T) {
 	s := openAt(t, left, "data/store", nil)
 	if len(s.Damage()) > 0 {
 		t.Errorf("whole, and told is %v", s.Damage())
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestMarkKnowsOnlyWhatIsSafeOfAManifest cuts the power in the middle of an edit of the manifest, after a commit beside it: what was not synced
+// is gone, and that is no damage.
+func TestMarkKnowsOnlyWhatIsSafeOfAManifest(t *testing.T) {
+	for nth := 2; nth <= 8; nth++ { // the first makes the store
+		t.Run(fmt.Sprint(nth), func(t *testing.T) { markInAnEdit(t, nth) })
+	}
+}
+
+func markInAnEdit(t *testing.T, nth int) {
+	mem := vfs.NewCrashableMem()
+	size := func(fs vfs.FS, name string) int64 {
+		st, err := fs.Stat(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return st.Size()
+	}
+	var mu sync.Mutex
+	safe := map[string]int64{} // of each manifest, what was synced
+	syncs := 0
+	stuck, release := make(chan string), make(chan struct{})
+	fs := errorfs.Wrap(mem, errorfs.InjectorFunc(func(op errorfs.Op) error {
+		if op.Kind != errorfs.OpFileSync || !strings.HasPrefix(path.Base(op.Path), "MANIFEST-") {
+			return nil
+		}
+		mu.Lock()
+		syncs++
+		hold := syncs == nth
+		if !hold {
+			safe[op.Path] = size(mem, op.Path)
+		}
+		mu.Unlock()
+		if hold {
+			stuck <- op.Path
+			<-release
+		}
+		return nil
+	}))
+	s := openAt(t, fs, "data/store", nil)
+	s.Join(&markedPart{state: []byte("x")})
+	var manifest string
+	rows := 0
+	for manifest == "" { // flushes, each with an edit
+		if err := s.ApplyWait([]kv.Op{{Key: deviceKey(rows), Value: bytes.Repeat([]byte{byte(rows)}, 20_000)}}); err != nil {
+			t.Fatal(err)
+		}
+		rows++
+		select {
+		case manifest = <-stuck:
+		default:
+		}
+	}
+	if err := s.ApplyWait([]kv.Op{{Key: deviceKey(rows), Value: bytes.Repeat([]byte{byte(rows)}, 20_000)}}); err != nil { // the mark
+		t.Fatal(err)
+	}
+	rows++
+	left := mem.CrashClone(vfs.CrashCloneCfg{UnsyncedDataPercent: 100, RNG: rand.New(rand.NewPCG(1, 1))})
+	mu.Lock()
+	cut := safe[manifest]
+	mu.Unlock()
+	if cut == 0 || cut >= size(left, manifest) {
+		t.Fatalf("%d of %d bytes of %s were synced: the test has shown nothing", cut, size(left, manifest), manifest)
+	}
+	writeFile(t, left, manifest, readFile(t, left, manifest)[:cut])
+	close(release)
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	s = openAt(t, left, "data/store", nil)
+	if there := kept(t, s, rows); len(there) != rows || len(s.Damage()) > 0 {
+		t.Errorf("%d of %d rows are there, told is %v", len(there), rows, s.Damage())
 	}
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
