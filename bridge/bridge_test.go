@@ -417,9 +417,29 @@ func TestRefusedMessagesAreParked(t *testing.T) {
 						}
 						return bridgetest.Step{Delay: 10 * time.Millisecond}
 					}
+					took := map[uint64]int{} // by sequence: how often the upstream acknowledged it
+					var refused []bridge.Sent
+					r.b.OnSent(func(s *bridge.Sent) {
+						if s.Lane != "telemetry" || s.Err == nil && s.Ended.Sub(s.At) < 10*time.Millisecond {
+							t.Errorf("told %+v", s)
+						}
+						if s.Err != nil {
+							refused = append(refused, *s)
+							return
+						}
+						for i := range s.Records {
+							took[s.First+uint64(i)]++
+						}
+					})
 					r.src.add("telemetry", numbered("pump", 1, 2000)...)
 					r.start()
 					r.settled(time.Minute)
+					if len(took) != 1999 || took[700] != 0 {
+						t.Errorf("told that %d were acknowledged, the refused one %d times", len(took), took[700])
+					}
+					if last := len(refused) - 1; name == "when acked" && (last < 0 || refused[last].First != 700 || refused[last].Records != 1 || !errors.Is(refused[last].Err, errNever)) {
+						t.Errorf("told of refusals %+v", refused)
+					}
 					l := r.src.lane("telemetry")
 					if got := r.src.outcomes("telemetry"); got[spool.Parked] != 1 || got[spool.Delivered] != 1999 {
 						t.Errorf("outcomes %v", got)

@@ -22,7 +22,7 @@ type appender interface {
 
 // Intake takes what devices publish: a lane by the routes, the receive time, and into the spool. It
 // implements broker.Intake. Many goroutines may call it at once; it keeps nothing of what it is given
-// and allocates nothing.
+// and allocates nothing. With traces it copies who sent it and the topic, into buffers that are used again.
 type Intake struct {
 	spool  appender
 	routes atomic.Pointer[routes[spool.Lane]] // replaced as a whole
@@ -93,10 +93,15 @@ func (i *Intake) Publish(m *broker.Message, ops []kv.Op, done kv.Done, token uin
 	if lane == spool.LaneNone && m.Retain && len(m.Record.Payload) > 0 && i.level != nil && i.level() == kv.LevelFull {
 		return errKeep
 	}
+	var traced *arriving
 	if i.traces != nil && lane != spool.LaneNone {
-		done = i.traces.begin(m, lane, done)
+		traced = i.traces.begin(m, lane, done)
+		done = traced
 	}
 	err := i.spool.Append(lane, &m.Record, ops, done, token, m.QoS == 0)
+	if err != nil && traced != nil {
+		traced.drop()
+	}
 	switch {
 	case err == nil:
 		return nil

@@ -61,32 +61,38 @@ func (x *traces) close() error {
 	return nil
 }
 
-// arriving is a message on its way to the disk. Whether it is told is known when it is there and has its sequence.
+// arriving is a message on its way to the disk. Whether it is told is known when it is there and has its sequence, so each is noted; the
+// buffers are used again.
 type arriving struct {
 	x                     *traces
-	lane                  string
+	lane                  spool.Lane
 	done                  kv.Done
-	device, topic, parent string
+	device, topic, parent []byte
 	size                  int
 	received              time.Time
 }
 
-// begin makes what is to be handed in with m instead of done.
+// begin makes what is to be handed in with m instead of done. If m is not taken it is given back with drop.
 func (x *traces) begin(m *broker.Message, lane spool.Lane, done kv.Done) *arriving {
 	a, _ := x.free.Get().(*arriving)
 	if a == nil {
 		a = &arriving{x: x}
 	}
-	a.lane, a.done, a.size, a.received = x.lanes[lane], done, len(m.Record.Payload), time.Now()
-	a.device, a.topic, a.parent = string(m.Record.Device), string(m.Record.Topic), ""
+	a.lane, a.done, a.size, a.received = lane, done, len(m.Record.Payload), time.Now()
+	a.device, a.topic, a.parent = append(a.device[:0], m.Record.Device...), append(a.topic[:0], m.Record.Topic...), a.parent[:0]
 	if m.Record.Props != nil {
 		for _, p := range m.Record.Props.User {
 			if strings.EqualFold(p[0], "traceparent") {
-				a.parent = strings.Clone(p[1])
+				a.parent = append(a.parent[:0], p[1]...)
 			}
 		}
 	}
 	return a
+}
+
+func (a *arriving) drop() {
+	a.done = nil
+	a.x.free.Put(a)
 }
 
 // Done implements kv.Done.
@@ -94,13 +100,13 @@ func (a *arriving) Done(token, seq uint64, err error) {
 	stored := time.Now()
 	a.done.Done(token, seq, err)
 	if err == nil && a.x.t.First(seq) == seq {
+		lane := a.x.lanes[a.lane]
 		a.x.t.Arrived(&tracing.Arrival{
-			Message: tracing.Message{ID: a.x.id(a.lane, seq), Lane: a.lane, Seq: seq, Topic: a.topic},
-			Device:  a.device, Size: a.size, Received: a.received, Stored: stored, Answered: time.Now(), Parent: a.parent,
+			Message: tracing.Message{ID: a.x.id(lane, seq), Lane: lane, Seq: seq, Topic: string(a.topic)},
+			Device:  string(a.device), Size: a.size, Received: a.received, Stored: stored, Answered: time.Now(), Parent: string(a.parent),
 		})
 	}
-	*a = arriving{x: a.x}
-	a.x.free.Put(a)
+	a.drop()
 }
 
 // sent tells of a send of messages that upstream has acknowledged, or refused.

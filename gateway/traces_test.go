@@ -6,9 +6,13 @@ import (
 	"time"
 
 	"holdfast/bridge"
+	"holdfast/gateway"
 	"holdfast/internal/config"
+	"holdfast/internal/kv"
 	"holdfast/internal/mqtt"
 	"holdfast/internal/testkit"
+	"holdfast/internal/tracing"
+	"holdfast/spool"
 )
 
 // TestTracesFollowAMessage: each second message of the lane is told of, from its arrival to the upstream's acknowledgement.
@@ -51,5 +55,25 @@ func TestTracesFollowAMessage(t *testing.T) {
 		if s.Attributes["holdfast.lane"] == "system" {
 			t.Errorf("the gateway's own messages are told: %+v", s)
 		}
+	}
+}
+
+// TestMessagesThatAreNotToldAllocateNothing: all but each hundredth pay for their notes alone.
+func TestMessagesThatAreNotToldAllocateNothing(t *testing.T) {
+	x, err := tracing.New(tracing.Config{Endpoint: testkit.StartCollector(t).URL, Every: 100, Log: testkit.Logger(t)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer x.Close(t.Context())
+	arrive := gateway.ArriveUntold(x)
+	m, called := message("dt/x/pressure", 1), 0
+	m.Record.Props = &spool.Props{User: [][2]string{{"traceparent", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}}}
+	d := done(func(uint64, uint64, error) { called++ })
+	var stored kv.Done = d
+	if n := testing.AllocsPerRun(1000, func() { arrive(m, stored) }); n >= 2 { // a collection, and the race detector, may empty the pool
+		t.Errorf("%v allocations a message", n)
+	}
+	if called != 1001 {
+		t.Errorf("%d of 1001 were answered", called)
 	}
 }

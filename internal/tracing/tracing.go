@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"sync"
 	"time"
 
 	"go.opentelemetry.io/otel"
@@ -33,16 +34,22 @@ type Config struct {
 	Log      *slog.Logger
 }
 
-// Tracer tells of messages. Many goroutines may use it. What the collector does not take in time is dropped: it holds up nobody.
+// Tracer tells of messages. Many goroutines may use it. They hand in what is to be told, and a goroutine of its own makes spans of it: what it,
+// or the collector, does not take in time is dropped. It holds up nobody.
 type Tracer struct {
 	every    uint64
-	gateway  string
 	provider *sdk.TracerProvider
 	tracer   trace.Tracer
+	stop     func() // waits until all that was handed in is made
+
+	mu     sync.Mutex // guards closing against handing in
+	closed bool
+	told   chan func() // spans to be made
 }
 
 // Bounds.
 const (
+	handedIn    = 256  // messages whose spans are to be made
 	queued      = 2048 // spans that wait for the collector
 	exportEvery = 2 * time.Second
 	exportLimit = 5 * time.Second
@@ -59,29 +66,50 @@ func New(c Config) (*Tracer, error) {
 	if err != nil {
 		return nil, fmt.Errorf("tracing: %w", err)
 	}
-	t := newTracer(c, &patient{SpanExporter: exporter, log: c.Log, endpoint: c.Endpoint})
 	otel.SetErrorHandler(otel.ErrorHandlerFunc(func(error) {})) // patient has logged it; the default writes to stderr
-	return t, nil
-}
-
-func newTracer(c Config, exporter sdk.SpanExporter) *Tracer {
 	p := sdk.NewTracerProvider(
-		sdk.WithBatcher(exporter, sdk.WithMaxQueueSize(queued), sdk.WithBatchTimeout(exportEvery), sdk.WithExportTimeout(exportLimit)),
+		sdk.WithBatcher(&patient{SpanExporter: exporter, log: c.Log, endpoint: c.Endpoint},
+			sdk.WithMaxQueueSize(queued), sdk.WithBatchTimeout(exportEvery), sdk.WithExportTimeout(exportLimit)),
 		sdk.WithIDGenerator(generator{}),
 		sdk.WithSampler(sdk.AlwaysSample()), // by sequence, before it gets here
 		sdk.WithResource(resource.NewSchemaless(
 			attribute.String("service.name", "holdfast"), attribute.String("service.version", c.Version), attribute.String("service.instance.id", c.Gateway),
 		)),
 	)
-	return &Tracer{every: c.Every, gateway: c.Gateway, provider: p, tracer: p.Tracer("holdfast")}
+	t := &Tracer{every: c.Every, provider: p, tracer: p.Tracer("holdfast"), told: make(chan func(), handedIn)}
+	var done sync.WaitGroup
+	done.Go(func() {
+		for tell := range t.told {
+			tell()
+		}
+	})
+	t.stop = done.Wait
+	return t, nil
 }
 
 // Close tells what is left, for as long as ctx lasts. Twice is no harm.
 func (t *Tracer) Close(ctx context.Context) error {
-	if t == nil {
-		return nil
+	t.mu.Lock()
+	if !t.closed {
+		t.closed = true
+		close(t.told)
 	}
+	t.mu.Unlock()
+	t.stop()
 	return t.provider.Shutdown(ctx)
+}
+
+// hand has tell called soon, or never.
+func (t *Tracer) hand(tell func()) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.closed {
+		return
+	}
+	select {
+	case t.told <- tell:
+	default:
+	}
 }
 
 // First gives the first sequence from seq on that is told.
@@ -126,8 +154,11 @@ type Arrival struct {
 	Parent string
 }
 
-// Arrived tells of a. It is the trace's first span, with the commit, which waits for room and for the fsync, and the ack as its children.
-func (t *Tracer) Arrived(a *Arrival) {
+// Arrived tells of a, which it keeps. It is the trace's first span, with the commit, which waits for room and for the fsync, and the ack as
+// its children.
+func (t *Tracer) Arrived(a *Arrival) { t.hand(func() { t.arrived(a) }) }
+
+func (t *Tracer) arrived(a *Arrival) {
 	traceID, first := ids(a.ID)
 	options := []trace.SpanStartOption{
 		trace.WithTimestamp(a.Received), trace.WithSpanKind(trace.SpanKindConsumer), trace.WithNewRoot(),
@@ -156,8 +187,10 @@ type Delivery struct {
 	Err         error // nil: it was acknowledged
 }
 
-// Delivered tells of d, in the message's trace.
-func (t *Tracer) Delivered(d *Delivery) {
+// Delivered tells of d, which it keeps, in the message's trace.
+func (t *Tracer) Delivered(d *Delivery) { t.hand(func() { t.delivered(d) }) }
+
+func (t *Tracer) delivered(d *Delivery) {
 	traceID, first := ids(d.ID)
 	far := trace.NewSpanContext(trace.SpanContextConfig{TraceID: traceID, SpanID: first, TraceFlags: trace.FlagsSampled, Remote: true})
 	_, span := t.tracer.Start(trace.ContextWithSpanContext(context.Background(), far), "send "+d.Upstream,
