@@ -27,16 +27,15 @@ const (
 
 // alarms remembers since when each alarm is there.
 type alarms struct {
-	mu     sync.Mutex // guards what follows
-	active map[alarmKey]httpapi.Alarm
+	mu     sync.Mutex                 // held from a look at the gateway until update has taken it: an older look must not end what a newer one found
+	active map[alarmKey]httpapi.Alarm // under mu
+	dumb   bool                       // under mu; what the store does not let be read was told
 }
 
 type alarmKey struct{ name, object string }
 
-// update takes the alarms that there are at now, tells those that are new or gone, and gives all, the critical ones first.
+// update takes the alarms that there are at now, tells those that are new or gone, and gives all, the critical ones first. mu is held.
 func (a *alarms) update(found []httpapi.Alarm, now time.Time, tell func(httpapi.AlarmChange)) []httpapi.Alarm {
-	a.mu.Lock()
-	defer a.mu.Unlock()
 	next := make(map[alarmKey]httpapi.Alarm, len(found))
 	for _, f := range found {
 		k := alarmKey{f.Name, f.Object}
@@ -71,12 +70,13 @@ func (a *alarms) count() map[string]int {
 	return n
 }
 
-// alarmsOf looks for what a person should know of st. parked is about a message that an upstream refused for good; "": there is none.
-func alarmsOf(st *httpapi.Status, parked string) (all []httpapi.Alarm) {
+// alarmsOf looks for what a person should know of st, at now. parked is about a message that an upstream refused for good; "": there is none.
+// How long a link has been away goes by now, whose monotonic part no jump of the clock changes, the rest by the clock that st believes.
+func alarmsOf(st *httpapi.Status, parked string, now time.Time) (all []httpapi.Alarm) {
 	add := func(severity, name, object, format string, args ...any) {
 		all = append(all, httpapi.Alarm{Name: name, Object: object, Severity: severity, Text: fmt.Sprintf(format, args...)})
 	}
-	now := st.Clock.Wall
+	wall := st.Clock.Wall
 	if n := len(st.Store.Damage); n > 0 {
 		add(httpapi.Critical, "store_damaged", "", "Damaged parts of the store (%d) were set aside at the start, in %s/quarantine: the disk may be failing.", n, st.DataDir)
 	}
@@ -89,7 +89,7 @@ func alarmsOf(st *httpapi.Status, parked string) (all []httpapi.Alarm) {
 	case "high":
 		add(httpapi.Warning, "disk_nearly_full", "", "The disk is nearly full: QoS 0 is shed and MQTT 3.1.1 publishers are slowed. Free space, or holdfast spool purge.")
 	}
-	if !st.ClockSync && (st.Clock.Doubt || now.Sub(st.Clock.Since) >= clockUnsyncedFor) {
+	if !st.ClockSync && (st.Clock.Doubt || wall.Sub(st.Clock.Since) >= clockUnsyncedFor) {
 		add(httpapi.Warning, "clock_unsynced", "", "Nothing keeps the clock right: receive times may be wrong until it is set. See to NTP.")
 	}
 	for i := range st.Upstreams {
@@ -105,7 +105,7 @@ func alarmsOf(st *httpapi.Status, parked string) (all []httpapi.Alarm) {
 		}
 	}
 	for _, c := range st.Certificates {
-		switch left := c.NotAfter.Sub(now); {
+		switch left := c.NotAfter.Sub(wall); {
 		case left <= 0:
 			add(httpapi.Critical, "certificate_expiring", c.Listener, "The certificate of listener %s ended on %s: devices that check it cannot connect. Replace %s.", c.Listener, c.NotAfter.Format(time.DateOnly), c.File)
 		case left < certificateSoon:
@@ -139,15 +139,15 @@ func alarmsOf(st *httpapi.Status, parked string) (all []httpapi.Alarm) {
 var errFound = errors.New("found")
 
 // parked names a message that an upstream refused for good; "": there is none.
-func (g *Gateway) parked() (name string) {
-	err := g.spool.ParkedFrom(spool.SystemLane, 0, func(m spool.ParkedMessage) error {
+func (g *Gateway) parked() (name string, err error) {
+	err = g.spool.ParkedFrom(spool.SystemLane, 0, func(m spool.ParkedMessage) error {
 		name = fmt.Sprintf("message %d of lane %s, which upstream %s refused", m.Seq, m.Lane, m.Upstream)
 		return errFound
 	})
-	if err != nil && !errors.Is(err, errFound) {
-		g.log.Warn("parked messages cannot be read", "err", err)
+	if errors.Is(err, errFound) {
+		err = nil
 	}
-	return name
+	return name, err
 }
 
 // tellAlarm tells the log and whoever watches.

@@ -37,7 +37,7 @@ func quiet() httpapi.Status {
 }
 
 func TestEachAlarmHasItsReason(t *testing.T) {
-	if a := gateway.AlarmsOf(new(quiet()), ""); len(a) > 0 {
+	if a := gateway.AlarmsOf(new(quiet()), "", alarmNow); len(a) > 0 {
 		t.Errorf("alarms of a gateway where all is well: %+v", a)
 	}
 	seen := map[string]bool{}
@@ -67,7 +67,7 @@ func TestEachAlarmHasItsReason(t *testing.T) {
 		s := quiet()
 		c.change(&s)
 		var got []string
-		for _, a := range gateway.AlarmsOf(&s, "") {
+		for _, a := range gateway.AlarmsOf(&s, "", alarmNow) {
 			got = append(got, a.Severity+" "+a.Name+" "+a.Object)
 			seen[a.Name] = true
 			if !strings.Contains(a.Text, c.text) {
@@ -78,7 +78,7 @@ func TestEachAlarmHasItsReason(t *testing.T) {
 			t.Errorf("%d: %q, want %q", i, got, c.want)
 		}
 	}
-	if a := gateway.AlarmsOf(new(quiet()), "message 7"); len(a) != 1 || a[0].Name != "messages_parked" || !strings.Contains(a[0].Text, "message 7") {
+	if a := gateway.AlarmsOf(new(quiet()), "message 7", alarmNow); len(a) != 1 || a[0].Name != "messages_parked" || !strings.Contains(a[0].Text, "message 7") {
 		t.Errorf("a parked message: %+v", a)
 	}
 	seen["messages_parked"] = true
@@ -100,6 +100,17 @@ func TestEachAlarmHasItsReason(t *testing.T) {
 		if !strings.Contains(string(doc), "| `"+name+"` |") {
 			t.Errorf("docs/operations.md does not explain %s", name)
 		}
+	}
+}
+
+// TestALinkIsAwayWhateverTheClockDoes: it came down while the clock was a year ahead, which has been put right since.
+func TestALinkIsAwayWhateverTheClockDoes(t *testing.T) {
+	now := time.Now()
+	s := quiet()
+	s.Upstreams[0].Connected, s.Upstreams[0].Since = false, now.Add(-2*time.Minute)
+	s.Clock.Wall = now.AddDate(-1, 0, 0)
+	if all := gateway.AlarmsOf(&s, "", now); len(all) != 1 || all[0].Name != "upstream_down" {
+		t.Errorf("alarms %+v", all)
 	}
 }
 

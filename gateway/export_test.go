@@ -104,6 +104,8 @@ type Alarms struct{ alarms }
 
 // Update takes those that there are now.
 func (a *Alarms) Update(found []httpapi.Alarm, now time.Time, tell func(httpapi.AlarmChange)) []httpapi.Alarm {
+	a.mu.Lock()
+	defer a.mu.Unlock()
 	return a.update(found, now, tell)
 }
 
@@ -128,4 +130,13 @@ func (p *Past) After(since time.Time) []httpapi.HistoryPoint { return p.after(si
 func ArriveUntold(t *tracing.Tracer) func(m *broker.Message, done kv.Done) {
 	x := &traces{t: t}
 	return func(m *broker.Message, done kv.Done) { x.begin(m, 0, done).Done(0, t.Every()+1, nil) }
+}
+
+// SampleOf is what the gateway's counters say now: messages accepted and delivered, acknowledgements that were measured.
+func SampleOf(g *Gateway) (accepted, delivered, acks uint64) {
+	s := g.sample()
+	for _, n := range s.acks {
+		acks += n
+	}
+	return s.accepted, s.delivered, acks
 }

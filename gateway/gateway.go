@@ -504,18 +504,23 @@ func (g *Gateway) Ready() error {
 
 // Status implements httpapi.Source.
 func (g *Gateway) Status() httpapi.Status {
-	st := g.look()
-	st.Alarms = g.alarms.update(alarmsOf(&st, g.parked()), st.Clock.Wall, g.tellAlarm)
+	g.alarms.mu.Lock()
+	defer g.alarms.mu.Unlock()
+	st, err := g.look()
+	parked, parkedErr := g.parked()
+	if err = errors.Join(err, parkedErr); err != nil && !g.alarms.dumb {
+		g.log.Warn("the status is not whole: the store cannot be read", "err", err)
+	}
+	g.alarms.dumb = err != nil
+	st.Alarms = g.alarms.update(alarmsOf(&st, parked, time.Now()), st.Clock.Wall, g.tellAlarm)
 	return st
 }
 
-// look is Status without alarms.
-func (g *Gateway) look() httpapi.Status {
+// look is Status without alarms. An error is about what could not be read for it.
+func (g *Gateway) look() (httpapi.Status, error) {
 	now := g.clock.State()
 	accounts := g.spool.Accounts()
-	if err := g.spool.Date(accounts); err != nil {
-		g.log.Warn("oldest messages cannot be read", "err", err)
-	}
+	dateErr := g.spool.Date(accounts)
 	st := httpapi.Status{
 		Version:   g.version,
 		Gateway:   g.cfg.Gateway.ID,
@@ -569,7 +574,7 @@ func (g *Gateway) look() httpapi.Status {
 		}
 		st.Upstreams = append(st.Upstreams, u)
 	}
-	return st
+	return st, dateErr
 }
 
 func (g *Gateway) storeStatus() httpapi.Store {

@@ -82,9 +82,11 @@ func quantile(bounds []float64, counts []uint64, q float64) float64 {
 func (h *history) add(p httpapi.HistoryPoint) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	h.points = slices.DeleteFunc(append(h.points, p), func(o httpapi.HistoryPoint) bool {
-		return o.At.After(p.At) || p.At.Sub(o.At) > historyFor
-	})
+	h.points = lastHour(append(h.points, p), p.At)
+}
+
+func lastHour(points []httpapi.HistoryPoint, now time.Time) []httpapi.HistoryPoint {
+	return slices.DeleteFunc(points, func(p httpapi.HistoryPoint) bool { return p.At.After(now) || now.Sub(p.At) > historyFor })
 }
 
 // after gives the points after since.
@@ -98,8 +100,8 @@ func (h *history) after(since time.Time) []httpapi.HistoryPoint {
 	return slices.Clone(h.points[i:])
 }
 
-// load reads what an earlier start has kept.
-func (h *history) load(file string) error {
+// load reads what an earlier start has kept of the hour before now.
+func (h *history) load(file string, now time.Time) error {
 	b, err := os.ReadFile(file)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
@@ -113,8 +115,7 @@ func (h *history) load(file string) error {
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	most := int(historyFor / historyEvery)
-	h.points = points[max(len(points)-most, 0):]
+	h.points = lastHour(points, now)
 	return nil
 }
 
@@ -151,7 +152,7 @@ func (g *Gateway) sample() *sample {
 func (g *Gateway) keepHistory(ctx context.Context) error {
 	log := g.log.With("part", "history")
 	file := filepath.Join(g.dir.path, historyFile)
-	if err := g.past.load(file); err != nil {
+	if err := g.past.load(file, g.clock.Time()); err != nil {
 		log.Info("the charts begin anew", "err", err)
 	}
 	keep := func() {

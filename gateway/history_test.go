@@ -2,6 +2,7 @@ package gateway_test
 
 import (
 	"encoding/json"
+	"fmt"
 	"math"
 	"os"
 	"path/filepath"
@@ -11,8 +12,11 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"holdfast/bridge"
 	"holdfast/gateway"
 	"holdfast/gateway/httpapi"
+	"holdfast/internal/mqtt"
+	"holdfast/internal/testkit"
 )
 
 func TestQuantile(t *testing.T) {
@@ -69,7 +73,8 @@ func TestHistoryOutlivesARestart(t *testing.T) {
 	file := filepath.Join(dir, "history.json")
 	now := time.Now().UTC().Truncate(time.Millisecond)
 	points := []httpapi.HistoryPoint{{At: now.Add(-time.Minute), Accepted: 2.5, AckP99: 0.01}, {At: now.Add(-50 * time.Second), Delivered: 1}}
-	b, err := json.Marshal(points)
+	old := httpapi.HistoryPoint{At: now.Add(-2 * time.Hour), Accepted: 7}
+	b, err := json.Marshal(append([]httpapi.HistoryPoint{old}, points...))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -97,4 +102,28 @@ func TestHistoryOutlivesARestart(t *testing.T) {
 	if h := r.History(time.Time{}); len(h.Points) != 0 {
 		t.Errorf("half a file gives %v", h.Points)
 	}
+}
+
+// TestASampleCountsWhatHappens: messages taken in and delivered, and each acknowledgement of a device that waits for it.
+func TestASampleCountsWhatHappens(t *testing.T) {
+	c := configuration(t, t.TempDir())
+	c.Upstreams = []bridge.Config{{Name: "cloud", URL: "mqtt://" + startUpstream(t), Format: bridge.FormatBatch, Lanes: []string{"telemetry"}}}
+	g := start(t, c)
+	d, err := connect(t, g.Addrs()[0], "dev1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	before, _, _ := gateway.SampleOf(g.Gateway)
+	for i := range 7 {
+		if r := d.publish(t, "dt/x", fmt.Sprint(i)); r != mqtt.Success {
+			t.Fatalf("reason %v", r)
+		}
+	}
+	testkit.EventuallyNil(t, 15*time.Second, "seven to be counted", func() error {
+		accepted, delivered, acks := gateway.SampleOf(g.Gateway)
+		if accepted-before < 7 || delivered < 7 || acks != 7 {
+			return fmt.Errorf("%d accepted, %d delivered, %d acknowledgements measured", accepted-before, delivered, acks)
+		}
+		return nil
+	})
 }

@@ -43,7 +43,9 @@ func (g *Gateway) beAlive(ctx context.Context) {
 		case <-ctx.Done():
 			return // who still asks ends with what it asks
 		case err := <-asked:
-			if asking = false; err == nil {
+			if asking = false; err != nil {
+				g.log.Warn("not well, and the watchdog is not told", "err", err)
+			} else {
 				g.notify(daemon.SdNotifyWatchdog)
 			}
 		}

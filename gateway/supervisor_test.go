@@ -75,6 +75,12 @@ func TestServiceManagerIsTold(t *testing.T) {
 	if got := m.next(10 * time.Millisecond); got != "" {
 		t.Errorf("told %q before it runs", got)
 	}
+	if _, err := g.ReloadFile(); err != nil { // READY after that would be told too early
+		t.Error(err)
+	}
+	if got := m.next(10 * time.Millisecond); got != "" {
+		t.Errorf("told %q of a reload before it runs", got)
+	}
 	ctx, stop := context.WithCancel(t.Context())
 	done := make(chan error, 1)
 	go func() { done <- g.Run(ctx) }()
