@@ -20,6 +20,7 @@ import (
 	"holdfast/bridge"
 	"holdfast/bridge/bridgetest"
 	"holdfast/bridge/wire"
+	"holdfast/internal/testkit"
 	"holdfast/spool"
 )
 
@@ -47,7 +48,7 @@ type rig struct {
 	src  *source
 	up   *bridgetest.Upstream
 	b    *bridge.Bridge
-	log  *logBuffer
+	log  *testkit.Buffer
 	stop func()
 	done chan error
 }
@@ -58,7 +59,7 @@ func newRig(t *testing.T, cfg bridge.Config, lanes ...string) *rig {
 	if len(lanes) == 0 {
 		lanes = []string{"alarm", "telemetry", "bulk"}
 	}
-	r := &rig{t: t, src: newSource(t.Errorf, lanes...), up: bridgetest.NewUpstream(), log: &logBuffer{}, done: make(chan error, 1)}
+	r := &rig{t: t, src: newSource(t.Errorf, lanes...), up: bridgetest.NewUpstream(), log: &testkit.Buffer{}, done: make(chan error, 1)}
 	cfg.Name, cfg.URL = "cloud", "mqtt://broker.example.com"
 	b, err := bridge.NewFrom(cfg, gateway, epoch, r.src, r.up, slog.New(slog.NewTextHandler(r.log, nil)), nil)
 	if err != nil {
@@ -113,24 +114,8 @@ func (r *rig) settled(within time.Duration) {
 	}
 }
 
-type logBuffer struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (l *logBuffer) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(p)
-}
-
-func (l *logBuffer) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.String()
-}
-
-func (l *logBuffer) count(msg string) int { return strings.Count(l.String(), "msg="+msg) }
+// logged is how often a message was logged.
+func (r *rig) logged(msg string) int { return r.log.Count("msg=" + msg) }
 
 // unit is a record that arrived.
 type unit struct {
@@ -711,7 +696,7 @@ func TestStopWhileTheUpstreamIsAway(t *testing.T) {
 		if d := time.Since(before); d != 0 {
 			t.Errorf("stop took %v", d)
 		}
-		if n := r.log.count(`"upstream not reachable"`); n != 1 {
+		if n := r.logged(`"upstream not reachable"`); n != 1 {
 			t.Errorf("told %d times:\n%s", n, r.log)
 		}
 		if s := r.b.Status(); s.LastError != "no route to host" || s.Attempts < 3 {
@@ -773,7 +758,7 @@ func TestMessageThatKillsTheLinkIsParked(t *testing.T) {
 				if !strings.Contains(l.parked[777], "ended the connection") || !bytes.Equal(l.kept[777], l.records[776].raw) {
 					t.Errorf("parked %v", l.parked)
 				}
-				if n := r.log.count(`"message parked`); n != 1 {
+				if n := r.logged(`"message parked`); n != 1 {
 					t.Errorf("told %d times", n)
 				}
 			})
@@ -1062,7 +1047,7 @@ func TestLogTellsStatesNotAttempts(t *testing.T) {
 			`"upstream lost"`:          1,
 			`"upstream not reachable"`: 2, // for each of the two reasons
 		} {
-			if n := r.log.count(msg); n != want {
+			if n := r.logged(msg); n != want {
 				t.Errorf("%s is told %d times, want %d:\n%s", msg, n, want, r.log)
 			}
 		}

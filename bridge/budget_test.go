@@ -217,7 +217,7 @@ func TestBytesPerDay(t *testing.T) {
 				t.Errorf("status %+v, %+v", st, st.Budget)
 			}
 			elapse(30 * time.Minute)
-			if n := r.log.count(`"budget of the day is used up`); n != 1 {
+			if n := r.logged(`"budget of the day is used up`); n != 1 {
 				t.Errorf("told %d times", n)
 			}
 		})
@@ -233,7 +233,7 @@ func TestBytesPerDay(t *testing.T) {
 			if n, _ := s.count("telemetry", midnight.Add(-ahead)); n == 0 {
 				t.Error("does not flow on the next day")
 			}
-			if n := r.log.count(`"all lanes flow again"`); n != 1 {
+			if n := r.logged(`"all lanes flow again"`); n != 1 {
 				t.Errorf("told %d times:\n%s", n, r.log)
 			}
 			elapse(time.Minute)
@@ -246,7 +246,7 @@ func TestBytesPerDay(t *testing.T) {
 		}
 		store.err = errors.New("row is damaged")
 		run(func(r *rig, s *sent) { // counted anew rather than not at all or for ever
-			if !flows(r, s, "telemetry") || r.log.count(`"bytes sent today are not known`) != 1 {
+			if !flows(r, s, "telemetry") || r.logged(`"bytes sent today are not known`) != 1 {
 				t.Errorf("with a count that cannot be read:\n%s", r.log)
 			}
 		})

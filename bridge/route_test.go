@@ -14,6 +14,7 @@ import (
 
 	"holdfast/bridge"
 	"holdfast/bridge/bridgetest"
+	"holdfast/internal/testkit"
 	"holdfast/spool"
 )
 
@@ -72,7 +73,7 @@ func newSeveral(t *testing.T, n int) (*rig, *several) {
 		cfg.URLs = append(cfg.URLs, fmt.Sprintf("mqtt://broker-%d", i))
 		s.all[i].OnSend = func(int, int, bridge.Message) bridgetest.Step { return bridgetest.Step{Delay: 100 * time.Millisecond} }
 	}
-	r := &rig{t: t, src: newSource(t.Errorf, "telemetry"), up: s.all[0], log: &logBuffer{}, done: make(chan error, 1)}
+	r := &rig{t: t, src: newSource(t.Errorf, "telemetry"), up: s.all[0], log: &testkit.Buffer{}, done: make(chan error, 1)}
 	var err error
 	if r.b, err = bridge.NewFrom(cfg, gateway, epoch, r.src, s, slog.New(slog.NewTextHandler(r.log, nil)), nil); err != nil {
 		t.Fatal(err)
@@ -158,7 +159,7 @@ func TestAddressesAreTriedInTurnAndLeftForTheFirst(t *testing.T) {
 		if got := r.src.outcomes("telemetry"); got[spool.Delivered] != n-1 {
 			t.Errorf("outcomes %v", got)
 		}
-		if r.log.count(`"upstream moves"`) != 1 {
+		if r.logged(`"upstream moves"`) != 1 {
 			t.Errorf("log:\n%s", r.log)
 		}
 	})
@@ -185,7 +186,7 @@ func TestAllAddressesDown(t *testing.T) {
 		if st := r.b.Status(); st.Attempts < len(got)-3 || st.Connected {
 			t.Errorf("%d attempts made, status %+v", len(got), st)
 		}
-		if n := r.log.count(`"upstream not reachable"`); n != 3 {
+		if n := r.logged(`"upstream not reachable"`); n != 3 {
 			t.Errorf("told %d times:\n%s", n, r.log)
 		}
 	})
@@ -221,7 +222,7 @@ func TestStopWhileTheLinkMoves(t *testing.T) {
 		elapse(30 * time.Second)
 		s.down[0].Store(false)
 		r.stream(1, 31*time.Second) // the probe is through, acks are waited for
-		if r.log.count(`"upstream moves"`) != 1 {
+		if r.logged(`"upstream moves"`) != 1 {
 			t.Fatalf("does not move yet:\n%s", r.log)
 		}
 		before := time.Now()

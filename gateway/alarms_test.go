@@ -5,7 +5,6 @@ import (
 	"context"
 	"fmt"
 	"io"
-	"net/http"
 	"os"
 	"path/filepath"
 	"slices"
@@ -183,19 +182,4 @@ func TestAlarmsShowEverywhere(t *testing.T) {
 		}
 	}
 	t.Errorf("no event: %v", lines.Err())
-}
-
-// get asks the API as the administrator.
-func (r *running) get(ctx context.Context, path string) *http.Response {
-	r.t.Helper()
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+r.HTTPAddr().String()+path, nil)
-	if err != nil {
-		r.t.Fatal(err)
-	}
-	req.Header.Set("Authorization", "Bearer "+r.token())
-	resp, err := (&http.Client{Transport: &http.Transport{DisableKeepAlives: true}}).Do(req)
-	if err != nil {
-		r.t.Fatal(err)
-	}
-	return resp
 }

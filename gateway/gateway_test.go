@@ -89,7 +89,18 @@ func (r *running) end() {
 
 func (r *running) status() (st httpapi.Status) {
 	r.t.Helper()
-	req, err := http.NewRequestWithContext(r.t.Context(), http.MethodGet, "http://"+r.HTTPAddr().String()+"/api/v1/status", nil)
+	resp := r.get(r.t.Context(), "/api/v1/status")
+	defer resp.Body.Close()
+	if err := json.NewDecoder(resp.Body).Decode(&st); err != nil {
+		r.t.Fatal(err)
+	}
+	return st
+}
+
+// get asks the API as the administrator.
+func (r *running) get(ctx context.Context, path string) *http.Response {
+	r.t.Helper()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+r.HTTPAddr().String()+path, nil)
 	if err != nil {
 		r.t.Fatal(err)
 	}
@@ -98,11 +109,7 @@ func (r *running) status() (st httpapi.Status) {
 	if err != nil {
 		r.t.Fatal(err)
 	}
-	defer resp.Body.Close()
-	if err := json.NewDecoder(resp.Body).Decode(&st); err != nil {
-		r.t.Fatal(err)
-	}
-	return st
+	return resp
 }
 
 // token is the administrator's.

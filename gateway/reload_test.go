@@ -1,7 +1,6 @@
 package gateway_test
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -368,28 +367,10 @@ func TestReloadWhileMessagesCome(t *testing.T) {
 	})
 }
 
-// buffer is what a log is written to.
-type buffer struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (b *buffer) Write(p []byte) (int, error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.b.Write(p)
-}
-
-func (b *buffer) String() string {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.b.String()
-}
-
 // withFile starts a gateway that has a file, and gives its log.
-func withFile(t *testing.T, file string) (*gateway.Gateway, *buffer) {
+func withFile(t *testing.T, file string) (*gateway.Gateway, *testkit.Buffer) {
 	t.Helper()
-	out := &buffer{}
+	out := &testkit.Buffer{}
 	levels := logs.New(slog.LevelInfo)
 	load := func() (*config.Config, config.Problems, error) { return config.Load(file) }
 	c, _, err := load()

@@ -15,6 +15,7 @@ import (
 
 	"holdfast/devices"
 	"holdfast/gateway/httpapi"
+	"holdfast/internal/testkit"
 )
 
 // clockless takes the times out of what is printed.
@@ -355,7 +356,7 @@ func TestWatchStreamsUntilItIsStopped(t *testing.T) {
 	f.ask(t, "command", "send", "d", "x", "--id", "c", "--payload", "p")
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()
-	var out, errs syncBuffer
+	var out, errs testkit.Buffer
 	token := f.tokenFile(t)
 	ended := make(chan int)
 	go func() {
@@ -419,7 +420,7 @@ func streamOpen(ctx context.Context, t *testing.T, f *fakeGateway, n int) {
 
 // On a terminal each progress is written over the one before.
 func TestProgressStaysOnOneLineOfATerminal(t *testing.T) {
-	var out syncBuffer
+	var out testkit.Buffer
 	s := &sentCommand{program: &program{stdout: &out}, tty: true}
 	say := func(at int, st devices.State, p *devices.Progress) {
 		c := httpapi.Command{Command: devices.Command{ID: "c", State: st, Updated: fakeBegin.Add(time.Duration(at) * time.Second), Progress: p}}

@@ -17,6 +17,7 @@ import (
 
 	"holdfast/devices"
 	"holdfast/internal/pki"
+	"holdfast/internal/testkit"
 )
 
 func sameText(t *testing.T, what, got, want string) {
@@ -418,7 +419,7 @@ func TestImportStopsWhenNothingCanSucceed(t *testing.T) {
 }
 
 func TestTheProgressBarFitsTheTerminal(t *testing.T) {
-	var out syncBuffer
+	var out testkit.Buffer
 	now := fakeBegin
 	p := newProgress(&out)
 	p.tty, p.now, p.total, p.began = true, func() time.Time { return now }, 1000, fakeBegin

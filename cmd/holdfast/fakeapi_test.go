@@ -21,6 +21,7 @@ import (
 	"holdfast/bridge/wire"
 	"holdfast/devices"
 	"holdfast/gateway/httpapi"
+	"holdfast/internal/testkit"
 	"holdfast/spool"
 )
 
@@ -512,7 +513,7 @@ type ran struct {
 }
 
 func runIt(ctx context.Context, args ...string) ran {
-	var out, errs syncBuffer
+	var out, errs testkit.Buffer
 	code := run(ctx, args, &out, &errs)
 	return ran{code, out.String(), errs.String()}
 }
@@ -521,22 +522,4 @@ func runIt(ctx context.Context, args ...string) ran {
 func (f *fakeGateway) ask(t *testing.T, args ...string) ran {
 	t.Helper()
 	return runIt(t.Context(), append(args, "--address", f.address(), "--token-file", f.tokenFile(t))...)
-}
-
-// syncBuffer may be written to by many goroutines.
-type syncBuffer struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (s *syncBuffer) Write(b []byte) (int, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.b.Write(b)
-}
-
-func (s *syncBuffer) String() string {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.b.String()
 }

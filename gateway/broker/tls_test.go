@@ -1,7 +1,6 @@
 package broker_test
 
 import (
-	"bytes"
 	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
@@ -66,26 +65,8 @@ func copyFile(t testing.TB, from, to string) {
 	put(t, to, data)
 }
 
-// lines is what was logged, as text.
-type lines struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (l *lines) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(p)
-}
-
-func (l *lines) count(what string) (n int) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return strings.Count(l.b.String(), what)
-}
-
-func (l *lines) logger() *slog.Logger {
-	return slog.New(slog.NewTextHandler(l, &slog.HandlerOptions{Level: slog.LevelInfo}))
+func logTo(b *testkit.Buffer) *slog.Logger {
+	return slog.New(slog.NewTextHandler(b, &slog.HandlerOptions{Level: slog.LevelInfo}))
 }
 
 // site is a TLS listener with files that change.
@@ -93,14 +74,14 @@ type site struct {
 	*rig
 	ca    *authority
 	files broker.TLS
-	lines *lines
+	lines *testkit.Buffer
 }
 
 // newSite starts a broker with a CA for devices. change may add to the files.
 func newSite(t *testing.T, change func(s *site)) *site {
 	t.Helper()
 	dir := t.TempDir()
-	s := &site{ca: newAuthority(t, "ca"), lines: &lines{}}
+	s := &site{ca: newAuthority(t, "ca"), lines: &testkit.Buffer{}}
 	s.files = broker.TLS{
 		Cert: filepath.Join(dir, "gateway.crt"), Key: filepath.Join(dir, "gateway.key"), ClientCA: filepath.Join(dir, "ca.crt"),
 	}
@@ -111,7 +92,7 @@ func newSite(t *testing.T, change func(s *site)) *site {
 		if change != nil {
 			change(s)
 		}
-		r.log = s.lines.logger()
+		r.log = logTo(s.lines)
 		r.cfg.Listeners = []broker.Listener{{Name: "tls", Protocol: "mqtts", Address: "127.0.0.1:0", TLS: s.files}}
 	})
 	return s
@@ -244,19 +225,19 @@ func TestCertificateFilesAreWatched(t *testing.T) {
 	serves("v2")
 	cert, key := s.ca.issue("v3")
 	copyFile(t, cert, s.files.Cert) // the links are gone now
-	eventually(t, "a complaint", func() bool { return s.lines.count("certificates not loaded") == 1 })
+	eventually(t, "a complaint", func() bool { return s.lines.Count("certificates not loaded") == 1 })
 	serves("v2")
 	copyFile(t, key, s.files.Key)
 	serves("v3")
 	if err := os.Remove(s.files.Cert); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "a complaint", func() bool { return s.lines.count("certificates not loaded") == 2 })
+	eventually(t, "a complaint", func() bool { return s.lines.Count("certificates not loaded") == 2 })
 	serves("v3")
-	if got := s.lines.count("certificates not loaded"); got != 2 {
+	if got := s.lines.Count("certificates not loaded"); got != 2 {
 		t.Errorf("%d complaints about two states", got)
 	}
-	if got := s.lines.count("certificates loaded"); got != 3 {
+	if got := s.lines.Count("certificates loaded"); got != 3 {
 		t.Errorf("loaded %d times, want 3", got)
 	}
 }
@@ -298,7 +279,7 @@ func TestRevokedClientsAreEnded(t *testing.T) {
 				t.Error("a good client does not resume: the test does not show that the bad one might")
 			}
 			s.crl() // let in again
-			eventually(t, "new list", func() bool { return s.lines.count("revoked=0") == 2 })
+			eventually(t, "new list", func() bool { return s.lines.Count("revoked=0") == 2 })
 			s.enter(v, "bad", bad)
 		})
 	}
@@ -354,9 +335,9 @@ func TestRevocationLists(t *testing.T) {
 				}
 				return
 			}
-			s := &site{ca: ca, lines: &lines{}}
+			s := &site{ca: ca, lines: &testkit.Buffer{}}
 			s.rig = newRig(t, func(r *rig) {
-				r.log = s.lines.logger()
+				r.log = logTo(s.lines)
 				r.cfg.Listeners = []broker.Listener{{Name: "tls", Protocol: "mqtts", Address: "127.0.0.1:0", TLS: files}}
 			})
 			for _, y := range []struct {
@@ -370,8 +351,8 @@ func TestRevocationLists(t *testing.T) {
 					s.enter(mqtt.V5, y.id, y.conf)
 				}
 			}
-			if x.warning != "" && s.lines.count(x.warning) != 1 {
-				t.Errorf("warned %d times", s.lines.count(x.warning))
+			if x.warning != "" && s.lines.Count(x.warning) != 1 {
+				t.Errorf("warned %d times", s.lines.Count(x.warning))
 			}
 		})
 	}
@@ -451,16 +432,16 @@ func TestCertificateExpiryIsToldInTime(t *testing.T) {
 		}
 	}
 	for file, want := range map[string]int{"file=cert ": 1, "file=crl ": 1, "file=client_ca ": 1} {
-		if n := s.lines.count(file); n != want {
+		if n := s.lines.Count(file); n != want {
 			t.Errorf("warned %d times of %s, want %d", n, file, want)
 		}
 	}
 	s.serverCert("gateway", time.Now().Add(400*24*time.Hour))
 	eventually(t, "new certificate", func() bool { return s.certificateEnds()["cert"] > end.Unix() })
 	s.serverCert("gateway", time.Now().Add(12*time.Hour))
-	eventually(t, "warning", func() bool { return s.lines.count("file=cert ") == 2 })
+	eventually(t, "warning", func() bool { return s.lines.Count("file=cert ") == 2 })
 	s.serverCert("gateway", time.Now().Add(-time.Minute))
-	eventually(t, "warning", func() bool { return s.lines.count("certificate has expired") == 1 })
+	eventually(t, "warning", func() bool { return s.lines.Count("certificate has expired") == 1 })
 }
 
 // certificateEnds gives the metric by file.

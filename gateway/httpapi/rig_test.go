@@ -18,6 +18,7 @@ import (
 
 	"holdfast/devices"
 	"holdfast/gateway/httpapi"
+	"holdfast/internal/testkit"
 	"holdfast/spool"
 )
 
@@ -40,7 +41,7 @@ type rig struct {
 	audit    auditLog
 	control  control
 	hub      *httpapi.Events
-	log      *lockedBuffer
+	log      *testkit.Buffer
 	metrics  *prometheus.Registry
 	ledger   *[]string // what check saw, for the test of the description; nil: nobody asks
 }
@@ -50,7 +51,7 @@ func newRig(t *testing.T) *rig { return newRigWith(t, 0) }
 func newRigWith(t *testing.T, events int) *rig {
 	t.Helper()
 	r := &rig{
-		t: t, source: &source{}, tokens: newTokens(), lanes: &lanes{}, hub: httpapi.NewEvents(events), log: &lockedBuffer{},
+		t: t, source: &source{}, tokens: newTokens(), lanes: &lanes{}, hub: httpapi.NewEvents(events), log: &testkit.Buffer{},
 		metrics: prometheus.NewRegistry(),
 		registry: &registry{known: map[string]devices.Device{
 			"pump": {ID: "pump", Role: "device", Enabled: true, Created: then, Updated: then, Credentials: []devices.Credential{{ID: "k1", Kind: "token", Created: then}}},
@@ -67,23 +68,6 @@ func newRigWith(t *testing.T, events int) *rig {
 		Log: slog.New(slog.NewTextHandler(out, &slog.HandlerOptions{Level: slog.LevelInfo})), Metrics: r.metrics,
 	})
 	return r
-}
-
-type lockedBuffer struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (l *lockedBuffer) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(p)
-}
-
-func (l *lockedBuffer) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.String()
 }
 
 // option changes a request.

@@ -1,14 +1,11 @@
 package tracing_test
 
 import (
-	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
 	"log/slog"
-	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -20,26 +17,9 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-type lines struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (l *lines) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(p)
-}
-
-func (l *lines) count(what string) int {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return strings.Count(l.b.String(), what)
-}
-
-func open(t *testing.T, endpoint string, every uint64) (*tracing.Tracer, *lines) {
+func open(t *testing.T, endpoint string, every uint64) (*tracing.Tracer, *testkit.Buffer) {
 	t.Helper()
-	log := &lines{}
+	log := &testkit.Buffer{}
 	x, err := tracing.New(tracing.Config{Endpoint: endpoint, Every: every, Gateway: "gw1", Version: "v1", Log: slog.New(slog.NewTextHandler(log, nil))})
 	if err != nil {
 		t.Fatal(err)
@@ -142,14 +122,14 @@ func TestACollectorThatIsAwayIsNamedOnce(t *testing.T) {
 	if took := time.Since(began); took > 2*time.Second {
 		t.Errorf("5000 messages took %v", took)
 	}
-	testkit.Eventually(t, 10*time.Second, "the log tells", func() bool { return log.count("traces are not taken") == 1 })
+	testkit.Eventually(t, 10*time.Second, "the log tells", func() bool { return log.Count("traces are not taken") == 1 })
 	c.Away.Store(false)
 	testkit.Eventually(t, 10*time.Second, "spans are taken again", func() bool {
 		x.Arrived(arrival())
-		return log.count("traces are taken again") == 1
+		return log.Count("traces are taken again") == 1
 	})
 	closeIt(t, x)
-	if n := log.count("traces are not taken"); n != 1 {
+	if n := log.Count("traces are not taken"); n != 1 {
 		t.Errorf("told %d times", n)
 	}
 }
