@@ -154,6 +154,10 @@ sbom: build bin/tools/cyclonedx-gomod ## what the binary is made of, in CycloneD
 container: ## a container image of nothing but the binary, holdfast:VERSION (wants podman, buildah or docker)
 	VERSION='$(VERSION)' .ci/container
 
+.PHONY: deb-check
+deb-check: # the package's scripts and the unit, without making it: syntax, validity, exposure of 2.0 at most
+	.ci/deb-check
+
 .PHONY: deb-test
 deb-test: deb ## install, run, upgrade, remove and purge the package in a clean root (root; debootstrap, systemd-container; a minute or two)
 	.ci/deb-test
@@ -163,7 +167,7 @@ clean: ## remove what the targets made
 	rm -rf bin dist coverage.out
 
 .PHONY: ci
-ci: fmt-check lint alerts-check build test race e2e ## what .ci/run runs
+ci: fmt-check lint deb-check alerts-check build test race e2e ## what .ci/run runs
 
 # Tools are built from the module proxy by their own module files, so that their dependencies never meet ours.
 bin/tools/golangci-lint: .ci/lint.mod
