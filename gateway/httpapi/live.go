@@ -20,7 +20,6 @@ func (s *Server) watchMessages(c *call) error {
 	if filter == "" {
 		filter = "#"
 	}
-	c.object = filter
 	q := &arrivals{wake: make(chan struct{}, 1)}
 	end, err := s.p.Messages.Watch(filter, q.put)
 	if errors.Is(err, ErrFilter) {
