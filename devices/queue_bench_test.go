@@ -67,6 +67,36 @@ func BenchmarkSubmit(b *testing.B) {
 	}
 }
 
+// BenchmarkListCommands lists by state, with 100,000 commands that wait and 100,000 of history.
+func BenchmarkListCommands(b *testing.B) {
+	q := benchQueue(b)
+	device := func(i int) string { return fmt.Sprintf("d-%d", i%10_000) }
+	submitMany(b, q, 0, 200_000, device)
+	var left sync.WaitGroup
+	left.Add(100_000)
+	for i := range 100_000 {
+		if err := q.Cancel("", fmt.Sprintf("command-%09d-of-the-cloud", 2*i), "benchmark", "", func(_ devices.Command, err error) {
+			if err != nil {
+				b.Error(err)
+			}
+			left.Done()
+		}); err != nil {
+			b.Fatal(err)
+		}
+	}
+	left.Wait()
+	for _, states := range [][]devices.State{{devices.Queued}, {devices.Canceled}, {devices.Sent}, {devices.TimedOut}, {devices.Queued, devices.TimedOut}} {
+		b.Run(fmt.Sprintf("states=%v", states), func(b *testing.B) {
+			for b.Loop() {
+				page, _, err := q.List(devices.CommandFilter{States: states})
+				if err != nil || (len(page) == 100) != (states[0] == devices.Queued || states[0] == devices.Canceled) {
+					b.Fatalf("%d, %v", len(page), err)
+				}
+			}
+		})
+	}
+}
+
 // BenchmarkReturn is the return of many devices with three one-way commands each: all delivered, in order.
 func BenchmarkReturn(b *testing.B) {
 	for _, n := range []int{10_000} {

@@ -48,6 +48,15 @@ func CommandRowAgain(clk *clock.Clock, b []byte) (again []byte, err error) {
 	return encodeRow(p.row(s)), nil
 }
 
+// CommandRowState reads a command's state alone, and by decoding all of its row.
+func CommandRowState(b []byte) (alone, whole State, err error) {
+	r, err := parseCommandRow(b)
+	if err != nil {
+		return commandRowState(b), 0, err
+	}
+	return commandRowState(b), r.State, nil
+}
+
 // BodyRow decodes what a command carries.
 func BodyRow(b []byte) ([]byte, error) {
 	var body commandBody

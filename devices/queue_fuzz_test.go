@@ -49,9 +49,15 @@ func FuzzCommandRow(f *testing.F) {
 		f.Fatal(err)
 	}
 	f.Fuzz(func(t *testing.T, b []byte) {
+		if alone, whole, err := devices.CommandRowState(b); err == nil && alone != 0 && alone != whole {
+			t.Fatalf("%x: state %v alone, %v whole", b, alone, whole)
+		}
 		again, err := devices.CommandRowAgain(clk, b)
 		if err != nil {
 			return
+		}
+		if alone, whole, err := devices.CommandRowState(again); err != nil || alone != whole {
+			t.Fatalf("%x: state %v alone, %v whole, %v", again, alone, whole, err)
 		}
 		twice, err := devices.CommandRowAgain(clk, again)
 		if err != nil || !bytes.Equal(again, twice) {

@@ -966,6 +966,11 @@ func TestList(t *testing.T) {
 			r.ack(l)
 		}
 	}
+	for i := 1; i < 30; i += 6 { // 1, 7, 13, 19, 25
+		if _, err := r.CancelWait(t.Context(), numbered("c", i), ""); err != nil {
+			t.Fatal(err)
+		}
+	}
 	ids := func(f devices.CommandFilter) (ids []string) {
 		t.Helper()
 		for {
@@ -1006,7 +1011,11 @@ func TestList(t *testing.T) {
 			"pages":        {devices.CommandFilter{Limit: 7}, func(int) bool { return true }},
 			"full pages":   {devices.CommandFilter{Limit: 10}, func(int) bool { return true }},
 			"device":       {devices.CommandFilter{Device: "d-1", Limit: 3}, func(i int) bool { return i%3 == 1 }},
-			"queued":       {devices.CommandFilter{States: []devices.State{devices.Queued}, Limit: 4}, func(i int) bool { return i%3 != 0 || i > 15 }},
+			"queued":       {devices.CommandFilter{States: []devices.State{devices.Queued}, Limit: 4}, func(i int) bool { return i%6 != 1 && (i%3 != 0 || i > 15) }},
+			"canceled":     {devices.CommandFilter{States: []devices.State{devices.Canceled}, Limit: 2}, func(i int) bool { return i%6 == 1 }},
+			"timed out":    {devices.CommandFilter{States: []devices.State{devices.TimedOut}}, func(int) bool { return false }},
+			"open and not": {devices.CommandFilter{States: []devices.State{devices.Queued, devices.Canceled, devices.TimedOut}, Limit: 3}, func(i int) bool { return i%3 != 0 || i > 15 }},
+			"each of them": {devices.CommandFilter{States: []devices.State{devices.Queued, devices.Sent, devices.Delivered, devices.Canceled}, Limit: 4}, func(int) bool { return true }},
 			"delivered":    {devices.CommandFilter{States: []devices.State{devices.Delivered}, Limit: 2}, func(i int) bool { return i%3 == 0 && i < 15 }},
 			"device state": {devices.CommandFilter{Device: "d-0", States: []devices.State{devices.Sent, devices.Delivered}}, func(i int) bool { return i%3 == 0 && i <= 15 }},
 			"nobody":       {devices.CommandFilter{Device: "d"}, func(int) bool { return false }},

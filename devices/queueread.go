@@ -1,6 +1,7 @@
 package devices
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"slices"
@@ -81,11 +82,13 @@ func (q *Queue) List(f CommandFilter) (page []Command, next uint64, err error) {
 		return false
 	}
 	walk := q.listAll
-	if f.Device != "" {
-		if len(f.Device) > 255 {
-			return nil, 0, nil
-		}
+	switch {
+	case len(f.Device) > 255:
+		return nil, 0, nil
+	case f.Device != "":
 		walk = q.listDevice
+	case len(f.States) > 0:
+		walk = q.listStates
 	}
 	full, err := walk(f, before, add)
 	if err != nil {
@@ -122,7 +125,7 @@ func (q *Queue) listDevice(f CommandFilter, before uint64, add func(seq uint64, 
 }
 
 // listAll walks over all commands, the newest first, until add has enough.
-func (q *Queue) listAll(f CommandFilter, before uint64, add func(seq uint64, p *queuedCommand) bool) (full bool, err error) {
+func (q *Queue) listAll(_ CommandFilter, before uint64, add func(seq uint64, p *queuedCommand) bool) (full bool, err error) {
 	prefix := []byte{kv.PrefixCommand, commandKindOpen}
 	open, err := q.store.Iter(prefix, commandKey(commandKindOpen, before))
 	if err != nil {
@@ -138,9 +141,6 @@ func (q *Queue) listAll(f CommandFilter, before uint64, add func(seq uint64, p *
 	}
 	defer func() { err = errors.Join(err, ended.Error(), ended.Close()) }()
 	openOK, endedOK := open.Last(), ended.Last()
-	if len(f.States) > 0 && !slices.ContainsFunc(f.States, func(s State) bool { return s >= Delivered && s != InProgress }) {
-		endedOK = false // history has none of them
-	}
 	for (openOK || endedOK) && !full {
 		it, ok := open, &openOK
 		if endedOK {
@@ -165,4 +165,74 @@ func (q *Queue) listAll(f CommandFilter, before uint64, add func(seq uint64, p *
 		*ok = it.Prev()
 	}
 	return full, nil
+}
+
+// listStates walks over the commands in some states, the newest first, until add has enough. It may meet others, too.
+// Memory knows who has no end, and of a row of history only the state is decoded, unless it is wanted.
+func (q *Queue) listStates(f CommandFilter, before uint64, add func(seq uint64, p *queuedCommand) bool) (full bool, err error) {
+	// First those without an end: what ends between the two looks is met twice, not missed.
+	open := q.openIn(f.States, before, f.Limit+1)
+	if slices.ContainsFunc(f.States, func(s State) bool { return s >= Delivered && s != InProgress }) { // else history has none
+		it, err := q.store.Iter([]byte{kv.PrefixCommand, commandKindEnded}, commandKey(commandKindEnded, before))
+		if err != nil {
+			return false, err
+		}
+		defer func() { err = errors.Join(err, it.Error(), it.Close()) }()
+		for ok := it.Last(); ok && !full; ok = it.Prev() {
+			seq, _ := commandSeq(it.Key())
+			for len(open) > 0 && open[0].seq > seq && !full {
+				full = add(open[0].seq, open[0])
+				open = open[1:]
+			}
+			if full || len(open) > 0 && open[0].seq == seq {
+				continue
+			}
+			v, err := it.ValueAndErr()
+			if err != nil {
+				return false, err
+			}
+			if s := commandRowState(v); s != 0 && !slices.Contains(f.States, s) {
+				continue
+			}
+			if r, err := parseCommandRow(v); err != nil {
+				q.log.Debug("command not listed: its row cannot be read", "seq", seq, "err", err)
+			} else {
+				p, _ := r.load(seq, &queueDevice{name: r.Device})
+				full = add(seq, p)
+			}
+		}
+	}
+	for len(open) > 0 && !full {
+		full = add(open[0].seq, open[0])
+		open = open[1:]
+	}
+	return full, nil
+}
+
+// openIn returns the newest commands in memory that are in one of the states, at most limit of those before a sequence, the newest first.
+func (q *Queue) openIn(states []State, before uint64, limit int) (found []*queuedCommand) {
+	const together = 1000 // looked at without letting others have the lock
+	newest := func() {
+		slices.SortFunc(found, func(a, b *queuedCommand) int { return cmp.Compare(b.seq, a.seq) })
+		found = found[:min(limit, len(found))]
+	}
+	after, n := uint64(0), 0
+	q.mu.Lock()
+	for _, p := range q.ids {
+		if p.seq > after && p.seq < before && p.shown != nil && slices.Contains(states, p.shown.state) {
+			found = append(found, p)
+		}
+		if n++; n%together != 0 {
+			continue
+		}
+		q.mu.Unlock()
+		if len(found) > 4*limit {
+			newest()
+			after = found[limit-1].seq
+		}
+		q.mu.Lock()
+	}
+	q.mu.Unlock()
+	newest()
+	return found
 }
