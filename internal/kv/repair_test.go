@@ -17,12 +17,14 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
 	"github.com/cockroachdb/pebble/v2/vfs/atomicfs"
 	"github.com/cockroachdb/pebble/v2/vfs/errorfs"
 
 	"holdfast/internal/kv"
+	"holdfast/internal/testkit"
 )
 
 // onlyFile returns the one file of a folder whose name contains part.
@@ -323,10 +325,16 @@ func markInAnEdit(t *testing.T, nth int) {
 			t.Fatal(err)
 		}
 		rows++
-		select {
-		case manifest = <-stuck:
-		default:
-		}
+		// Not faster than flushes: writers that wait for room would wait for ever for the edit that is held.
+		testkit.Eventually(t, 30*time.Second, "the flush, or the edit that is held", func() bool {
+			select {
+			case manifest = <-stuck:
+				return true
+			default:
+				mutable, flushed := s.Memtable()
+				return mutable <= flushed+2 // half of a memtable alone is not flushed
+			}
+		})
 	}
 	if err := s.ApplyWait([]kv.Op{{Key: deviceKey(rows), Value: bytes.Repeat([]byte{byte(rows)}, 20_000)}}); err != nil { // the mark
 		t.Fatal(err)
