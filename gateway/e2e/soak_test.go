@@ -20,6 +20,8 @@ var soakFaults = []proof.Choice{
 	{Name: "slow disk and power cut", Weight: 2},
 	{Name: "stop", Weight: 2},
 	{Name: "freeze", Weight: 2},
+	{Name: "clock jumps", Weight: 2},
+	{Name: "boot with another clock", Weight: 2},
 	{Name: "fsync fails", Weight: 1},
 	{Name: "fsync fails and power cut", Weight: 1},
 	{Name: "write fails", Weight: 1},
@@ -30,7 +32,8 @@ var soakFaults = []proof.Choice{
 var hardFaults = []proof.Choice{{Name: "disk full", Weight: 3}, {Name: "damage", Weight: 2}}
 
 // TestSoak does everything at once: devices of both protocol versions on flaky links that send messages and get commands, an upstream
-// behind a link that fails in every way, a disk that fails, is slow, and loses its power, a gateway that is killed, stopped and frozen.
+// behind a link that fails in every way, a disk that fails, is slow, and loses its power, a gateway that is killed, stopped and frozen,
+// and a wall clock that jumps by years.
 // SOAK is how long, SOAK_SEED the seed of the first round; that of the next is one more. SOAK_FAULTS
 // names faults to draw from in place of the usual ones.
 func TestSoak(t *testing.T) {
@@ -77,7 +80,7 @@ func soakRound(t *testing.T, r *proof.Report, seed uint64, lasts time.Duration) 
 			t.Logf("schedule:%s", schedule(all[:steps]))
 		}
 	})
-	x := startTrial(t, r, forms[seed%uint64(len(forms))], seed, true, load{devices: 10, rate: 50, commands: !hard})
+	x := startTrial(t, r, forms[seed%uint64(len(forms))], seed, true, load{devices: 10, rate: 50, commands: !hard, clock: true})
 	for begin := time.Now(); time.Since(begin) < lasts; steps++ {
 		x.step(all[steps])
 	}

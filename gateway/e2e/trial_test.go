@@ -30,7 +30,9 @@ type trial struct {
 	disk   *powercut.Disk // nil: the data lies in a folder of the machine's own disk
 	mount  *powercut.Mount
 	g      *testkit.Gateway
+	clock  *testkit.FakeClock // nil: the machine's
 	up     *upstream
+	second *testkit.Proxy // another way to the same upstream; nil: there is one
 	fleet  *proof.Fleet
 	force  *troops       // nil: no commands
 	hq     *headquarters // with force
@@ -45,6 +47,8 @@ type form struct {
 	name      string
 	yaml      string   // top-level keys, upstreams aside
 	format    string   // of the upstream; "": batch
+	upstream  string   // more of its keys
+	twoWays   bool     // it has two URLs
 	size      int      // bytes of a payload; 0: as the values need
 	reasons   []string // for which its rules may take messages
 	liveFirst []string // lanes that are not drained in order
@@ -54,6 +58,8 @@ var forms = []form{
 	{name: "as it comes"},
 	{name: "each message by itself", format: "cloudevents"},
 	{name: "large messages", size: 5000},
+	{name: "two ways upstream", twoWays: true},
+	{name: "paced", upstream: ", budget: { bytes_per_second: 32KiB }"},
 	{
 		name: "newest first", liveFirst: []string{"alarm", "telemetry", "bulk"},
 		yaml: "spool: { lanes: [{ name: alarm, share: 50, max_bytes: 256MiB, max_age: 720h, when_full: reject, drain: live_first }, " +
@@ -93,6 +99,7 @@ type load struct {
 	devices  int
 	rate     float64
 	commands bool // a cloud sends commands, to devices of their own
+	clock    bool // the gateway's wall clock is ours, where that can be
 }
 
 // patience is the most time for whatever takes a moment: machines that run this for hours stand still now and then.
@@ -122,13 +129,23 @@ func startTrial(t *testing.T, r *proof.Report, fm form, seed uint64, powered boo
 		})
 		c.Dir = filepath.Join(m.Dir, "data")
 	}
+	if l.clock && testkit.FakeClocks {
+		x.clock = testkit.NewFakeClock(t)
+		c.Clock = x.clock
+	}
 	x.up = startUpstream(t)
 	x.up.link.Set(links["up"])
+	urls := fmt.Sprintf("%q", "mqtt://"+x.up.link.Addr())
+	if fm.twoWays {
+		x.second = testkit.StartProxy(t, x.up.broker.Addr)
+		x.second.Set(links["up"])
+		urls += fmt.Sprintf(", %q", "mqtt://"+x.second.Addr())
+	}
 	format := fm.format
 	if format == "" {
 		format = "batch"
 	}
-	c.YAML = logYAML + fm.yaml + fmt.Sprintf("upstreams:\n  - { name: cloud, url: %q, format: %s, commands: %v }\n", "mqtt://"+x.up.link.Addr(), format, l.commands)
+	c.YAML = logYAML + fm.yaml + fmt.Sprintf("upstreams:\n  - { name: cloud, urls: [%s], format: %s, commands: %v%s }\n", urls, format, l.commands, fm.upstream)
 	if l.commands {
 		c.Devices = "{ anonymous: true, commands: { ack_timeout: 1s } }"
 	}
@@ -217,6 +234,16 @@ func (x *trial) setLink(s proof.Step) {
 	x.calm()
 	x.calm = func() {}
 	x.report.Fault("link " + s.Link)
+	if x.second != nil {
+		other := links["up"]
+		if s.Seed%2 == 0 {
+			other = links["away"]
+		}
+		x.second.Set(other)
+		if other.Refuse {
+			x.second.Reset()
+		}
+	}
 	switch s.Link {
 	case "coming and going":
 		x.calm = x.up.link.Flap(s.Seed, links["up"], 150*time.Millisecond, 150*time.Millisecond, func(string, ...any) {})
@@ -283,6 +310,23 @@ var faults = map[string]fault{
 			return x.cut(s, rng)
 		},
 	},
+	// Somebody sets the wall clock, or what sets it is wrong.
+	"clock jumps": {
+		strike: func(x *trial, _ proof.Step, rng *rand.Rand) bool {
+			x.setClock(rng)
+			return false
+		},
+	},
+	// A box without a battery for its clock comes up in another year.
+	"boot with another clock": {
+		strike: (*trial).kill,
+		stopped: func(x *trial, rng *rand.Rand) {
+			if x.clock != nil {
+				x.clock.Reboots()
+			}
+			x.setClock(rng)
+		},
+	},
 	// A disk, or a program, that forgets fsync: no part of any harness but the test of the checker.
 	"lying disk and power cut": {
 		before: func(x *trial, _ *rand.Rand) { x.disk.SetFaults(powercut.Faults{Lie: true}) },
@@ -326,6 +370,28 @@ func (x *trial) cut(_ proof.Step, rng *rand.Rand) bool {
 		x.report.Fault("power cut that took unsynced names")
 	}
 	return true
+}
+
+// setClock has the gateway's wall clock show something else, and the kernel vouch for it or not, however wrong it is.
+func (x *trial) setClock(rng *rand.Rand) {
+	x.t.Helper()
+	if x.clock == nil {
+		return
+	}
+	now, synced := time.Now(), rng.IntN(2) == 0
+	walls := []struct {
+		name string
+		wall time.Time
+	}{
+		{"right", now},
+		{"1970", time.Unix(int64(rng.IntN(1000)), 0)},
+		{"years behind", now.Add(-time.Duration(1+rng.IntN(9)) * year)},
+		{"years ahead", now.Add(time.Duration(1+rng.IntN(40)) * year)},
+		{"off by a day at most", now.Add(time.Duration(rng.IntN(48*3600)-24*3600) * time.Second)},
+	}
+	w := walls[rng.IntN(len(walls))]
+	x.clock.At(w.wall, synced)
+	x.report.Fault("clock: " + w.name)
 }
 
 // full leaves hardly any room for a while.
@@ -474,6 +540,9 @@ func (x *trial) finish() {
 	x.calm()
 	x.up.link.Set(testkit.Faults{})
 	x.up.link.Reset() // what hangs in there would be given up after 30 s
+	if x.second != nil {
+		x.second.Set(testkit.Faults{})
+	}
 	if x.hq != nil {
 		x.hq.stop()
 		x.hq.awaitEnds(x.g)

@@ -1,9 +1,13 @@
 package testkit
 
 import (
+	"runtime"
 	"sync"
 	"time"
 )
+
+// FakeClocks says whether there are any here: elsewhere NewFakeClock skips the test.
+const FakeClocks = runtime.GOOS == "linux" && runtime.GOARCH == "amd64"
 
 // FakeClock is the wall clock of a Command: what the machine's shows, and an offset that the test sets at any time. The
 // program's monotonic clock goes on. It can also say for the kernel whether it vouches for the wall clock.
