@@ -80,6 +80,9 @@ type Presence struct {
 	TLS       bool      `json:"tls,omitempty"`
 	Will      string    `json:"will,omitempty"`   // the topic of its will
 	Reason    string    `json:"reason,omitempty"` // why it is not connected
+	// LastMessage is when a message of it was taken last, on this connection or a former one; zero: never. What came on a connection
+	// that a crash of the gateway has ended is forgotten.
+	LastMessage time.Time `json:"last_message,omitzero"`
 }
 
 // PresenceChange is told upstream when a device comes or goes.
@@ -98,6 +101,8 @@ type Connection struct {
 	// Alive says whether the connection has not ended. It has at the latest when a newer one of the device is Connected.
 	// nil: it has not.
 	Alive func() bool
+	// LastMessage is when a message that came on the connection was taken last; zero: never. nil: it is not known.
+	LastMessage func() time.Time
 	// Identity is what Authenticate returned for this connection: it says which credential let it in, so that the
 	// connection ends with the credential. nil: not known, and then it ends with the device only.
 	Identity *Identity

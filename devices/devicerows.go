@@ -16,7 +16,8 @@ import (
 //	                            1 id, 2 kind (1 token, 2 password, 3 certificate), 3 created, 4 expires (0: never),
 //	                            5 secret (32 bytes: SHA-256 of a token, argon2id of a password, SHA-256 of a certificate's DER),
 //	                            of a password also 6 salt, 7 passes, 8 memory in KiB, 9 threads
-//	presence   'v' 2 | id  -> 1 connected, 2 since, 3 last seen, 4 address, 5 protocol, 6 listener, 7 TLS, 8 topic of the will, 9 reason
+//	presence   'v' 2 | id  -> 1 connected, 2 since, 3 last seen, 4 address, 5 protocol, 6 listener, 7 TLS, 8 topic of the will, 9 reason,
+//	                          10 last message
 //	connected  'v' 3 | id  -> nothing after the version byte
 //
 // A row "connected" is there as long as its device is: after a crash those that are left name the devices that the
@@ -86,6 +87,8 @@ type presenceCBOR struct {
 	TLS       bool   `cbor:"7,keyasint,omitempty"`
 	Will      string `cbor:"8,keyasint,omitempty"`
 	Reason    string `cbor:"9,keyasint,omitempty"`
+
+	LastMessage int64 `cbor:"10,keyasint,omitempty"`
 }
 
 // millis and fromMillis keep the zero time.
@@ -165,7 +168,7 @@ func decodeDevice(id string, b []byte) (*device, error) {
 func encodePresence(p *Presence) []byte {
 	return encodeRow(presenceCBOR{
 		Connected: p.Connected, Since: millis(p.Since), LastSeen: millis(p.LastSeen), Address: p.Address, Protocol: p.Protocol,
-		Listener: p.Listener, TLS: p.TLS, Will: p.Will, Reason: p.Reason,
+		Listener: p.Listener, TLS: p.TLS, Will: p.Will, Reason: p.Reason, LastMessage: millis(p.LastMessage),
 	})
 }
 
@@ -176,6 +179,6 @@ func decodePresence(b []byte) (Presence, error) {
 	}
 	return Presence{
 		Connected: v.Connected, Since: fromMillis(v.Since), LastSeen: fromMillis(v.LastSeen), Address: v.Address,
-		Protocol: v.Protocol, Listener: v.Listener, TLS: v.TLS, Will: v.Will, Reason: v.Reason,
+		Protocol: v.Protocol, Listener: v.Listener, TLS: v.TLS, Will: v.Will, Reason: v.Reason, LastMessage: fromMillis(v.LastMessage),
 	}, nil
 }

@@ -56,14 +56,21 @@ type connection struct {
 	token uint64
 	since time.Time
 	info  Connection // its Identity keeps the entry alive
+	heard time.Time  // its device's last message before this connection
 	entry *entry
 	ended atomic.Bool // it was told to go
 	rows  bool        // it is kept and told: the device is registered. Under the device's order lock
 }
 
 func (c *connection) presence() Presence {
+	heard := c.heard
+	if c.info.LastMessage != nil {
+		if now := c.info.LastMessage(); !now.IsZero() {
+			heard = now
+		}
+	}
 	return Presence{
-		Connected: true, Since: c.since, LastSeen: c.since, Address: c.info.Address, Protocol: c.info.Protocol,
+		Connected: true, Since: c.since, LastSeen: c.since, LastMessage: heard, Address: c.info.Address, Protocol: c.info.Protocol,
 		Listener: c.info.Listener, TLS: c.info.TLS, Will: c.info.Will,
 	}
 }
@@ -203,6 +210,7 @@ func (r *Registry) arrive(id string, conn *connection) {
 		e = r.entries.get(id)
 	}
 	conn.entry = e
+	conn.heard = r.presence(id).LastMessage
 	r.noteReturn(id)
 	s := r.presenceShard(id)
 	s.mu.Lock()

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -62,6 +63,44 @@ func TestPresenceIsKeptAndTold(t *testing.T) {
 		}
 		s.store.Close()
 	})
+}
+
+// TestLastMessage: it outlives the connection, a later one that says nothing, and a restart.
+func TestLastMessage(t *testing.T) {
+	s := newSite(t)
+	secret := s.add(devices.NewDevice{ID: "d"})
+	s.mustLogin("d", secret)
+	var at atomic.Int64
+	told := func() time.Time {
+		if ms := at.Load(); ms != 0 {
+			return time.UnixMilli(ms).UTC()
+		}
+		return time.Time{}
+	}
+	want := func(when string, ms int64) {
+		t.Helper()
+		d, err := s.Get("d")
+		if got := d.Presence.LastMessage; err != nil || got.IsZero() != (ms == 0) || ms != 0 && got.UnixMilli() != ms {
+			t.Errorf("%s: last message %v, want %d ms, %v", when, got, ms, err)
+		}
+	}
+	want("before the first connection", 0)
+	first := s.Connected("d", devices.Connection{LastMessage: told})
+	want("connected", 0)
+	at.Store(1_000_000_000_000)
+	want("a message came", 1_000_000_000_000)
+	// The next connection takes over before the first has ended.
+	second := s.Connected("d", devices.Connection{LastMessage: func() time.Time { return time.Time{} }})
+	s.Disconnected("d", first, "taken over")
+	want("silent after a takeover", 1_000_000_000_000)
+	s.Disconnected("d", second, "bye")
+	want("gone", 1_000_000_000_000)
+	s = s.restart()
+	want("after a restart", 1_000_000_000_000)
+	third := s.Connected("d", devices.Connection{})
+	want("back and silent", 1_000_000_000_000)
+	s.Disconnected("d", third, "bye")
+	want("gone again", 1_000_000_000_000)
 }
 
 func TestATakeoverIsNoEnd(t *testing.T) {

@@ -36,7 +36,7 @@ func (d *downlink) Connected(l *broker.Link) {
 		id = r.Identity
 	}
 	token := d.registry.Connected(l.Client(), devices.Connection{
-		Identity: id, Alive: l.Alive,
+		Identity: id, Alive: l.Alive, LastMessage: l.LastMessage,
 		Address: info.Remote, Protocol: info.Protocol, Listener: info.Listener, TLS: info.TLS, Will: info.Will,
 	})
 	d.mu.Lock()

@@ -79,13 +79,13 @@ func compileRoutes(sp appender, table []config.Route) (*routes[spool.Lane], erro
 // nothing was taken. It waits while the store is behind, but not with QoS 0, which is the first to go
 // under overload.
 func (i *Intake) Publish(m *broker.Message, ops []kv.Op, done kv.Done, token uint64) error {
+	now := i.clock.Read()
+	m.Record.Received, m.Record.Uptime = now.Wall, now.Uptime()
 	if i.answers != nil && bytes.HasPrefix(m.Record.Topic, []byte("cmd/")) { // few
 		if taken, err := i.answer(m, ops, done, token); taken {
 			return err
 		}
 	}
-	now := i.clock.Read()
-	m.Record.Received, m.Record.Uptime = now.Wall, now.Uptime()
 	if now.Unsynced {
 		m.Record.Flags |= spool.FlagClockUnsynced
 	}

@@ -422,6 +422,9 @@ func (p *program) printDevice(d *devices.Device, now time.Time) {
 		}
 	}
 	line("presence", what)
+	if !pr.LastMessage.IsZero() {
+		line("message", fmt.Sprintf("last %s (%s ago)", clockText(pr.LastMessage), shortAge(now.Sub(pr.LastMessage))))
+	}
 	if pr.Will != "" {
 		line("will", shown(pr.Will, 200))
 	}

@@ -85,6 +85,7 @@ type conn struct {
 
 	ended  atomic.Bool           // ending, for those without the lock
 	halted atomic.Bool           // the gateway stops: take nothing more in
+	took   atomic.Int64          // when the Intake last took a message of it, Unix ms; 0: none yet
 	meter  atomic.Pointer[meter] // nil: it may publish as much as it can; what is in it only serve touches
 	peer   atomic.Pointer[peer]  // nil: it showed no certificate
 

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 
 	"holdfast/internal/mqtt"
 )
@@ -90,6 +91,15 @@ func (l *Link) Info() LinkInfo { return l.info }
 
 // Alive says whether the connection has not ended. It has before a newer one of the client is Connected.
 func (l *Link) Alive() bool { return !l.c.ended.Load() }
+
+// LastMessage is when the Intake last took a message that came on this connection; zero: never.
+func (l *Link) LastMessage() time.Time {
+	ms := l.c.took.Load()
+	if ms == 0 {
+		return time.Time{}
+	}
+	return time.UnixMilli(ms).UTC()
+}
 
 // Covers says whether the client has subscribed to topic with QoS 1 or 2, not counting shared
 // subscriptions, over this connection or before it in the same session. For request topics that

@@ -15,7 +15,7 @@ import (
 // Message is what a device publishes, on its way to an Intake. All of it is valid only
 // during Intake.Publish: its slices and strings lie in the connection's read buffer.
 type Message struct {
-	Record spool.Record // Received is left to the intake
+	Record spool.Record // Received is left to the intake, which always sets it
 	QoS    byte
 	Retain bool
 }
@@ -179,6 +179,7 @@ func (c *conn) handIn(in *inflow, topic []byte, m *message, token uint64, ops []
 	c.fillRecord(in, topic, &in.pub)
 	err := c.b.intake.Publish(&in.msg, ops, c, token)
 	if err == nil {
+		c.took.Store(in.msg.Record.Received)
 		return nil
 	}
 	if in.pub.QoS > 0 { // QoS 0 is shed in numbers; it is counted

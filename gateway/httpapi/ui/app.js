@@ -183,10 +183,10 @@ const start = {
 
   devices() {
     const form = $('#filter');
-    const fresh = paged($('#devices'), ['Id', 'Name', 'Presence', 'Last seen', 'State', ''], async (after) => {
+    const fresh = paged($('#devices'), ['Id', 'Name', 'Presence', 'Last seen', 'Last message', 'State', ''], async (after) => {
       const p = await api('devices?' + query({ search: form.search.value, connected: form.connected.value, enabled: form.enabled.value, after, limit: 100 }));
       return { next: p.next, rows: p.devices.map((d) => [h('a', { href: '/devices/' + encodeURIComponent(d.id) }, d.id), d.name || '',
-        d.presence.connected ? word('connected', 'good') : 'away', when(d.presence.last_seen), d.enabled ? 'enabled' : word('disabled', 'warn'), operator ? toggle(d, () => fresh()) : '']) };
+        d.presence.connected ? word('connected', 'good') : 'away', when(d.presence.last_seen), when(d.presence.last_message), d.enabled ? 'enabled' : word('disabled', 'warn'), operator ? toggle(d, () => fresh()) : '']) };
     }, 'No device.');
     const again = soon(fresh, 400);
     form.addEventListener('input', again);
@@ -205,7 +205,7 @@ const start = {
     const look = async () => {
       const d = await api(base), p = d.presence;
       facts($('#facts'), [['Name', d.name || '–'], ['Role', d.role], ['State', d.enabled ? word('enabled', 'good') : word('disabled', 'warn')],
-        ['Presence', p.connected ? word('connected for ' + since(p.since), 'good') : 'away'], ['Last seen', when(p.last_seen)], ['Address', p.address || '–'],
+        ['Presence', p.connected ? word('connected for ' + since(p.since), 'good') : 'away'], ['Last seen', when(p.last_seen)], ['Last message', when(p.last_message)], ['Address', p.address || '–'],
         ['Labels', Object.entries(d.labels || {}).map(([k, v]) => k + '=' + v).join(', ') || '–'], ['Credentials', number((d.credentials || []).length)]]);
       if (operator) { $('#enable').hidden = d.enabled; $('#disable').hidden = !d.enabled; }
     };
