@@ -12,7 +12,6 @@ import (
 	"testing"
 	"time"
 
-	"holdfast/bridge/cloud"
 	"holdfast/bridge/wire"
 	"holdfast/internal/mqtt"
 )
@@ -28,7 +27,9 @@ func startCloud(t *testing.T) string {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	up, ended := make(chan struct{}), make(chan error, 1)
-	go func() { ended <- c.run(ctx, sync.OnceFunc(func() { close(up) }), func([]cloud.Delivery) {}) }()
+	go func() {
+		ended <- c.run(ctx, sync.OnceFunc(func() { close(up) }), func(string, []byte) error { return nil })
+	}()
 	t.Cleanup(func() {
 		cancel()
 		if err := <-ended; err != nil && !strings.Contains(err.Error(), wire.ErrFormat.Error()) {

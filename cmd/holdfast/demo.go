@@ -96,6 +96,7 @@ type demo struct {
 	sleepers *firmwaresim.Fleet
 	orders   *orders
 
+	receiver  *cloud.Receiver
 	arrivals  *firmwaresim.Arrivals
 	plain     atomic.Uint64 // bytes that a plain bridge would have needed for what arrived
 	strangers atomic.Uint64 // arrived, but not from our devices
@@ -133,7 +134,7 @@ func (d *demo) say(format string, args ...any) {
 
 func (d *demo) run(ctx context.Context) (_ *ledger, err error) {
 	d.began = time.Now()
-	d.arrivals = firmwaresim.NewArrivals()
+	d.receiver, d.arrivals = cloud.New(cloud.Config{}), firmwaresim.NewArrivals()
 	d.orders = newOrders()
 	logFile, err := os.Create(filepath.Join(d.dir, "upstream.log"))
 	if err != nil {
@@ -188,8 +189,9 @@ func (d *demo) run(ctx context.Context) (_ *ledger, err error) {
 	return l, nil
 }
 
-// arrive notes what the receiver made of a publish.
-func (d *demo) arrive(deliveries []cloud.Delivery) {
+// arrive notes what the receiver makes of a publish.
+func (d *demo) arrive(topic string, payload []byte) error {
+	deliveries, err := d.receiver.Receive(topic, payload)
 	for _, v := range deliveries {
 		if v.Kind != cloud.Message {
 			continue
@@ -200,6 +202,7 @@ func (d *demo) arrive(deliveries []cloud.Delivery) {
 		}
 		d.plain.Add(plainBytes(len(v.Message.Topic), len(v.Message.Payload)))
 	}
+	return err
 }
 
 // plainBytes is what a plain MQTT bridge needs for a message with QoS 1: the PUBLISH (MQTT 3.1.1 §3.3) and its PUBACK.
@@ -335,7 +338,7 @@ func (d *demo) story(ctx context.Context) (*ledger, error) {
 	d.line.set(lineUp)
 	d.say("MENDED: the uplink is back; the gateway finds out with its next attempt to connect")
 	mended, goal := time.Now(), fleet.Snapshot().Acknowledged
-	if err := d.poll(ctx, 30*time.Second, "the backlog to arrive", func() bool { return d.cloud.receiver.Stats().Messages >= goal }); err != nil {
+	if err := d.poll(ctx, 30*time.Second, "the backlog to arrive", func() bool { return d.receiver.Stats().Messages >= goal }); err != nil {
 		return nil, err
 	}
 	d.say("the backlog has arrived, %.1f s after the uplink came back", time.Since(mended).Seconds())
@@ -362,9 +365,9 @@ func (d *demo) story(ctx context.Context) (*ledger, error) {
 // settle waits until what was acknowledged has arrived, and makes the ledger of it.
 func (d *demo) settle(ctx context.Context, fleet *firmwaresim.Fleet, rate float64) (*ledger, error) {
 	// What was not acknowledged may still arrive: QoS 0. Wait until nothing comes any more.
-	last, since := d.cloud.receiver.Stats(), time.Now()
+	last, since := d.receiver.Stats(), time.Now()
 	err := d.poll(ctx, 20*time.Second, "the last messages to arrive", func() bool {
-		if s := d.cloud.receiver.Stats(); s != last {
+		if s := d.receiver.Stats(); s != last {
 			last, since = s, time.Now()
 		}
 		return time.Since(since) > 500*time.Millisecond && fleet.Ledger().Verify(d.arrivals).Lost == 0
@@ -376,7 +379,7 @@ func (d *demo) settle(ctx context.Context, fleet *firmwaresim.Fleet, rate float6
 	for _, e := range v.Examples {
 		d.say("%s", e)
 	}
-	s := d.cloud.receiver.Stats()
+	s := d.receiver.Stats()
 	return &ledger{
 		Published: v.Published, Acknowledged: v.Acknowledged, Arrived: v.Arrived,
 		Removed: s.Duplicates, Repeated: v.Duplicates,
@@ -387,11 +390,11 @@ func (d *demo) settle(ctx context.Context, fleet *firmwaresim.Fleet, rate float6
 }
 
 func (d *demo) counts(fleet *firmwaresim.Fleet) string {
-	return fmt.Sprintf("%d acknowledged, %d arrived upstream", fleet.Snapshot().Acknowledged, d.cloud.receiver.Stats().Messages)
+	return fmt.Sprintf("%d acknowledged, %d arrived upstream", fleet.Snapshot().Acknowledged, d.receiver.Stats().Messages)
 }
 
 func (d *demo) waiting(fleet *firmwaresim.Fleet) uint64 {
-	acked, arrived := fleet.Snapshot().Acknowledged, d.cloud.receiver.Stats().Messages
+	acked, arrived := fleet.Snapshot().Acknowledged, d.receiver.Stats().Messages
 	return acked - min(acked, arrived)
 }
 

@@ -29,7 +29,7 @@ func startDemoCloud(t *testing.T, step func(*wire.CommandEvent)) *demoCloud {
 	c.step = step
 	ctx, cancel := context.WithCancel(t.Context())
 	up, ended := make(chan struct{}), make(chan error, 1)
-	go func() { ended <- c.run(ctx, func() { close(up) }, (&demo{arrivals: firmwaresim.NewArrivals()}).arrive) }()
+	go func() { ended <- c.run(ctx, func() { close(up) }, func(string, []byte) error { return nil }) }()
 	t.Cleanup(func() {
 		cancel()
 		if err := <-ended; err != nil {

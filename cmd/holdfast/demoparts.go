@@ -14,27 +14,25 @@ import (
 	"sync/atomic"
 	"time"
 
-	"holdfast/bridge/cloud"
 	"holdfast/bridge/mqttup"
 	"holdfast/bridge/wire"
 	"holdfast/gateway/broker"
 	"holdfast/internal/kv"
 )
 
-// demoCloud is the demo's upstream: a broker, and a receiver that subscribes to it.
+// demoCloud is the demo's upstream: a broker, and a client that subscribes to it.
 type demoCloud struct {
-	store    *kv.Store
-	broker   *broker.Broker
-	address  string
-	receiver *cloud.Receiver
-	sender   *mqttup.Client           // set before run calls up
-	step     func(*wire.CommandEvent) // told of each step of a command, as each of run; nil: nobody is
+	store   *kv.Store
+	broker  *broker.Broker
+	address string
+	sender  *mqttup.Client           // set before run calls up
+	step    func(*wire.CommandEvent) // told of each step of a command, as each of run; nil: nobody is
 }
 
 // newDemoCloud makes an upstream broker out of the gateway's own. It keeps nothing but sessions, in dir, or in memory if that
 // is "": what is sent to a gateway that is away waits in its session.
 func newDemoCloud(dir string, log *slog.Logger) (_ *demoCloud, err error) {
-	c := &demoCloud{receiver: cloud.New(cloud.Config{})}
+	c := new(demoCloud)
 	o := kv.Options{Durability: kv.Interval, SyncInterval: time.Second, Log: log, Fatal: func(err error) {
 		log.Error("upstream's store failed", "err", err)
 	}}
@@ -59,9 +57,9 @@ func newDemoCloud(dir string, log *slog.Logger) (_ *demoCloud, err error) {
 	return c, nil
 }
 
-// run serves until ctx ends, and hands what the receiver makes of each publish to each. up is
-// called once the receiver has subscribed.
-func (c *demoCloud) run(ctx context.Context, up func(), each func([]cloud.Delivery)) error {
+// run serves until ctx ends, and hands each publish of the gateway that is not about a command to take, whose errors it
+// returns in the end. up is called once it has subscribed.
+func (c *demoCloud) run(ctx context.Context, up func(), take func(topic string, payload []byte) error) error {
 	brokerCtx, stopBroker := context.WithCancel(context.WithoutCancel(ctx))
 	defer stopBroker()
 	served := make(chan error, 1)
@@ -84,12 +82,9 @@ func (c *demoCloud) run(ctx context.Context, up func(), each func([]cloud.Delive
 			return
 		default:
 		}
-		deliveries, err := c.receiver.Receive(topic, payload)
-		if err != nil {
+		if err := take(topic, payload); err != nil {
 			broken = errors.Join(broken, err)
-			return
 		}
-		each(deliveries)
 	})
 	if err == nil {
 		c.sender = client

@@ -13,16 +13,14 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"text/tabwriter"
 	"time"
 
-	"holdfast/bridge/cloud"
 	firmwaresim "holdfast/firmware-sim"
 	"holdfast/gateway"
-	"holdfast/gateway/httpapi"
 	"holdfast/internal/config"
 	"holdfast/internal/diskcheck"
+	"holdfast/internal/proof"
 	"holdfast/spool"
 )
 
@@ -98,27 +96,19 @@ type verification struct {
 	seed   uint64
 	asJSON bool
 
-	began    time.Time
-	dir      string // the temporary folder
-	exe      string // the program; "": this one
-	cloud    *demoCloud
-	line     *uplink
-	gateway  *child
-	address  string // of the gateway, for devices
-	api      string
-	arrivals map[string]*firmwaresim.Arrivals // by the prefix of the devices' ids; not changed while the cloud runs
-	unknown  atomic.Uint64                    // arrived from nobody here
-	fleets   []*firmwaresim.Fleet             // whose messages have to be there at the end
+	began   time.Time
+	dir     string // the temporary folder
+	exe     string // the program; "": this one
+	cloud   *demoCloud
+	line    *uplink
+	gateway *child
+	address string // of the gateway, for devices
+	api     string
+	inbox   *proof.Cloud                  // what arrived
+	figured map[string]*firmwaresim.Fleet // of the figures, whose messages have to be there at the end, too; by the prefix of their ids
 
 	report verifyReport
 }
-
-// The fleets, by the prefix of their devices' ids.
-const (
-	quietFleet = "quiet"
-	fastFleet  = "fast"
-	crashFleet = "crash"
-)
 
 // verifyReport is how it ended.
 type verifyReport struct {
@@ -145,22 +135,11 @@ type crashFigures struct {
 	Kills        int      `json:"kills"`
 	LinkFaults   int      `json:"link_faults"`
 	SlowestStart float64  `json:"slowest_start_s"`
-	Published    uint64   `json:"published"`
-	Acknowledged uint64   `json:"acknowledged"`
-	Arrived      uint64   `json:"arrived"`
-	Removed      uint64   `json:"removed_by_id"` // sent again by the gateway
-	Repeated     uint64   `json:"repeated"`      // sent again by a device that was not acknowledged, and stored twice
-	Lost         uint64   `json:"lost"`
-	OutOfOrder   uint64   `json:"out_of_order"`
-	Unknown      uint64   `json:"unknown"`
-	Missing      uint64   `json:"missing"`  // sequences that the receiver did not see
-	Problems     []string `json:"problems"` // of the ledger and of the store
-	Examples     []string `json:"examples,omitempty"`
+	Problems     []string `json:"problems"` // of the store, and if it could not be asked
+	proof.Verdict
 }
 
-func (c *crashFigures) whole() bool {
-	return c.Lost+c.OutOfOrder+c.Unknown+c.Missing == 0 && len(c.Problems) == 0
-}
+func (c *crashFigures) whole() bool { return c.OK() && len(c.Problems) == 0 }
 
 func (v *verification) main(ctx context.Context) (err error) {
 	v.began = time.Now()
@@ -267,7 +246,7 @@ func (v *verification) run(ctx context.Context) (err error) {
 	if err := v.crash(ctx, v.began.Add(v.total-finish), finish); err != nil {
 		return err
 	}
-	return v.look(ctx)
+	return v.look()
 }
 
 // build makes the cloud, the line to it and the gateway. stop ends them.
@@ -279,10 +258,7 @@ func (v *verification) build(ctx context.Context) (stop func() error, err error)
 		}
 		return err
 	}
-	v.arrivals = map[string]*firmwaresim.Arrivals{}
-	for _, prefix := range []string{quietFleet, fastFleet, crashFleet} {
-		v.arrivals[prefix] = firmwaresim.NewArrivals()
-	}
+	v.inbox, v.figured = proof.NewCloud(), map[string]*firmwaresim.Fleet{}
 	logFile, err := os.Create(filepath.Join(v.dir, "upstream.log"))
 	if err != nil {
 		return stop, err
@@ -349,31 +325,28 @@ func (v *verification) start(ctx context.Context) (took time.Duration, err error
 	return time.Since(begin), err
 }
 
-// arrive notes what the receiver made of a publish.
-func (v *verification) arrive(deliveries []cloud.Delivery) {
-	for i := range deliveries {
-		d := &deliveries[i]
-		if d.Kind != cloud.Message {
-			continue
-		}
-		prefix, _, _ := strings.Cut(d.Message.Device, "-")
-		if a := v.arrivals[prefix]; a == nil || a.AddPayload(d.Message.Payload) != nil {
-			v.unknown.Add(1)
-		}
-	}
+// arrive notes a publish. The checker remembers what is wrong with it.
+func (v *verification) arrive(topic string, payload []byte) error {
+	v.inbox.Take(topic, payload)
+	return nil
 }
 
+// fleet makes devices for a figure.
 func (v *verification) fleet(prefix string, devices int, rate float64) (*firmwaresim.Fleet, error) {
-	return firmwaresim.New(firmwaresim.Config{
+	f, err := firmwaresim.New(firmwaresim.Config{
 		Broker: "mqtt://" + v.address, Devices: devices, Prefix: prefix, Rate: rate, Size: 256, Seed: v.seed,
 		Window: 64, Buffer: 10_000, Drain: drain, MaxBackoff: time.Second,
 	}, nil)
+	if err == nil {
+		v.figured[prefix] = f
+	}
+	return f, err
 }
 
 // figures lets a quiet fleet and then a fast one publish for a while.
 func (v *verification) figures(ctx context.Context, d time.Duration) error {
 	v.say("gateway: 10 devices publish 5 messages a second each")
-	quiet, err := v.fleet(quietFleet, 10, 5)
+	quiet, err := v.fleet("quiet", 10, 5)
 	if err != nil {
 		return err
 	}
@@ -383,7 +356,7 @@ func (v *verification) figures(ctx context.Context, d time.Duration) error {
 	}
 	v.report.Gateway.QuietAck = report.Latency
 	v.say("gateway: 50 devices publish as fast as it acknowledges")
-	fast, err := v.fleet(fastFleet, 50, 0)
+	fast, err := v.fleet("fast", 50, 0)
 	if err != nil {
 		return err
 	}
@@ -392,7 +365,6 @@ func (v *verification) figures(ctx context.Context, d time.Duration) error {
 		return err
 	}
 	v.report.Gateway.PerSecond, v.report.Gateway.LoadedAck = report.Rate, report.Latency
-	v.fleets = append(v.fleets, quiet, fast)
 	return nil
 }
 
@@ -440,20 +412,17 @@ func (v *verification) crash(ctx context.Context, until time.Time, finish time.D
 	left := max(time.Until(until), time.Second)
 	// As much as this gateway took, but no more than can be remembered; half of it, because a crash takes time.
 	rate := min(1000, v.report.Gateway.PerSecond/2, verifyMaxSteps/left.Seconds())
-	f, err := v.fleet(crashFleet, devices, max(rate, devices)/devices)
+	f, err := proof.StartFleet(ctx, proof.FleetConfig{
+		Broker: "mqtt://" + v.address, Devices: devices, Rate: max(rate, devices) / devices, Seed: v.seed, Calm: true, Buffer: 10_000, Drain: drain,
+		Change: func(c *firmwaresim.Config) { c.Size, c.MaxBackoff = 256, time.Second },
+	})
 	if err != nil {
 		return err
 	}
-	v.fleets = append(v.fleets, f)
-	fleetCtx, stopFleet := context.WithCancel(ctx)
-	defer stopFleet()
-	var report firmwaresim.Report
-	done := make(chan error, 1)
-	go func() {
-		var err error
-		report, err = f.Run(fleetCtx)
-		done <- err
-	}()
+	defer f.Abort()
+	for prefix, figured := range v.figured {
+		f.Add(prefix, figured)
+	}
 	v.say("crashes: 20 devices publish %.0f messages a second; the gateway is killed and its link broken for %.0f s", max(rate, devices), left.Seconds())
 	random := rand.New(rand.NewPCG(v.seed, 1)) //nolint:gosec // to be replayed
 	told := time.Now()
@@ -477,23 +446,31 @@ func (v *verification) crash(ctx context.Context, until time.Time, finish time.D
 		c.SlowestStart = max(c.SlowestStart, took.Seconds())
 		if time.Since(told) > 10*time.Second {
 			told = time.Now()
-			v.say("crashes: %s, %d messages acknowledged, %d arrived", count(c.Kills, "kill"), f.Snapshot().Acknowledged, v.arrivals[crashFleet].Total())
+			v.say("crashes: %s, %d messages acknowledged, %d arrived", count(c.Kills, "kill"), f.Floor(), v.inbox.Receiver().Stats().Messages)
 		}
 	}
 	v.line.set(lineUp)
-	stopFleet()
-	if err := <-done; err != nil {
-		return err
-	}
+	err = f.Finish()
 	if ctx.Err() != nil {
 		return ctx.Err()
 	}
-	if report.Unacknowledged > 0 {
-		c.Problems = append(c.Problems, fmt.Sprintf("%d messages were not acknowledged within %v after the last crash", report.Unacknowledged, drain))
+	if err != nil {
+		c.Problems = append(c.Problems, fmt.Sprintf("after the last crash: %v", err))
 	}
 	v.say("crashes: %s, %s; waiting for the last messages to arrive", count(c.Kills, "kill"), count(c.LinkFaults, "broken link"))
-	v.settle(ctx, max(finish, 15*time.Second))
-	return ctx.Err()
+	// No rule takes a message here, so no gap has a reason.
+	c.Verdict, err = proof.Settle(ctx, max(finish, 15*time.Second), f, v.inbox, func() (*proof.Books, error) { return v.books(ctx) }, proof.Options{Reasons: []string{}})
+	switch {
+	case ctx.Err() != nil:
+		return ctx.Err()
+	case err != nil:
+		c.Problems = append(c.Problems, err.Error())
+	}
+	for _, d := range v.inbox.Others() {
+		c.Problems = append(c.Problems, fmt.Sprintf("a message of %q on %s arrived, and no device here sends such", d.Message.Device, d.Message.Topic))
+	}
+	v.report.Gateway.UplinkBytes = v.line.bytes.Load()
+	return nil
 }
 
 // pause waits. The gateway must not end meanwhile.
@@ -510,87 +487,20 @@ func (v *verification) pause(ctx context.Context, d time.Duration) error {
 	}
 }
 
-// settle waits until nothing is missing and nothing more comes, and counts.
-func (v *verification) settle(ctx context.Context, patience time.Duration) {
-	last, since := v.cloud.receiver.Stats(), time.Now()
-	for end := time.Now().Add(patience); time.Now().Before(end); {
-		if v.pause(ctx, 50*time.Millisecond) != nil {
-			break
-		}
-		if s := v.cloud.receiver.Stats(); s != last {
-			last, since = s, time.Now()
-		}
-		if time.Since(since) > 500*time.Millisecond && v.count().Lost == 0 && v.pending(ctx) == 0 {
-			break
-		}
-	}
-	total, c := v.count(), &v.report.Crashes
-	s := v.cloud.receiver.Stats()
-	c.Published, c.Acknowledged, c.Arrived, c.Repeated = total.Published, total.Acknowledged, total.Arrived, total.Duplicates
-	c.Lost, c.OutOfOrder, c.Unknown = total.Lost, total.OutOfOrder, total.Unknown+v.unknown.Load()
-	c.Removed, c.Missing, c.Examples = s.Duplicates, s.Missing, total.Examples
-	v.report.Gateway.UplinkBytes = v.line.bytes.Load()
-}
-
-// count holds what devices were promised against what arrived, of all fleets.
-func (v *verification) count() (total firmwaresim.Verdict) {
-	for i, prefix := range []string{quietFleet, fastFleet, crashFleet} {
-		if i >= len(v.fleets) {
-			break
-		}
-		x := v.fleets[i].Ledger().Verify(v.arrivals[prefix])
-		total.Published += x.Published
-		total.Acknowledged += x.Acknowledged
-		total.Arrived += x.Arrived
-		total.Duplicates += x.Duplicates
-		total.Lost += x.Lost
-		total.OutOfOrder += x.OutOfOrder
-		total.Unknown += x.Unknown
-		total.Examples = append(total.Examples, x.Examples...)
-	}
-	return total
-}
-
-// pending asks the gateway how many messages still wait, and whether its ledger is whole. -1: it does not say.
-func (v *verification) pending(ctx context.Context) int {
-	st, err := v.status(ctx)
-	if err != nil {
-		return -1
-	}
-	n := 0
-	for _, a := range st.Ledger.Accounts {
-		n += int(a.Pending.Messages)
-	}
-	return n
-}
-
-func (v *verification) status(ctx context.Context) (*httpapi.Status, error) {
+// books asks the gateway for its books.
+func (v *verification) books(ctx context.Context) (*proof.Books, error) {
 	c := &apiClient{base: "http://" + v.api}
 	if err := c.findToken("", v.dataDir()); err != nil {
 		return nil, err
 	}
 	c.http.Transport = &http.Transport{DisableKeepAlives: true}
-	var st httpapi.Status
-	return &st, c.call(ctx, http.MethodGet, "/api/v1/status", nil, &st)
+	var b proof.Books
+	return &b, c.call(ctx, http.MethodGet, "/api/v1/status", nil, &b)
 }
 
-// look holds the ledger and the store against themselves, the store after the gateway has stopped.
-func (v *verification) look(ctx context.Context) error {
+// look holds the store against itself, after the gateway has stopped.
+func (v *verification) look() error {
 	c := &v.report.Crashes
-	problem := func(format string, args ...any) { c.Problems = append(c.Problems, fmt.Sprintf(format, args...)) }
-	st, err := v.status(ctx)
-	switch {
-	case err != nil:
-		problem("the gateway does not tell its ledger: %v", err)
-	case !st.Ledger.Balanced:
-		problem("the gateway's ledger does not balance")
-	default:
-		for _, a := range st.Ledger.Accounts {
-			if a.Expired.Messages+a.Evicted.Messages+a.Parked.Messages > 0 {
-				problem("lane %s: %d messages expired, %d evicted, %d parked, and none should", a.Lane, a.Expired.Messages, a.Evicted.Messages, a.Parked.Messages)
-			}
-		}
-	}
 	if err := v.gateway.stop(); err != nil {
 		return err
 	}
@@ -601,7 +511,7 @@ func (v *verification) look(ctx context.Context) error {
 	var found spool.Report
 	found, err = sp.Verify(nil)
 	for _, p := range found.Problems {
-		problem("the store: %s", p)
+		c.Problems = append(c.Problems, fmt.Sprintf("the store: %s", p))
 	}
 	return errors.Join(err, closeAll())
 }
@@ -617,7 +527,7 @@ func (v *verification) judge() {
 		return
 	}
 	c := &r.Crashes
-	reason := fmt.Sprintf("after %s, %d acknowledged messages are lost, %d out of order, %d unknown, %d missing: please report this", count(c.Kills, "kill"), c.Lost, c.OutOfOrder, c.Unknown, c.Missing)
+	reason := fmt.Sprintf("after %s, %d acknowledged messages are lost, %d out of order, %d unexplained: please report this", count(c.Kills, "kill"), c.Lost, c.OutOfOrder, c.Unexplained)
 	more := append([]string{reason}, c.Problems...)
 	if r.Disk.Verdict == diskcheck.Holds {
 		r.Verdict, r.Reasons = diskcheck.DoesNotHold, more
@@ -671,10 +581,11 @@ func (v *verification) print() {
 	c := &r.Crashes
 	row("kill -9", c.Kills, "and %s; ready again after %.2f s at most", count(c.LinkFaults, "broken link"), c.SlowestStart)
 	row("acknowledged", c.Acknowledged, "of %d published; the rest is QoS 0", c.Published)
-	row("arrived", c.Arrived, "%d sent again by the gateway and removed by their id, %d by devices that a crash left without an ack", c.Removed, c.Repeated)
+	row("arrived", c.Arrived, "%d sent again by the gateway and removed by their id, %d by devices that a crash left without an ack", c.Removed, c.SentAgain)
 	row("lost", c.Lost, "acknowledged, but not arrived")
-	row("out of order, unknown, missing", c.OutOfOrder+c.Unknown+c.Missing, "%d, %d, %d", c.OutOfOrder, c.Unknown, c.Missing)
-	row("problems of ledger and store", len(c.Problems), "")
+	row("out of order", c.OutOfOrder, "")
+	row("unexplained", c.Unexplained, "sequences missing, messages from nowhere, accounts that do not add up")
+	row("problems of the store", len(c.Problems), "")
 	_ = w.Flush()
 	for _, e := range append(c.Problems[:len(c.Problems):len(c.Problems)], c.Examples...) {
 		fmt.Fprintf(v.out, "  %s\n", e)

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"holdfast/internal/diskcheck"
+	"holdfast/internal/proof"
 )
 
 // watcher is an output that does something when it says something.
@@ -114,9 +115,10 @@ func TestVerifyTellsWhatItFound(t *testing.T) {
 		"well":       {disk(diskcheck.Holds, "nothing"), crashFigures{Kills: 3}, diskcheck.Holds, "VERDICT  holds: nothing\n"},
 		"doubt":      {disk(diskcheck.Suspicious, "a cache"), crashFigures{}, diskcheck.Suspicious, "VERDICT  suspicious: a cache\n"},
 		"memory":     {disk(diskcheck.DoesNotHold, "this is memory"), crashFigures{}, diskcheck.DoesNotHold, "VERDICT  does not hold: this is memory\n"},
-		"loss":       {disk(diskcheck.Holds, "nothing"), crashFigures{Kills: 3, Lost: 2, Examples: []string{"crash-1 n=7: lost"}}, diskcheck.DoesNotHold, "2 acknowledged messages are lost"},
-		"both":       {disk(diskcheck.DoesNotHold, "this is memory"), crashFigures{Lost: 2}, diskcheck.DoesNotHold, "; this is memory"},
-		"the ledger": {disk(diskcheck.Holds, "nothing"), crashFigures{Problems: []string{"the gateway's ledger does not balance"}}, diskcheck.DoesNotHold, "ledger does not balance"},
+		"loss":       {disk(diskcheck.Holds, "nothing"), crashFigures{Kills: 3, Verdict: proof.Verdict{Lost: 2, Examples: []string{"five-1 n=7: lost"}}}, diskcheck.DoesNotHold, "2 acknowledged messages are lost"},
+		"both":       {disk(diskcheck.DoesNotHold, "this is memory"), crashFigures{Verdict: proof.Verdict{Lost: 2}}, diskcheck.DoesNotHold, "; this is memory"},
+		"the ledger": {disk(diskcheck.Holds, "nothing"), crashFigures{Verdict: proof.Verdict{Unexplained: 1, Examples: []string{"lane telemetry: does not balance"}}}, diskcheck.DoesNotHold, "does not balance"},
+		"the store":  {disk(diskcheck.Holds, "nothing"), crashFigures{Problems: []string{"the store: a chunk is damaged"}}, diskcheck.DoesNotHold, "a chunk is damaged"},
 	} {
 		out := &watcher{}
 		v := &verification{out: out, report: verifyReport{Disk: c.disk, Crashes: c.crashes}}
