@@ -325,12 +325,13 @@ func (s *Store) OnLevel(fn func(Level)) {
 }
 
 // WaitRemoved waits until tables that nobody needs any more have left the disk, for a second at most, or until stop is
-// closed. Those that an open iterator holds are not waited for.
+// closed. Those that a running compaction reads are waited for, those that an open iterator holds are not.
 func (s *Store) WaitRemoved(stop <-chan struct{}) error {
 	tick := time.NewTicker(2 * time.Millisecond)
 	defer tick.Stop()
 	for range 500 {
-		if s.db.Metrics().Table.ObsoleteCount == 0 {
+		m := s.db.Metrics()
+		if m.Table.ObsoleteCount == 0 && (m.Table.ZombieCount == 0 || m.Compact.NumInProgress == 0) {
 			break
 		}
 		select {
