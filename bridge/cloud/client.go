@@ -459,12 +459,12 @@ func (r *recent) add(n uint64) bool {
 
 var seed = maphash.MakeSeed()
 
-// fingerprint tells events apart; what is sent again is the same to the byte.
+// fingerprint tells events apart; what is sent again is the same to the byte, but for a time that the gateway has put right since.
 func fingerprint(topic string, payload []byte) uint64 {
 	var h maphash.Hash
 	h.SetSeed(seed)
 	_, _ = h.WriteString(topic)
 	_ = h.WriteByte(0)
-	_, _ = h.Write(payload)
+	_, _ = h.Write(wire.UncorrectEvent(payload))
 	return h.Sum64()
 }

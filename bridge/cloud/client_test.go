@@ -81,6 +81,10 @@ func TestEventsComeOnceAndInOrder(t *testing.T) {
 	queued, sent1, back, sent2 := step("QUEUED"), step("SENT", attempts(1)), step("QUEUED", attempts(1)), step("SENT", attempts(2))
 	delivered, done := step("DELIVERED", attempts(2)), step("SUCCEEDED", attempts(2))
 	timedOut := step("TIMED_OUT", attempts(2))
+	// Made when the gateway's clock was wrong, and sent again after it was put right.
+	wrong := step("IN_PROGRESS", attempts(2), func(e *wire.CommandEvent) { e.ClockState, e.At.Time = wire.ClockUnsynced, time.Unix(100, 0) })
+	right := wrong
+	right.ClockState, right.At, right.Uncorrected = wire.ClockSynced, delivered.At, &wrong.At
 	for name, c := range map[string]struct {
 		oneWay bool
 		late   time.Duration
@@ -90,6 +94,9 @@ func TestEventsComeOnceAndInOrder(t *testing.T) {
 		"plain": {in: []wire.CommandEvent{queued, sent1, delivered, done}, want: "QUEUED SENT/1 DELIVERED/2 SUCCEEDED/2"},
 		"sent twice by the gateway": {
 			in: []wire.CommandEvent{queued, sent1, queued, sent1, back, sent2, sent1, back, sent2, delivered, delivered, queued, done}, want: "QUEUED SENT/1 QUEUED/1 SENT/2 DELIVERED/2 SUCCEEDED/2",
+		},
+		"sent twice, and the clock put right in between": {
+			in: []wire.CommandEvent{queued, sent1, delivered, wrong, sent1, delivered, right, done}, want: "QUEUED SENT/1 DELIVERED/2 IN_PROGRESS/2 SUCCEEDED/2",
 		},
 		"asked again":     {in: []wire.CommandEvent{queued, step("QUEUED", repeat), sent1, step("SENT", attempts(1), repeat), delivered, done}, want: "QUEUED SENT/1 DELIVERED/2 SUCCEEDED/2"},
 		"only a repeat":   {in: []wire.CommandEvent{step("DELIVERED", attempts(2), repeat), done}, want: "DELIVERED/2 SUCCEEDED/2"},

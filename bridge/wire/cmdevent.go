@@ -19,9 +19,10 @@ type CommandEvent struct {
 	Name         string          `json:"name,omitempty"`
 	State        string          `json:"state"`
 	Previous     string          `json:"previous,omitempty"`
-	Final        bool            `json:"final,omitempty"` // nothing more comes but, perhaps, a late outcome
-	At           Time            `json:"at"`              // RFC 3339, ms, the gateway's wall clock
-	ClockState   string          `json:"clockstate"`      // synced, unsynced
+	Final        bool            `json:"final,omitempty"`          // nothing more comes but, perhaps, a late outcome
+	At           Time            `json:"at"`                       // RFC 3339, ms, the gateway's wall clock
+	ClockState   string          `json:"clockstate"`               // synced, unsynced
+	Uncorrected  *Time           `json:"uncorrected_at,omitempty"` // what At said when the clock was unsynced, if it was put right since
 	Attempts     int             `json:"attempts"`
 	Reason       string          `json:"reason,omitempty"`
 	Code         string          `json:"code,omitempty"` // REFUSED: which kind of refusal
@@ -47,9 +48,11 @@ type DeviceEvent struct {
 	State      string `json:"state"` // online, offline: StateOnline, StateOffline
 	At         Time   `json:"at"`
 	ClockState string `json:"clockstate"`
-	Address    string `json:"address,omitempty"`
-	Protocol   string `json:"protocol,omitempty"`
-	Reason     string `json:"reason,omitempty"` // offline: why
+	// Uncorrected is what At said when the clock was unsynced, if it was put right since.
+	Uncorrected *Time  `json:"uncorrected_at,omitempty"`
+	Address     string `json:"address,omitempty"`
+	Protocol    string `json:"protocol,omitempty"`
+	Reason      string `json:"reason,omitempty"` // offline: why
 }
 
 // StateRefused stands in a CommandEvent for a command that was not taken.
@@ -109,7 +112,8 @@ func (e *CommandEvent) Encode() []byte {
 	b = e.At.append(b)
 	b = append(b, `","clockstate":"`...)
 	b = appendEscaped(b, e.ClockState)
-	b = append(b, `","attempts":`...)
+	b = appendUncorrected(append(b, '"'), e.Uncorrected)
+	b = append(b, `,"attempts":`...)
 	b = strconv.AppendInt(b, int64(e.Attempts), 10)
 	b = appendMember(b, "reason", e.Reason)
 	b = appendMember(b, "code", e.Code)
@@ -129,6 +133,13 @@ func (e *CommandEvent) Encode() []byte {
 	b = appendMember(b, "content_type", e.ContentType)
 	b = appendMember(b, "source", e.Source)
 	return append(b, '}')
+}
+
+func appendUncorrected(b []byte, at *Time) []byte {
+	if at == nil {
+		return b
+	}
+	return append(at.append(append(b, `,"uncorrected_at":"`...)), '"')
 }
 
 func appendFlag(b []byte, name string, set bool) []byte {
@@ -163,27 +174,56 @@ func (e *DeviceEvent) Encode() []byte {
 	b = e.At.append(b)
 	b = append(b, `","clockstate":"`...)
 	b = appendEscaped(b, e.ClockState)
-	b = append(b, '"')
+	b = appendUncorrected(append(b, '"'), e.Uncorrected)
 	b = appendMember(b, "address", e.Address)
 	b = appendMember(b, "protocol", e.Protocol)
 	b = appendMember(b, "reason", e.Reason)
 	return append(b, '}')
 }
 
+// What stands about the time of an event. Quotes within strings are escaped, so it stands nowhere else, and before all that a
+// device may have sent.
+const (
+	eventTime        = "2006-01-02T15:04:05.000Z"
+	eventAt          = `"at":"`
+	eventClock       = `","clockstate":"`
+	eventUncorrected = `","uncorrected_at":"`
+)
+
 // CorrectEvent returns an event of a command or a device, as Encode made it, with its time put right by ms, if the clock was not
 // synchronised then. It does not change b; what is no such event comes back as it is.
 func CorrectEvent(b []byte, ms int64) []byte {
-	const layout, before, after, state = "2006-01-02T15:04:05.000Z", `"at":"`, `","clockstate":"`, ClockUnsynced + `"`
-	// Quotes within strings are escaped, so what stands here stands nowhere else, and before all that a device may have sent.
-	end := bytes.Index(b, []byte(after))
-	if start := end - len(layout); start >= len(before) && string(b[start-len(before):start]) == before && bytes.HasPrefix(b[end+len(after):], []byte(state)) {
-		if at, err := time.Parse(layout, string(b[start:end])); err == nil {
-			out := Time{at.Add(time.Duration(ms) * time.Millisecond)}.append(bytes.Clone(b[:start]))
-			out = append(out, after+ClockSynced+`"`...)
-			return append(out, b[end+len(after)+len(state):]...)
-		}
+	at, start, rest, ok := timeOfEvent(b, ClockUnsynced+`"`)
+	if !ok {
+		return b
 	}
-	return b
+	out := Time{at.Add(time.Duration(ms) * time.Millisecond)}.append(bytes.Clone(b[:start]))
+	out = append(out, eventClock+ClockSynced+eventUncorrected...)
+	out = append(out, b[start:start+len(eventTime)]...)
+	return append(append(out, '"'), rest...)
+}
+
+// UncorrectEvent returns an event as it was before CorrectEvent. An event that is sent again after the gateway has learned the
+// time differs from the first sending; without the correction it is the same to the byte.
+func UncorrectEvent(b []byte) []byte {
+	_, start, rest, ok := timeOfEvent(b, ClockSynced+eventUncorrected)
+	if !ok || len(rest) <= len(eventTime) || rest[len(eventTime)] != '"' {
+		return b
+	}
+	out := append(bytes.Clone(b[:start]), rest[:len(eventTime)]...)
+	return append(append(out, eventClock+ClockUnsynced+`"`...), rest[len(eventTime)+1:]...)
+}
+
+// timeOfEvent finds an event's time, at b[start:], if its clockstate begins with state; rest is what follows that.
+func timeOfEvent(b []byte, state string) (at time.Time, start int, rest []byte, ok bool) {
+	end := bytes.Index(b, []byte(eventClock))
+	start = end - len(eventTime)
+	if start < len(eventAt) || string(b[start-len(eventAt):start]) != eventAt {
+		return time.Time{}, 0, nil, false
+	}
+	rest, ok = bytes.CutPrefix(b[end+len(eventClock):], []byte(state))
+	at, err := time.Parse(eventTime, string(b[start:end]))
+	return at, start, rest, ok && err == nil
 }
 
 // DecodeDeviceEvent reads JSON. Fields it does not know are skipped.

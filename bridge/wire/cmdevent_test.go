@@ -23,6 +23,9 @@ func drawEvent(t *rapid.T) wire.CommandEvent {
 		Attempts: rapid.IntRange(0, 1000).Draw(t, "attempts"), Reason: text.Draw(t, "reason"), Code: text.Draw(t, "code"),
 		Late: rapid.Bool().Draw(t, "late"), Repeat: rapid.Bool().Draw(t, "repeat"), Source: text.Draw(t, "source"),
 	}
+	if rapid.Bool().Draw(t, "put right") {
+		e.Uncorrected = &wire.Time{Time: time.UnixMilli(rapid.Int64Range(0, 1e12).Draw(t, "shown")).UTC()}
+	}
 	if rapid.Bool().Draw(t, "progress") {
 		e.Progress = &wire.EventProgress{Text: text.Draw(t, "text")}
 		if rapid.Bool().Draw(t, "percent") {
@@ -71,8 +74,9 @@ func TestEventsArePutRight(t *testing.T) {
 	wrongStep, wrongPresence := step.Encode(), presence.Encode()
 	kept := bytes.Clone(wrongStep)
 	step.ClockState, presence.ClockState = wire.ClockSynced, wire.ClockSynced
+	step.Uncorrected = &wire.Time{Time: time.UnixMilli(shown)}
 	step.At = wire.Time{Time: time.UnixMilli(shown + wrongBy)}
-	presence.At = step.At
+	presence.At, presence.Uncorrected = step.At, step.Uncorrected
 	if got := wire.CorrectEvent(wrongStep, wrongBy); string(got) != string(step.Encode()) {
 		t.Errorf("%s", got)
 	}
@@ -82,8 +86,21 @@ func TestEventsArePutRight(t *testing.T) {
 	if got := wire.CorrectEvent(wrongPresence, wrongBy); string(got) != string(presence.Encode()) {
 		t.Errorf("%s", got)
 	}
+	for _, wrong := range [][]byte{wrongStep, wrongPresence} {
+		for _, by := range []int64{wrongBy, 1, -1e15} {
+			if again := wire.UncorrectEvent(wire.CorrectEvent(wrong, by)); !bytes.Equal(again, wrong) {
+				t.Errorf("%s, put right by %d and back, became %s", wrong, by, again)
+			}
+		}
+		if same := wire.UncorrectEvent(wrong); !bytes.Equal(same, wrong) {
+			t.Errorf("%s became %s", wrong, same)
+		}
+	}
 	for _, other := range []string{"", "{}", `{"clockstate":"unsynced"}`, `","clockstate":"unsynced"`, string(step.Encode()), `{"at":"yesterday, at some time ","clockstate":"unsynced"`} {
 		if got := wire.CorrectEvent([]byte(other), wrongBy); string(got) != other {
+			t.Errorf("%s became %s", other, got)
+		}
+		if got := wire.UncorrectEvent([]byte(other)); string(got) != other && other != string(step.Encode()) {
 			t.Errorf("%s became %s", other, got)
 		}
 	}

@@ -319,7 +319,7 @@ func (o *office) onMessage(_ *mqtt.Client, p *mqtt.Publish) {
 		o.t.Errorf("event on %s says %+v", p.Topic, ev)
 	}
 	o.mu.Lock()
-	if print := string(p.Topic) + " " + string(p.Payload); o.prints[print] {
+	if print := string(p.Topic) + " " + string(wire.UncorrectEvent(p.Payload)); o.prints[print] {
 		o.again++
 	} else {
 		o.prints[print] = true
