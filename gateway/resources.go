@@ -16,7 +16,7 @@ type resources struct {
 }
 
 const (
-	mostConnections = 10_000 // as long as nothing is scarce
+	mostConnections = 20_000 // as long as nothing is scarce
 	mostTables      = 190
 	mostHTTP        = 128
 	leastFiles      = 64 // below that nothing works

@@ -17,8 +17,8 @@ func TestShare(t *testing.T) {
 		memory int64
 		want   resources // connections -1: refused
 	}{
-		{0, 0, resources{190, 128, 10_000, ""}},
-		{65_536, 8 << 30, resources{190, 128, 10_000, ""}},
+		{0, 0, resources{190, 128, 20_000, ""}},
+		{65_536, 8 << 30, resources{190, 128, 20_000, ""}},
 		{10_000, 0, resources{190, 128, 9650, "open files"}},
 		{1024, 0, resources{190, 128, 674, "open files"}},
 		{128, 0, resources{32, 16, 48, "open files"}},

@@ -25,7 +25,7 @@ type Config struct {
 	Traced func(client string) bool
 
 	// Connections.
-	MaxConnections           int           // open at once, those without a CONNECT included; 10,000
+	MaxConnections           int           // open at once, those without a CONNECT included; 20,000
 	MaxConnectionsPerAddress int           // open at once from one address; 0: 512, but loopback without a limit
 	ConnectTimeout           time.Duration // from Accept to the end of CONNECT: TLS and websocket handshake included; 10 s
 	PacketTimeout            time.Duration // from a packet's first byte to its last; 10 s
@@ -68,7 +68,7 @@ func or[T int | uint16 | time.Duration](x *T, def T) {
 }
 
 func (c *Config) setDefaults() {
-	or(&c.MaxConnections, 10_000)
+	or(&c.MaxConnections, 20_000)
 	or(&c.ConnectTimeout, 10*time.Second)
 	or(&c.PacketTimeout, 10*time.Second)
 	or(&c.WriteTimeout, 10*time.Second)
