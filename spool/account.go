@@ -96,6 +96,7 @@ type LaneStat struct {
 	Shed     uint64 `json:"shed"`         // since the start: QoS 0 while the store was behind, or the disk nearly full
 	NoDisk   uint64 `json:"refused_disk"` // since the start: the disk was full
 	TailMem  int64  `json:"tail_bytes"`
+	Parked   Count  `json:"parked"` // copies that can be replayed, and the disk that they take
 }
 
 // Lanes returns the lanes in the order in which they were configured, the system lane first.
@@ -107,6 +108,7 @@ func (s *Spool) Lanes() []LaneStat {
 		st := LaneStat{
 			Name: l.name, MaxBytes: l.rules.Load().MaxBytes,
 			Refused: l.refused.Load(), Shed: l.shed.Load(), NoDisk: l.refusedDisk.Load(), TailMem: l.tailBytes,
+			Parked: l.parked,
 		}
 		st.Accepted.add(Position{Seq: 1}, l.durable)
 		st.Kept.add(l.head, l.durable)
@@ -155,13 +157,17 @@ var (
 		"Messages not taken and not acknowledged, by reason. A rise means that devices keep their data because the gateway cannot.", []string{"lane", "reason"}, nil)
 	descOldest = prometheus.NewDesc("holdfast_spool_oldest_seconds",
 		"Age of the oldest message that waits for an upstream; 0: none waits. A rise by a second each second means that nothing gets through.", []string{"upstream", "lane"}, nil)
+	descParked = prometheus.NewDesc("holdfast_spool_parked_bytes",
+		"Copies of messages that upstreams refused for good, kept for a replay.", []string{"lane"}, nil)
+	descParkedGone = prometheus.NewDesc("holdfast_spool_parked_dropped_total",
+		"Such copies dropped because there were too many: they can no longer be replayed.", nil, nil)
 	descBalanced = prometheus.NewDesc("holdfast_spool_ledger_balanced",
 		"1 if every accepted message is in exactly one account. 0 is a defect: keep the data directory and report it.", nil, nil)
 )
 
 // Describe implements prometheus.Collector.
 func (c collector) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{descEnded, descPending, descPendingBytes, descBacklog, descIslands, descAccepted, descKept, descRefused, descOldest, descBalanced} {
+	for _, d := range []*prometheus.Desc{descEnded, descPending, descPendingBytes, descBacklog, descIslands, descAccepted, descKept, descRefused, descOldest, descParked, descParkedGone, descBalanced} {
 		ch <- d
 	}
 }
@@ -196,8 +202,10 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 		send(descEnded, prometheus.CounterValue, a.Parked.Messages, a.Upstream, a.Lane, "parked")
 	}
 	send(descBalanced, prometheus.GaugeValue, balanced)
+	send(descParkedGone, prometheus.CounterValue, c.s.parkedGone.Load())
 	for _, l := range c.s.Lanes() {
 		send(descAccepted, prometheus.CounterValue, l.Accepted.Messages, l.Name)
+		send(descParked, prometheus.GaugeValue, l.Parked.Bytes, l.Name)
 		send(descKept, prometheus.GaugeValue, l.Kept.Bytes, l.Name)
 		send(descRefused, prometheus.CounterValue, l.Refused, l.Name, "full")
 		send(descRefused, prometheus.CounterValue, l.Shed, l.Name, "busy")

@@ -35,6 +35,7 @@ type lane struct {
 	rowHead          Position // head, as Open found it in the lane's row
 	cursors          []*cursor
 	expired, evicted Count // by retention, while no upstream waited
+	parked           Count // copies in rows, with keys; see parked.go
 
 	tail      []tailChunk // fresh chunks in order, the last one ends at durable
 	tailBytes int64

@@ -489,9 +489,12 @@ func (r *Reader) Park(end Position, record []byte, reason string) error {
 	}
 	defer g.End()
 	row := parkedRow{AtMS: uint64(max(r.s.clock.Time().UnixMilli(), 0)), Reason: reason, Record: record}
-	g.Set(keyParked(r.l.number, end.Seq-1, r.cur.upstream), row.append(nil))
+	key, value := keyParked(r.l.number, end.Seq-1, r.cur.upstream), row.append(nil)
+	g.Set(key, value)
 	r.s.mu.Lock()
 	defer r.s.mu.Unlock()
+	r.l.parked.Messages++
+	r.l.parked.Bytes += uint64(len(key) + len(value))
 	r.resolve(end, Parked)
 	return nil
 }

@@ -1,7 +1,6 @@
 package spool
 
 import (
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"slices"
@@ -108,6 +107,7 @@ func (s *Spool) replay(l *lane, upstream string, batch []ParkedMessage) (n int, 
 	now := s.clock.Read().Wall
 	var copies []Record
 	var ops []kv.Op
+	size := int64(0) // of the rows
 	for i := range batch {
 		m := &batch[i]
 		var r Record
@@ -127,6 +127,7 @@ func (s *Spool) replay(l *lane, upstream string, batch []ParkedMessage) (n int, 
 		}
 		copies = append(copies, r)
 		ops = append(ops, kv.Op{Key: keyParked(l.number, m.Seq, upstream), Delete: true})
+		size += m.size
 	}
 	if len(copies) == 0 {
 		return 0, bad, nil
@@ -138,6 +139,7 @@ func (s *Spool) replay(l *lane, upstream string, batch []ParkedMessage) (n int, 
 	if err := <-done; err != nil {
 		return 0, bad, err
 	}
+	s.countParked(l, -len(copies), -size)
 	return len(copies), bad, nil
 }
 
@@ -173,67 +175,4 @@ func replayProps(p *Props, lane string, seq uint64, upstream string) *Props {
 		p.User = append(p.User, [2]string{ReplayOf, lane + "/" + strconv.FormatUint(seq, 10)})
 	}
 	return p
-}
-
-// ParkedMessage is a message that an upstream refused for good.
-type ParkedMessage struct {
-	Lane, Upstream string
-	Seq            uint64
-	AtMS           int64 // when it was parked, Unix ms
-	Reason         string
-	Record         []byte // see ParseRecord; the receiver's
-}
-
-// Parked calls fn for each parked message, in the order of lanes and sequences.
-func (s *Spool) Parked(fn func(ParkedMessage) error) error {
-	return s.ParkedFrom(SystemLane, 0, fn)
-}
-
-// ParkedFrom is Parked from a place on: the lane's first parked message from sequence seq on. ErrNoLane.
-func (s *Spool) ParkedFrom(lane string, seq uint64, fn func(ParkedMessage) error) error {
-	from, ok := s.names[lane]
-	if !ok {
-		return fmt.Errorf("parked messages of lane %q: %w", lane, ErrNoLane)
-	}
-	for _, l := range s.lanes[from:] {
-		if err := s.parkedOf(l, seq, fn); err != nil {
-			if errors.Is(err, errStopScan) {
-				return nil
-			}
-			return err
-		}
-		seq = 0
-	}
-	return nil
-}
-
-func (s *Spool) parkedOf(l *lane, seq uint64, fn func(ParkedMessage) error) (err error) {
-	prefix := []byte{kv.PrefixParked, l.number}
-	it, err := s.store.Iter(keyParked(l.number, seq, ""), kv.PrefixEnd(prefix))
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, it.Close()) }()
-	for ok := it.First(); ok; ok = it.Next() {
-		v, err := it.ValueAndErr()
-		if err != nil {
-			return fmt.Errorf("parked messages of lane %q: %w", l.name, err)
-		}
-		k := it.Key()[len(prefix):]
-		var row parkedRow
-		if len(k) < 8 {
-			return fmt.Errorf("parked row %x: %w", k, ErrCorrupt)
-		}
-		if err := row.parse(v); err != nil {
-			return fmt.Errorf("parked row %x: %w", it.Key(), err)
-		}
-		m := ParkedMessage{
-			Lane: l.name, Upstream: string(k[8:]), Seq: binary.BigEndian.Uint64(k),
-			AtMS: int64(row.AtMS), Reason: row.Reason, Record: row.Record,
-		}
-		if err := fn(m); err != nil {
-			return err
-		}
-	}
-	return it.Error()
 }

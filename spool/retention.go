@@ -50,6 +50,9 @@ func (s *Spool) keepHouse(ticked bool) error {
 			return err
 		}
 	}
+	if err := s.limitParked(); err != nil {
+		return err
+	}
 	if ticked && s.quietNow() {
 		s.blocks.trim()
 		s.store.Trim()

@@ -8,6 +8,7 @@ import (
 	"maps"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -61,6 +62,8 @@ type Config struct {
 	Upstreams map[string][]string
 	// TailBytes bounds the fresh chunks kept in memory for readers, all lanes together. 0: 4 MiB.
 	TailBytes int64
+	// ParkedBytes bounds the copies of messages that upstreams refused for good, all lanes together. 0: 64 MiB.
+	ParkedBytes int64
 	// Clock is the gateway's, by which messages age; nil: one of the store and the system.
 	Clock *clock.Clock
 	// Restored, if it is not "", is the id of the backup that this store was restored from: what comes next gets a new epoch,
@@ -134,6 +137,8 @@ type Spool struct {
 	tailMax   int64
 	replaying sync.Mutex // one Replay at a time: two would take the same message
 
+	parkedGone atomic.Uint64 // copies dropped because there were too many
+
 	damaged   bool // something of the store was lost; only Open uses it and what follows
 	recovered uint64
 	markLost  bool       // and nobody knows how far the log went
@@ -165,6 +170,9 @@ func Open(store *kv.Store, cfg Config) (*Spool, error) {
 	if s.cfg.TailBytes <= 0 {
 		s.cfg.TailBytes = 4 << 20
 	}
+	if s.cfg.ParkedBytes <= 0 {
+		s.cfg.ParkedBytes = 64 << 20
+	}
 	s.readMark()
 	if err := s.openEpoch(); err != nil {
 		return nil, err
@@ -192,6 +200,7 @@ func Open(store *kv.Store, cfg Config) (*Spool, error) {
 	if err := s.openCursors(); err != nil {
 		return nil, err
 	}
+	s.openParked()
 	if cfg.Metrics != nil {
 		if err := cfg.Metrics.Register(collector{s}); err != nil {
 			return nil, fmt.Errorf("open spool: %w", err)

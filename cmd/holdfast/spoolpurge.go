@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"net/url"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -17,11 +18,14 @@ import (
 )
 
 var spoolPurgeCommand = command{
-	name: "spool purge", args: "LANE (--all | --older-than AGE | --up-to SEQ) [--yes] [--json] " + placeArgs,
+	name: "spool purge", args: "LANE (--all | --older-than AGE | --up-to SEQ | --parked) [--upstream NAME] [--yes] [--json] " + placeArgs,
 	summary: "Drop messages of a lane that are no longer wanted, and give their space back", words: []string{"lane"},
 	help: `From the oldest on: all of them, those received longer ago than AGE (72h, 7d; or before a time such as 2026-03-01T06:00:00Z), or
 those up to a sequence; with both --older-than and --up-to what both allow. They were acknowledged and will not be sent: they
 count as evicted, and the cloud is told which are missing (reason "purged"). What was sent already is not touched.
+
+--parked drops something else: the copies of messages that an upstream has refused for good, which holdfast spool replay could send
+again. They stay counted as parked.
 
 It says first what will go, and asks; where nobody can be asked it wants --yes. It works on a full disk, and is what empties one.
 holdfast spool export --lane LANE keeps a copy.
@@ -35,6 +39,8 @@ type purging struct {
 	OlderThan string `json:"older_than,omitempty"` // RFC 3339
 	UpTo      uint64 `json:"up_to,omitempty"`
 	All       bool   `json:"all,omitempty"`
+	Parked    bool   `json:"parked,omitempty"`
+	Upstream  string `json:"upstream,omitempty"`
 }
 
 // purged is what it answers, and what is printed.
@@ -50,6 +56,8 @@ func spoolPurge(ctx context.Context, p *program, args []string) (err error) {
 	fs.BoolVar(&ask.All, "all", false, "every message of the lane")
 	older := fs.String("older-than", "", "those received longer ago than `AGE`, or before a time")
 	fs.Uint64Var(&ask.UpTo, "up-to", 0, "those up to this sequence, `SEQ`")
+	fs.BoolVar(&ask.Parked, "parked", false, "what an upstream has refused for good, not what waits")
+	fs.StringVar(&ask.Upstream, "upstream", "", "with --parked: only what this upstream refused, `NAME`")
 	yes := fs.Bool("yes", false, "do not ask")
 	asJSON := fs.Bool("json", false, "print what was removed as JSON")
 	words, err := p.parse(fs, args, 1, 1)
@@ -60,8 +68,12 @@ func spoolPurge(ctx context.Context, p *program, args []string) (err error) {
 	switch {
 	case err != nil:
 		return err
-	case ask.All == (*older != "" || isSet(fs, "up-to")):
-		return usagef("say which messages are to go: --older-than, --up-to or both; or --all, and nothing else")
+	case ask.Parked && (ask.All || *older != "" || isSet(fs, "up-to")):
+		return usagef("--parked goes with --upstream and nothing else: all that is parked of the lane goes")
+	case !ask.Parked && ask.Upstream != "":
+		return usagef("--upstream goes with --parked: what waits in a lane waits for all of its upstreams")
+	case !ask.Parked && ask.All == (*older != "" || isSet(fs, "up-to")):
+		return usagef("say which messages are to go: --older-than, --up-to or both; or --all, or --parked, and nothing else")
 	case isSet(fs, "up-to") && ask.UpTo == 0:
 		return usagef("--up-to 0 is before the first message")
 	}
@@ -84,7 +96,10 @@ func spoolPurge(ctx context.Context, p *program, args []string) (err error) {
 		l = &offlineLane{sp}
 	}
 	lane := words[0]
-	plan, err := planPurge(ctx, l, lane, before, ask)
+	plan, err := planParked(l, lane, ask)
+	if !ask.Parked {
+		plan, err = planPurge(ctx, l, lane, before, ask)
+	}
 	if err != nil {
 		return err
 	}
@@ -107,7 +122,11 @@ func spoolPurge(ctx context.Context, p *program, args []string) (err error) {
 			return err
 		}
 		if !pl.online() {
-			if err := pl.note("purge_lane", lane, fmt.Sprintf("%d messages", gone.Purged.Messages)); err != nil {
+			what := "messages"
+			if ask.Parked {
+				what = "parked messages"
+			}
+			if err := pl.note("purge_lane", lane, fmt.Sprintf("%d %s", gone.Purged.Messages, what)); err != nil {
 				return err
 			}
 		}
@@ -116,7 +135,11 @@ func spoolPurge(ctx context.Context, p *program, args []string) (err error) {
 		return p.printJSON(gone)
 	}
 	if !plan.nothing {
-		fmt.Fprintf(p.stdout, "removed from %s: %s, %s; the cloud is told\n", lane, count(int(gone.Purged.Messages), "message"), bytesText(gone.Purged.Bytes))
+		told := "the cloud is told"
+		if ask.Parked {
+			told = "it was told when they were parked"
+		}
+		fmt.Fprintf(p.stdout, "removed from %s: %s, %s; %s\n", lane, count(int(gone.Purged.Messages), "message"), bytesText(gone.Purged.Bytes), told)
 	}
 	return nil
 }
@@ -134,19 +157,35 @@ type purgePlan struct {
 	nothing bool // is to go
 }
 
+// planParked says what will go with --parked.
+func planParked(l purgeLane, lane string, ask purging) (purgePlan, error) {
+	lanes := l.stats()
+	i := slices.IndexFunc(lanes, func(s spool.LaneStat) bool { return s.Name == lane })
+	if i < 0 {
+		return purgePlan{}, noLane(lane, lanes)
+	}
+	parked := lanes[i].Parked
+	if parked.Messages == 0 {
+		return purgePlan{text: fmt.Sprintf("lane %s has nothing parked", lane), nothing: true}, nil
+	}
+	text := fmt.Sprintf("lane %s: %s parked, %s", lane, count(int(parked.Messages), "message"), bytesText(parked.Bytes))
+	if ask.Upstream != "" {
+		text += fmt.Sprintf("; those that %s refused will go, and cannot be replayed then", ask.Upstream)
+	} else {
+		text += "; all will go, and cannot be replayed then"
+	}
+	return purgePlan{text: text}, nil
+}
+
 // planPurge says what will go. It looks at a few dozen messages, however many there are: those of a lane lie in the order in
 // which they were received.
 func planPurge(ctx context.Context, l purgeLane, lane string, before time.Time, ask purging) (plan purgePlan, err error) {
-	var stat *spool.LaneStat
 	lanes := l.stats()
-	for i := range lanes {
-		if lanes[i].Name == lane {
-			stat = &lanes[i]
-		}
-	}
-	if stat == nil {
+	i := slices.IndexFunc(lanes, func(s spool.LaneStat) bool { return s.Name == lane })
+	if i < 0 {
 		return plan, noLane(lane, lanes)
 	}
+	stat := &lanes[i]
 	last := stat.Accepted.Messages
 	first := last - stat.Kept.Messages + 1
 	end := last + 1
@@ -234,15 +273,9 @@ func (o *offlineLane) at(_ context.Context, lane string, seq uint64) (found uint
 	return found, received, ok && err == nil
 }
 
-// purger is a spool that can drop messages.
-type purger interface {
-	Purge(lane string, olderThan time.Time, upTo uint64) (spool.Count, error)
-}
-
 func (o *offlineLane) purge(_ context.Context, lane string, before time.Time, ask purging) (spool.Count, error) {
-	s, ok := any(o.sp).(purger)
-	if !ok {
-		return spool.Count{}, errors.New("this build cannot purge")
+	if ask.Parked {
+		return o.sp.PurgeParked(lane, ask.Upstream)
 	}
-	return s.Purge(lane, before, ask.UpTo)
+	return o.sp.Purge(lane, before, ask.UpTo)
 }

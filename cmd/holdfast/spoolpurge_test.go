@@ -14,7 +14,10 @@ import (
 func withLanes(f *fakeGateway) {
 	f.lanes = []spool.LaneStat{
 		{Name: "system"},
-		{Name: "telemetry", Accepted: spool.Count{Messages: 1000, Bytes: 100_000}, Kept: spool.Count{Messages: 400, Bytes: 40_000}}, // 601 to 1000
+		{
+			Name: "telemetry", Accepted: spool.Count{Messages: 1000, Bytes: 100_000}, Kept: spool.Count{Messages: 400, Bytes: 40_000}, // 601 to 1000
+			Parked: spool.Count{Messages: 7, Bytes: 2048},
+		},
 	}
 }
 
@@ -33,6 +36,8 @@ func TestPurgeSaysWhatWillGo(t *testing.T) {
 		{[]string{"--older-than", at(100_000)}, "400 messages of 400 will go, 39.1 KiB", purging{OlderThan: at(100_000)}},
 		{[]string{"--older-than", at(601)}, "has nothing of that: it keeps 400 messages", purging{}},
 		{[]string{"--up-to", "600"}, "has nothing of that", purging{}},
+		{[]string{"--parked"}, "lane telemetry: 7 messages parked, 2.0 KiB; all will go", purging{Parked: true}},
+		{[]string{"--parked", "--upstream", "cloud"}, "7 messages parked, 2.0 KiB; those that cloud refused will go", purging{Parked: true, Upstream: "cloud"}},
 	} {
 		f := newFakeGateway(t)
 		withLanes(f)
@@ -62,6 +67,8 @@ func TestPurgeDoesNothingUnasked(t *testing.T) {
 		{[]string{"telemetry", "--all"}, "say --yes if that is meant"}, // stdin is no terminal here
 		{[]string{"telemetry", "--yes"}, "say which messages are to go"},
 		{[]string{"telemetry", "--yes", "--all", "--up-to", "3"}, "say which messages are to go"},
+		{[]string{"telemetry", "--yes", "--parked", "--all"}, "--parked goes with --upstream and nothing else"},
+		{[]string{"telemetry", "--yes", "--all", "--upstream", "cloud"}, "--upstream goes with --parked"},
 		{[]string{"telemetry", "--yes", "--up-to", "0"}, "before the first message"},
 		{[]string{"telemetry", "--yes", "--older-than", "soon"}, "neither a time"},
 		{[]string{"telemetri", "--yes", "--all"}, `there is no lane "telemetri" here; there are system, telemetry`},

@@ -822,6 +822,8 @@ func TestPurgeTakesWhatIsSaid(t *testing.T) {
 		`{"all":true}`: {time.Time{}, uint64(0)},
 		`{"up_to":7}`:  {time.Time{}, uint64(7)},
 		`{"older_than":"2026-05-04T03:02:01Z","up_to":7}`: {then, uint64(7)},
+		`{"parked":true}`:                    {"parked", ""},
+		`{"parked":true,"upstream":"cloud"}`: {"parked", "cloud"},
 	} {
 		r.into(&got, 200, "POST", target, body(b))
 		if d := cmp.Diff(want, r.lanes.purged); d != "" || got.Lane != "alarm" || got.Purged.Messages != 2 {
@@ -833,7 +835,7 @@ func TestPurgeTakesWhatIsSaid(t *testing.T) {
 		t.Errorf("72 hours ago is %v wrong", age)
 	}
 	r.lanes.purged = nil
-	for _, b := range []string{`{}`, `{"all":false}`, `{"all":true,"up_to":7}`, `{"older_than":"-1h"}`, `{"older_than":"yesterday"}`, `{"up_to":-1}`} {
+	for _, b := range []string{`{}`, `{"all":false}`, `{"all":true,"up_to":7}`, `{"older_than":"-1h"}`, `{"older_than":"yesterday"}`, `{"up_to":-1}`, `{"parked":true,"all":true}`, `{"parked":true,"up_to":7}`, `{"upstream":"cloud"}`, `{"all":true,"upstream":"cloud"}`} {
 		if a := r.ask("POST", target, body(b)); a.code() != "bad_body" || r.lanes.purged != nil {
 			t.Errorf("%s = %d %s, purged %v", b, a.status, a.body, r.lanes.purged)
 		}

@@ -399,6 +399,14 @@ type lanes struct {
 	purged  []any  // what was asked for last
 }
 
+func (l *lanes) PurgeParked(lane, upstream string) (spool.Count, error) {
+	if lane != "alarm" {
+		return spool.Count{}, fmt.Errorf("lane %q: %w", lane, spool.ErrNoLane)
+	}
+	l.purged = []any{"parked", upstream}
+	return spool.Count{Messages: 2, Bytes: 50}, l.err
+}
+
 func (l *lanes) Purge(lane string, olderThan time.Time, upTo uint64) (spool.Count, error) {
 	if lane != "alarm" {
 		return spool.Count{}, fmt.Errorf("lane %q: %w", lane, spool.ErrNoLane)

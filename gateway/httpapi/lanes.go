@@ -68,8 +68,20 @@ func (s *Server) purge(c *call) error {
 	}
 	lane := c.path("lane")
 	c.object = lane
-	if b.All == (b.OlderThan != "" || b.UpTo != 0) {
-		return failf(codeBadBody, "say which messages are to go: older_than, up_to or both; or all, and nothing else")
+	some := b.OlderThan != "" || b.UpTo != 0
+	if b.Parked {
+		if some || b.All {
+			return failf(codeBadBody, "parked goes with upstream and nothing else: all that is parked of the lane goes")
+		}
+		gone, err := s.p.Lanes.PurgeParked(lane, b.Upstream)
+		if err != nil {
+			return err
+		}
+		c.detail = fmt.Sprintf("%d parked messages", gone.Messages)
+		return c.reply(http.StatusOK, Purged{Lane: lane, Purged: gone})
+	}
+	if b.All == some || b.Upstream != "" {
+		return failf(codeBadBody, "say which messages are to go: older_than, up_to or both; or all, or parked, and nothing else")
 	}
 	var before time.Time
 	if b.OlderThan != "" {

@@ -71,6 +71,8 @@ type Lanes interface {
 	// Purge drops messages received before olderThan (zero: of any age) with a sequence up to upTo (0: all), from the oldest
 	// on until the first that is to stay. spool.ErrNoLane.
 	Purge(lane string, olderThan time.Time, upTo uint64) (spool.Count, error)
+	// PurgeParked drops what upstream ("": any) has refused for good.
+	PurgeParked(lane, upstream string) (spool.Count, error)
 	// ParkedFrom calls fn for the messages that upstreams refused for good, from sequence seq of lane on, lane by lane and by
 	// sequence, and ends with fn's error. spool.ErrNoLane.
 	ParkedFrom(lane string, seq uint64, fn func(spool.ParkedMessage) error) error

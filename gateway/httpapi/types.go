@@ -169,9 +169,11 @@ type PurgeRequest struct {
 	OlderThan string `json:"older_than,omitempty" doc:"Only messages received longer ago than this, such as 72h, or before this time (RFC 3339)."`
 	UpTo      uint64 `json:"up_to,omitempty" doc:"Only messages up to this sequence number."`
 	All       bool   `json:"all,omitempty" doc:"Every message of the lane; instead of the others."`
+	Parked    bool   `json:"parked,omitempty" doc:"Instead of messages that wait: the copies of those that an upstream refused for good."`
+	Upstream  string `json:"upstream,omitempty" doc:"With parked: only what this upstream refused."`
 }
 
-// Purged answers POST /lanes/{lane}/purge: what left the lane.
+// Purged answers POST /lanes/{lane}/purge: what is gone.
 type Purged struct {
 	Lane   string      `json:"lane"`
 	Purged spool.Count `json:"purged"`
