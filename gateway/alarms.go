@@ -94,7 +94,7 @@ func alarmsOf(st *httpapi.Status, parked string, now time.Time) (all []httpapi.A
 	}
 	for i := range st.Upstreams {
 		switch u := &st.Upstreams[i]; {
-		case !u.Connected && now.Sub(u.Since) >= upstreamDownFor:
+		case !u.Connected && !u.Since.IsZero() && now.Sub(u.Since) >= upstreamDownFor: // zero: it has not begun yet
 			why := ""
 			if u.LastError != "" {
 				why = ": " + strings.ReplaceAll(u.LastError, "\n", "; ")

@@ -53,6 +53,7 @@ func TestEachAlarmHasItsReason(t *testing.T) {
 		{"", "", func(s *httpapi.Status) { s.ClockSync, s.Clock.Since = false, alarmNow.Add(-119*time.Second) }},
 		{"warning clock_unsynced ", "NTP", func(s *httpapi.Status) { s.ClockSync, s.Clock.Since, s.Clock.Doubt = false, alarmNow, true }},
 		{"warning upstream_down cloud", "refused; again", func(s *httpapi.Status) { s.Upstreams[0].Connected, s.Upstreams[0].LastError = false, "refused\nagain" }},
+		{"", "", func(s *httpapi.Status) { s.Upstreams[0].Connected, s.Upstreams[0].Since = false, time.Time{} }}, // not begun yet
 		{"", "", func(s *httpapi.Status) {
 			s.Upstreams[0].Connected, s.Upstreams[0].Since = false, alarmNow.Add(-59*time.Second)
 		}},

@@ -376,7 +376,7 @@ func mqttdo(args []string) int {
 	return 0
 }
 
-// upstream ADDRESS FILE: a broker that takes everything and writes a line for each message.
+// upstream ADDRESS FILE [TOPIC]: a broker that takes everything but what is published on TOPIC, and writes a line for each message.
 func upstream(args []string) int {
 	f, err := os.OpenFile(args[1], os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {
@@ -397,7 +397,7 @@ func upstream(args []string) int {
 	}
 	defer store.Close()
 	b, err := broker.New(broker.Config{Listeners: []broker.Listener{{Name: "up", Protocol: "mqtt", Address: args[0]}}},
-		store, lineIntake{f, store}, openDoor{}, nil, slog.New(slog.DiscardHandler), nil)
+		store, lineIntake{f, store}, doorTo{forbidden: append(args, "", "")[2]}, nil, slog.New(slog.DiscardHandler), nil)
 	if err == nil {
 		err = b.Listen()
 	}
@@ -413,6 +413,16 @@ func upstream(args []string) int {
 	}
 	return 0
 }
+
+// doorTo lets everybody in, and nobody publish on one topic.
+type doorTo struct {
+	openDoor
+	forbidden string
+}
+
+func (d doorTo) Connect(context.Context, *broker.ConnectInfo) (broker.Rights, error) { return d, nil }
+func (d doorTo) Rights(string) broker.Rights                                         { return d }
+func (d doorTo) MayPublish(topic []byte) bool                                        { return string(topic) != d.forbidden }
 
 type lineIntake struct {
 	f     *os.File
