@@ -22,6 +22,7 @@ var figures = []figure{
 	{12, "A link of 50 kbit/s", measureLink},
 	{13, "Lists of the API", measureLists},
 	{14, "Taking in while browsers look on", measureViewers},
+	{15, "Taking in, compared with another build", measureAgainst},
 }
 
 // storeFolder is where a gateway keeps its store below its data folder.

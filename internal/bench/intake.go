@@ -33,6 +33,42 @@ func gatewayYAML(upstream, format string) string {
 	return y
 }
 
+// measureAgainst compares two builds of the gateway in turns.
+func measureAgainst(ctx context.Context, c config, s *section) error {
+	if c.against == "" {
+		s.notes = append(s.notes, "Not measured: `-against` names no other build.")
+		return nil
+	}
+	that := c
+	that.bin = c.against
+	var err error
+	return errors.Join(round(c.dir, func(e *env) {
+		upstream := testkit.StartMosquitto(e)
+		for _, l := range []struct {
+			name, upstream string
+			load
+		}{
+			{"100 × 100, upstream away", nobody(e), load{conns: 100, window: 100, qos: 1}},
+			{"100 × 100, upstream there", upstream.Addr, load{conns: 100, window: 100, qos: 1}},
+			{"1 × 100, upstream away", nobody(e), load{conns: 1, window: 100, qos: 1}},
+		} {
+			var of map[string]*intakeResult
+			of, err = contest(ctx, c, l.load, []contender{
+				{"this build", func(e *env) *started { return startGateway(e, c, l.upstream, "batch") }},
+				{"the other", func(e *env) *started { return startGateway(e, that, l.upstream, "batch") }},
+			})
+			if err != nil {
+				return
+			}
+			this, other := of["this build"], of["the other"]
+			s.rows = append(s.rows,
+				row{what: l.name, value: this.acks, unit: "acks/s", than: "the other build", against: other.acks, target: atLeast(0.95, "×")},
+				row{what: l.name + ": µs of CPU per message", value: this.cpu, than: "the other build", against: other.cpu},
+				row{what: l.name + ": p99 from PUBLISH to PUBACK", value: this.p99, unit: "ms", than: "the other build", against: other.p99})
+		}
+	}), err)
+}
+
 func startGateway(e *env, c config, upstream, format string) *started {
 	g := testkit.StartGateway(e, c.bin, "bench", gatewayYAML(upstream, format))
 	return &started{Process: g.Process, addr: g.Addr, gateway: g}

@@ -37,6 +37,7 @@ type config struct {
 	commands int           // submitted over the upstream topic
 	registry int           // devices registered
 	link     time.Duration // on the slow link
+	against  string        // another build; "": none
 	log      io.Writer
 }
 
@@ -59,6 +60,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	flags.SetOutput(stderr)
 	c := config{log: stderr}
 	flags.StringVar(&c.bin, "bin", envOr("HOLDFAST_BIN", "bin/holdfast"), "the gateway's binary")
+	flags.StringVar(&c.against, "against", os.Getenv("BENCH_AGAINST"), "another build of the gateway to compare with (figure 15)")
 	flags.DurationVar(&c.seconds, "time", 2*time.Second, "length of one round")
 	flags.IntVar(&c.rounds, "rounds", 3, "rounds of each figure")
 	flags.IntVar(&c.backlog, "backlog", 1_000_000, "messages to drain")
