@@ -181,8 +181,8 @@ func (g *Gateway) divide(context.Context) (err error) {
 	level := slog.LevelDebug
 	if g.share.scarce != "" && g.share.connections < min(wanted, mostConnections) {
 		level = slog.LevelWarn
-		if g.share.scarce == "memory" {
-			level = slog.LevelInfo // a small box; whoever has more devices sees the metric
+		if g.share.scarce == "memory" || g.share.connections >= manyConnections {
+			level = slog.LevelInfo // a small box, or enough for nearly all; whoever has more devices sees the metric
 		}
 	}
 	g.log.Log(context.Background(), level, "connections are limited", "connections", g.share.connections, "by", g.share.scarce,

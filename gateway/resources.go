@@ -17,6 +17,7 @@ type resources struct {
 
 const (
 	mostConnections = 20_000 // as long as nothing is scarce
+	manyConnections = 10_000 // are enough not to warn of having no more
 	mostTables      = 190
 	mostHTTP        = 128
 	leastFiles      = 64 // below that nothing works
