@@ -96,8 +96,10 @@ func spoolPurge(ctx context.Context, p *program, args []string) (err error) {
 		l = &offlineLane{sp}
 	}
 	lane := words[0]
-	plan, err := planParked(l, lane, ask)
-	if !ask.Parked {
+	var plan purgePlan
+	if ask.Parked {
+		plan, err = planParked(l, lane, ask)
+	} else {
 		plan, err = planPurge(ctx, l, lane, before, ask)
 	}
 	if err != nil {
