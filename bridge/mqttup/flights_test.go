@@ -8,10 +8,14 @@ import (
 	"pgregory.net/rapid"
 
 	"holdfast/bridge/mqttup"
+	"holdfast/internal/testkit"
 )
 
 // TestFlightsAgainstModel compares the table of packet ids with a map, through many wraps of the ids.
 func TestFlightsAgainstModel(t *testing.T) {
+	if testkit.Race {
+		t.Skip("one goroutine, fifteen million steps: nothing for the race detector, and a minute and a half with it")
+	}
 	rapid.Check(t, func(t *rapid.T) {
 		random := rand.New(rand.NewPCG(rapid.Uint64().Draw(t, "seed"), 0))
 		most := rapid.SampledFrom([]int{1, 3, 100, 5000}).Draw(t, "in flight")

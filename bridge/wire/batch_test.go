@@ -12,6 +12,7 @@ import (
 	"pgregory.net/rapid"
 
 	"holdfast/bridge/wire"
+	"holdfast/internal/testkit"
 )
 
 // drawMessage draws any message a spool can hold.
@@ -321,7 +322,7 @@ func TestDecodeBatchNoticesAChangedBody(t *testing.T) {
 
 // The encoder belongs to a gateway that is idle most of the time.
 func TestBatchEncoderIsSmall(t *testing.T) {
-	if raceEnabled {
+	if testkit.Race {
 		t.Skip("the race detector changes what memory costs")
 	}
 	raw := records(t, telemetry(1, 400))
