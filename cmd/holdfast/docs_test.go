@@ -19,6 +19,9 @@ import (
 
 // The examples of docs/devices.md are run in their order, against a gateway that is configured as the page says.
 func TestTheExamplesOfTheDevicesPage(t *testing.T) {
+	if testkit.Race {
+		t.Skip("what it starts runs under the race detector in TestScripts")
+	}
 	for _, tool := range []string{"mosquitto_pub", "sh"} {
 		if _, err := exec.LookPath(tool); err != nil {
 			t.Skipf("no %s here", tool)
@@ -117,6 +120,9 @@ func TestTheExamplesOfTheDevicesPage(t *testing.T) {
 // The commands of docs/quickstart.md are run in their order: those of its first terminal in one shell, those of the others beside
 // it. sudo and systemctl are stand-ins; the gateway, the cloud's broker and the clients are real.
 func TestTheCommandsOfTheQuickStart(t *testing.T) {
+	if testkit.Race {
+		t.Skip("what it starts runs under the race detector in TestScripts")
+	}
 	for _, tool := range []string{"bash", "mosquitto", "mosquitto_pub", "mosquitto_sub"} {
 		if _, err := exec.LookPath(tool); err != nil {
 			t.Skipf("no %s here", tool)
