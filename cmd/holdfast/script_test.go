@@ -12,6 +12,7 @@ import (
 	"encoding/json"
 	"encoding/pem"
 	"errors"
+	"flag"
 	"fmt"
 	"log/slog"
 	"math/big"
@@ -37,6 +38,10 @@ import (
 // The scripts in testdata are operators' stories with the real program: this test binary is it, when
 // it is called by that name.
 func TestMain(m *testing.M) {
+	// Most of the time scripts wait for processes: more of them at once than there are processors. -parallel has the last word.
+	if err := flag.Set("test.parallel", "6"); err != nil {
+		panic(err)
+	}
 	testscript.Main(m, map[string]func(){
 		"holdfast": main,
 		"mqttdo":   func() { os.Exit(mqttdo(os.Args[1:])) },
