@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"slices"
 
 	"holdfast/internal/kv"
 )
@@ -139,45 +140,50 @@ func (s *Spool) PurgeParked(name, upstream string) (gone Count, err error) {
 	}
 	s.replaying.Lock()
 	defer s.replaying.Unlock()
-	if err := s.store.Flush(); err != nil { // what was refused before the call is in reach
-		return Count{}, fmt.Errorf("purge what is parked of lane %q: %w", name, err)
-	}
 	if gone, err = s.dropParked(s.lanes[number], upstream, 1<<63); err != nil {
 		err = fmt.Errorf("purge what is parked of lane %q: %w", name, err)
 	}
 	return gone, err
 }
 
-// dropParked drops the oldest copies of a lane, n bytes of rows at least if there are as many. The caller holds replaying. On
-// a full disk it works as everything does that frees space.
+// dropParked drops the oldest copies of a lane, n bytes of rows at least if there are as many. Their space goes back to the file
+// system at once, unless copies of other upstreams lie among them: then as compactions come to them. The caller holds replaying.
 func (s *Spool) dropParked(l *lane, upstream string, n uint64) (gone Count, err error) {
-	for after := uint64(0); gone.Bytes < n; {
-		var ops []kv.Op
-		batch := Count{}
-		err := s.parkedRows(l, after, func(m *ParkedMessage, _ []byte) error {
-			if len(ops) == replayRecords || gone.Bytes+batch.Bytes >= n {
-				return errStopScan
-			}
-			after = m.Seq
-			if upstream == "" || m.Upstream == upstream {
-				ops = append(ops, kv.Op{Key: keyParked(l.number, m.Seq, m.Upstream), Delete: true})
-				batch.Messages++
-				batch.Bytes += uint64(m.size)
-			}
-			return nil
-		})
-		if errors.Is(err, errStopScan) {
-			err = nil
-		}
-		if len(ops) == 0 {
-			return gone, err
-		}
-		if err := s.store.ApplyWait(ops); err != nil {
-			return gone, err
-		}
-		s.countParked(l, -int(batch.Messages), -int64(batch.Bytes))
-		gone.Messages += batch.Messages
-		gone.Bytes += batch.Bytes
+	s.parking.Lock() // what came in between would go with the others, and not be counted
+	defer s.parking.Unlock()
+	if err := s.store.Flush(); err != nil { // what was refused before is in reach
+		return Count{}, err
 	}
+	last, mixed := uint64(0), false
+	var rows []kv.Op // of upstream, if the copies are mixed
+	err = s.parkedRows(l, 0, func(m *ParkedMessage, _ []byte) error {
+		switch {
+		case gone.Bytes >= n && m.Seq > last:
+			return errStopScan
+		case upstream != "" && m.Upstream != upstream:
+			mixed = true
+			return nil
+		}
+		last = m.Seq
+		gone.Messages++
+		gone.Bytes += uint64(m.size)
+		if upstream != "" {
+			rows = append(rows, kv.Op{Key: keyParked(l.number, m.Seq, m.Upstream), Delete: true})
+		}
+		return nil
+	})
+	if err != nil && !errors.Is(err, errStopScan) || gone.Messages == 0 {
+		return Count{}, err
+	}
+	if mixed {
+		for some := range slices.Chunk(rows, replayRecords) {
+			if err := s.store.ApplyWait(some); err != nil {
+				return Count{}, err
+			}
+		}
+	} else if err := s.store.Excise(keyParked(l.number, 0, ""), keyParked(l.number, last+1, "")); err != nil {
+		return Count{}, err
+	}
+	s.countParked(l, -int(gone.Messages), -int64(gone.Bytes))
 	return gone, nil
 }

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
@@ -69,6 +70,33 @@ func TestParkedHaveALimit(t *testing.T) {
 	}
 }
 
+// TestParkedGiveTheirSpaceBack: to the file system, at once, as the limit says and when somebody drops them.
+func TestParkedGiveTheirSpaceBack(t *testing.T) {
+	const most = 16 * mib
+	cfg := lanes("alarm", "bulk")
+	cfg.Upstreams = map[string][]string{"cloud": {"alarm", "bulk"}}
+	cfg.ParkedBytes = most
+	r := open(t, vfs.NewMem(), cfg)
+	for range 4 { // 64 MiB in all
+		for i := range most / noiseSize {
+			if err := r.add("bulk", i, false); err != nil {
+				t.Fatal(err)
+			}
+		}
+		parkAll(t, r, "cloud", "bulk")
+	}
+	// Beside the copies there are logs, and what the lane itself has not given back yet.
+	freed := func(before, n uint64) func() bool { return func() bool { return r.store.DiskBytes() <= before-n } }
+	before := r.store.DiskBytes()
+	eventually(t, "what is too much has left the disk", func() bool { return parkedCounts(r, "bulk").Bytes <= most && freed(before, 32*mib)() })
+	before = r.store.DiskBytes()
+	gone, err := r.PurgeParked("bulk", "cloud")
+	if err != nil || gone.Bytes < most/2 {
+		t.Fatalf("%+v gone, %v", gone, err)
+	}
+	eventually(t, "what was dropped has left the disk", freed(before, gone.Bytes/2))
+}
+
 // TestPurgeParked drops what one upstream has refused, then the rest.
 func TestPurgeParked(t *testing.T) {
 	cfg := lanes("alarm", "bulk")
@@ -104,4 +132,42 @@ func TestPurgeParked(t *testing.T) {
 		t.Errorf("an unknown lane: %v", err)
 	}
 	r.verify()
+}
+
+// TestPurgeWhileOthersPark: what comes meanwhile is dropped and counted as dropped, or stays and counts as there.
+func TestPurgeWhileOthersPark(t *testing.T) {
+	const n, sites = 300, 8
+	cfg := lanes("alarm", "bulk")
+	cfg.Upstreams = map[string][]string{"cloud": {"bulk"}}
+	for i := range sites {
+		cfg.Upstreams[fmt.Sprint("site-", i)] = []string{"bulk"}
+	}
+	r := open(t, vfs.NewMem(), cfg)
+	r.put("bulk", 0, n)
+	parkAll(t, r, "cloud", "bulk")
+	var parking sync.WaitGroup
+	for i := range sites {
+		parking.Go(func() { parkAll(t, r, fmt.Sprint("site-", i), "bulk") }) // behind cloud: among the rows that go
+	}
+	done := make(chan struct{})
+	go func() {
+		parking.Wait()
+		close(done)
+	}()
+	gone := uint64(0)
+	for more := true; more; {
+		select {
+		case <-done:
+			more = false
+		default:
+		}
+		c, err := r.PurgeParked("bulk", "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		gone += c.Messages
+	}
+	if left := parked(t, r); len(left) != 0 || gone != (sites+1)*n || parkedCounts(r, "bulk") != (spool.Count{}) {
+		t.Errorf("%d gone of %d, %d left, %+v are counted", gone, (sites+1)*n, len(left), parkedCounts(r, "bulk"))
+	}
 }

@@ -483,6 +483,8 @@ func (r *Reader) resolve(end Position, o Outcome) {
 // Park ends everything that the reader has had up to end as parked, and keeps record, the one just before
 // end, where an operator finds it. The two are one commit.
 func (r *Reader) Park(end Position, record []byte, reason string) error {
+	r.s.parking.RLock()
+	defer r.s.parking.RUnlock()
 	g, err := r.s.store.BeginFirst()
 	if err != nil {
 		return err

@@ -137,6 +137,7 @@ type Spool struct {
 	tailMax   int64
 	replaying sync.Mutex // one Replay at a time: two would take the same message
 
+	parking    sync.RWMutex  // read-locked by whoever parks, until the row is handed in; after replaying, before the store's lock
 	parkedGone atomic.Uint64 // copies dropped because there were too many
 
 	damaged   bool // something of the store was lost; only Open uses it and what follows
