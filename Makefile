@@ -155,7 +155,7 @@ container: ## a container image of nothing but the binary, holdfast:VERSION (wan
 	VERSION='$(VERSION)' .ci/container
 
 .PHONY: deb-check
-deb-check: # the package's scripts and the unit, without making it: syntax, validity, exposure of 2.0 at most
+deb-check: # the package's scripts, licences and unit, without making it: syntax, all there, validity, exposure of 2.0 at most
 	.ci/deb-check
 
 .PHONY: deb-test
