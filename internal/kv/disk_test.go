@@ -506,3 +506,55 @@ func TestNoSpaceRefusesAndHealsByItself(t *testing.T) {
 		}
 	}
 }
+
+// TestWaitRemovedWaitsForCompactions: a compaction that runs still reads the tables that are excised under it, so their space is not free yet.
+func TestWaitRemovedWaitsForCompactions(t *testing.T) {
+	var hold, ended atomic.Bool
+	stuck, release := make(chan struct{}), make(chan struct{})
+	disk := errorfs.Wrap(vfs.NewMem(), errorfs.InjectorFunc(func(op errorfs.Op) error {
+		if op.Kind == errorfs.OpCreate && strings.HasSuffix(op.Path, ".sst") && hold.CompareAndSwap(true, false) {
+			close(stuck)
+			<-release
+		}
+		return nil
+	}))
+	s := openAt(t, disk, "data", nil)
+	defer s.Close()
+	compacted := make(chan struct{})
+	for held := false; !held; { // until a compaction is held, which may have been over before it was to be
+		for range 2 { // tables that overlap
+			for i := range 50 {
+				if err := s.ApplyWait([]kv.Op{{Key: row(i).Key, Value: make([]byte, 20_000)}}); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if err := s.FlushTables(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		hold.Store(true)
+		compacted = make(chan struct{})
+		go func() {
+			defer close(compacted)
+			_ = s.Compact(t.Context()) // the excise may call it off
+		}()
+		select {
+		case <-stuck:
+			held = true
+		case <-compacted:
+			held = !hold.Swap(false)
+		}
+	}
+	if err := s.Excise(row(0).Key, kv.PrefixEnd([]byte{kv.PrefixSession})); err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		<-time.After(300 * time.Millisecond) // less than it waits
+		ended.Store(true)
+		close(release)
+	}()
+	if err := s.WaitRemoved(nil); err != nil || !ended.Load() {
+		t.Errorf("it has not waited for the compaction: %v", err)
+	}
+	<-compacted
+}
