@@ -2,6 +2,7 @@ package kv
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"math"
 	"time"
@@ -79,21 +80,24 @@ func (s *Store) pebbleOptions(dir string, tables *pebble.FileCache) *pebble.Opti
 	return o
 }
 
-// cutTables ends a table where a lane's chunks end: tables of different lanes never overlap, so
+// cutTables ends a table where a lane's chunks end, or what is parked of it: tables of different lanes never overlap, so
 // none is rewritten for another's sake, and a lane's oldest tables can be dropped whole.
 func cutTables(start []byte) (pebble.SpanPolicy, []byte, error) {
-	switch {
-	case len(start) == 0 || start[0] < PrefixData:
-		return pebble.SpanPolicy{}, []byte{PrefixData}, nil
-	case start[0] > PrefixData:
-		return pebble.SpanPolicy{}, nil, nil
-	case len(start) == 1:
-		return pebble.SpanPolicy{}, []byte{PrefixData, 0}, nil
-	case start[1] == math.MaxUint8:
-		return pebble.SpanPolicy{}, []byte{PrefixData + 1}, nil
-	default:
-		return pebble.SpanPolicy{}, []byte{PrefixData, start[1] + 1}, nil
+	for _, prefix := range []byte{PrefixData, PrefixParked} {
+		switch {
+		case len(start) == 0 || start[0] < prefix:
+			return pebble.SpanPolicy{}, []byte{prefix}, nil
+		case start[0] > prefix:
+			continue
+		case len(start) == 1:
+			return pebble.SpanPolicy{}, []byte{prefix, 0}, nil
+		case start[1] == math.MaxUint8:
+			return pebble.SpanPolicy{}, []byte{prefix + 1}, nil
+		default:
+			return pebble.SpanPolicy{}, []byte{prefix, start[1] + 1}, nil
+		}
 	}
+	return pebble.SpanPolicy{}, nil, nil
 }
 
 func (s *Store) events(log pebbleLogger, dir string) *pebble.EventListener {
@@ -115,6 +119,9 @@ func (s *Store) events(log pebbleLogger, dir string) *pebble.EventListener {
 			}
 		},
 		BackgroundError: func(err error) {
+			if errors.Is(err, pebble.ErrCancelledCompaction) { // by an excise, which took what it read
+				return
+			}
 			s.m.backgroundErrors.Inc()
 			if pebble.IsCorruptionError(err) && s.suspects.stuck() {
 				s.fail(fmt.Errorf("a table is damaged and cannot be compacted: %w: start again, the start sets aside what is damaged", err))
