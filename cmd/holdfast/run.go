@@ -121,9 +121,18 @@ func handler(w io.Writer, format string) slog.Handler {
 		text = term.IsTerminal(int(f.Fd()))
 	}
 	if text {
+		opts.ReplaceAttr = plainErrors
 		return slog.NewTextHandler(w, opts)
 	}
 	return slog.NewJSONHandler(w, opts)
+}
+
+// plainErrors has errors written by their text alone: with %+v, which the text handler takes, those of the store print stack traces.
+func plainErrors(_ []string, a slog.Attr) slog.Attr {
+	if err, ok := a.Value.Any().(error); ok {
+		a.Value = slog.StringValue(err.Error())
+	}
+	return a
 }
 
 // onSignals gives a context that ends with the first SIGTERM or SIGINT, or when the terminal is closed (SIGHUP); the second

@@ -1,10 +1,14 @@
 package main
 
 import (
+	"bytes"
 	"context"
+	"fmt"
+	"io"
 	"log/slog"
 	"os"
 	"os/signal"
+	"strings"
 	"syscall"
 	"testing"
 )
@@ -38,5 +42,24 @@ func hangUp(t *testing.T) {
 	}
 	if err != nil {
 		t.Fatal(err)
+	}
+}
+
+// chatty prints a stack trace with %+v, as the store's errors do.
+type chatty struct{}
+
+func (chatty) Error() string { return "no room" }
+
+func (chatty) Format(f fmt.State, _ rune) {
+	_, _ = io.WriteString(f, "no room\nstack trace:\n  main.go:1")
+}
+
+func TestErrorsInLogsAreOneLine(t *testing.T) {
+	for _, format := range []string{"text", "json"} {
+		var out bytes.Buffer
+		slog.New(handler(&out, format)).With("first", chatty{}).Warn("w", "err", chatty{})
+		if got := out.String(); strings.Count(got, "no room") != 2 || strings.Contains(got, "stack") {
+			t.Errorf("%s: %s", format, got)
+		}
 	}
 }
