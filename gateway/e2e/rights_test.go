@@ -111,7 +111,8 @@ func TestRights(t *testing.T) {
 
 		// A retained message that is refused is kept for nobody.
 		d = s.in(c)
-		for topic, allowed := range map[string]bool{"dt/kept/temp": true, "twin/other/x": false} {
+		for _, topic := range []string{"dt/kept/temp", "twin/other/x"} { // the second one ends a connection of MQTT 3.1.1
+			allowed := topic == "dt/kept/temp"
 			if err := d.send(t.Context(), &mqtt.Publish{Topic: []byte(topic), Payload: []byte("kept"), QoS: 1, Retain: true}); (err == nil) != allowed {
 				t.Errorf("retained on %s: %v", topic, err)
 			}
