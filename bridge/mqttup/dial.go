@@ -130,6 +130,7 @@ type progressConn struct {
 
 func (c *progressConn) Write(p []byte) (n int, err error) {
 	c.moved.Store(ticks())
+	c.resume(time.Now())
 	for {
 		c.mu.Lock()
 		// A look from time to time: the deadline of one write says nothing about when it last moved.
@@ -191,8 +192,9 @@ func (c *progressConn) lastMove() int64 {
 // speed is what the link takes, as far as it is known, and what follows from it. Whatever is written and not on its way yet stands
 // before a ping that comes now, so that must not be more than the link takes in a moment.
 type speed struct {
-	since time.Time // of the present measurement; zero: none
-	from  uint64    // taken then
+	since time.Time // of the present measurement
+	ended time.Time // the last write
+	from  uint64    // taken at since
 	rate  float64   // bytes a second; 0: not known
 	kept  int       // what the kernel keeps unsent, as told to it last; 0: it was not told
 }
@@ -205,24 +207,28 @@ const (
 	unsentHigh  = 128 << 10
 )
 
+// resume begins to measure anew if nothing was written for a while: that says nothing about the link. A write that takes long does.
+func (c *progressConn) resume(now time.Time) {
+	if s := &c.speed; now.Sub(s.ended) > measureFor {
+		c.look()
+		s.since, s.from = now, c.taken.Load()
+	}
+}
+
 // measure learns from a write that has just ended.
 func (c *progressConn) measure(now time.Time) {
 	s := &c.speed
+	s.ended = now
 	d := now.Sub(s.since)
-	if d < measureFor && !s.since.IsZero() {
+	if d < measureFor {
 		return
 	}
 	c.look()
 	taken := c.taken.Load()
-	if !s.since.IsZero() && d < 8*measureFor { // else it was idle in between, and nobody knows
-		// What a link once took it may take again, but not for long: at worst it is believed for some seconds.
-		s.rate = max(float64(taken-min(s.from, taken))/d.Seconds(), s.rate/2, 1)
-	}
+	// What a link once took it may take again, but not for long: at worst it is believed for some seconds.
+	s.rate = max(float64(taken-min(s.from, taken))/d.Seconds(), s.rate/2, 1)
 	s.since, s.from = now, taken
-	unsent := unsentLow * 4
-	if s.rate > 0 {
-		unsent = min(max(int(s.rate/4), unsentLow), unsentHigh)
-	}
+	unsent := min(max(int(s.rate/4), unsentLow), unsentHigh)
 	if c.raw != nil && (unsent > 2*s.kept || unsent < s.kept/2) {
 		s.kept = unsent
 		setUnsent(c.raw, unsent)

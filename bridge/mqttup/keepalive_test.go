@@ -103,13 +103,17 @@ var (
 	puback  = []byte{0x40, 2, 0, 7}
 )
 
-// TestPingOvertakesData: at 2 KB/s some 128 KiB wait, more than a minute's worth, when a ping and an acknowledgement are written.
+// TestPingOvertakesData: at 2 KB/s some 140 KiB wait, more than a minute's worth, when a ping and an acknowledgement are written.
 func TestPingOvertakesData(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c, f := pipe(t, 2000, mqttup.Options{})
-		payload := []byte(strings.Repeat("x", 480))
+		payload := strings.Repeat("x", 480)
 		for i := range 270 {
-			if err := c.Publish(&bridge.Message{Token: uint64(i), Topic: "dt/pump", Payload: payload}); err != nil {
+			p := []byte(payload)
+			if i == 0 { // one write of six seconds, while nothing is known of the link
+				p = []byte(strings.Repeat(payload, 25))
+			}
+			if err := c.Publish(&bridge.Message{Token: uint64(i), Topic: "dt/pump", Payload: p}); err != nil {
 				t.Fatal(err)
 			}
 		}
