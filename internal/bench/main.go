@@ -76,6 +76,10 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	if err := flags.Parse(args); err != nil {
 		return 2
 	}
+	if *write != "" && *only != "" {
+		fmt.Fprintln(stderr, "bench: -write replaces the results of all figures: leave -only out, or copy what it prints")
+		return 2
+	}
 	if *smoke {
 		c.seconds, c.rounds, c.backlog, c.idle, c.spoolGB = 500*time.Millisecond, 1, 20_000, 200, 0.05
 		c.devices, c.commands, c.registry, c.link = 200, 2000, 1000, 5*time.Second
