@@ -829,8 +829,7 @@ func TestBatchDoesNotSpanAHole(t *testing.T) {
 		r.src.add("telemetry", numbered("pump", 2, 10)...)
 		synctest.Wait() // staged
 		r.src.evict("telemetry", 10)
-		r.src.add("telemetry", numbered("pump", 11, 30)...)
-		r.src.evict("telemetry", 20)
+		r.src.addEvicted("telemetry", 20, numbered("pump", 11, 30)...)
 		r.settled(time.Second)
 		var got []string
 		for _, m := range r.up.Arrived() {

@@ -62,7 +62,10 @@ func (s *source) lane(name string) *laneFake {
 }
 
 // add commits records to a lane.
-func (s *source) add(lane string, rs ...spool.Record) {
+func (s *source) add(lane string, rs ...spool.Record) { s.addEvicted(lane, 0, rs...) }
+
+// addEvicted adds records of which all up to the one at to are gone before anybody has read them.
+func (s *source) addEvicted(lane string, to int, rs ...spool.Record) {
 	l := s.lane(lane)
 	s.mu.Lock()
 	for i := range rs {
@@ -73,6 +76,7 @@ func (s *source) add(lane string, rs ...spool.Record) {
 		}
 		l.records = append(l.records, rec{spool.AppendRecord(nil, &rs[i]), pos})
 	}
+	l.evictLocked(to)
 	s.mu.Unlock()
 	select {
 	case s.ready <- struct{}{}:
@@ -194,7 +198,10 @@ func (l *laneFake) Park(end spool.Position, record []byte, reason string) error 
 func (s *source) evict(lane string, to int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	l := s.lane(lane)
+	s.lane(lane).evictLocked(to)
+}
+
+func (l *laneFake) evictLocked(to int) {
 	for l.cursor < to {
 		l.cursor++
 		l.outcomes = append(l.outcomes, spool.Evicted)

