@@ -269,7 +269,7 @@ func TestTakeoverIsInstantWithADeadPeer(t *testing.T) {
 		}
 		begin := time.Now()
 		r.client(v, "dev", keep)
-		if d := time.Since(begin); d > time.Second {
+		if d := time.Since(begin); d > 3*time.Second { // less than what a write to it may take
 			t.Errorf("took %v", d)
 		}
 	})

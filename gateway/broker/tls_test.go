@@ -267,7 +267,7 @@ func TestRevokedClientsAreEnded(t *testing.T) {
 				t.Fatal(err)
 			}
 			p.closed(mqtt.NotAuthorized)
-			if d := time.Since(begin); d > time.Second {
+			if d := time.Since(begin); d > 3*time.Second {
 				t.Errorf("ended after %v", d)
 			}
 			q.silent()
