@@ -220,9 +220,6 @@ esac`,
 
 func portOf(t *testing.T) string {
 	t.Helper()
-	address, err := freeAddress()
-	if err != nil {
-		t.Fatal(err)
-	}
+	address := testkit.FreeAddr(t)
 	return address[strings.LastIndexByte(address, ':')+1:]
 }

@@ -33,6 +33,7 @@ import (
 	"holdfast/gateway/broker"
 	"holdfast/internal/kv"
 	"holdfast/internal/mqtt"
+	"holdfast/internal/testkit"
 )
 
 // The scripts in testdata are operators' stories with the real program: this test binary is it, when
@@ -58,11 +59,7 @@ func TestScripts(t *testing.T) {
 		Setup: func(env *testscript.Env) error {
 			// Fresh addresses on loopback, and certificates for 127.0.0.1.
 			for _, name := range []string{"MQTT", "MQTT2", "HTTP", "UP"} {
-				addr, err := freeAddress()
-				if err != nil {
-					return err
-				}
-				env.Setenv(name, addr)
+				env.Setenv(name, testkit.FreeAddr(t))
 			}
 			// Something that answers as the API of a gateway with a device, and the token for it.
 			f := newFakeGateway(t)
@@ -188,15 +185,6 @@ func expand(ts *testscript.TestScript, _ bool, args []string) {
 		ts.Check(err)
 		ts.Check(os.WriteFile(file, []byte(os.Expand(string(b), ts.Getenv)), 0o600))
 	}
-}
-
-func freeAddress() (string, error) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return "", err
-	}
-	defer l.Close()
-	return l.Addr().String(), nil
 }
 
 // writeCertificates makes ca.pem, and server.pem and client.pem signed by it, with their keys.
