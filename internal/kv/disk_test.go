@@ -519,8 +519,7 @@ func TestWaitRemovedWaitsForCompactions(t *testing.T) {
 		}
 		return nil
 	}))
-	var said bytes.Buffer
-	s := openAt(t, disk, "data", func(o *kv.Options) { o.Log = slog.New(slog.NewTextHandler(&said, nil)) })
+	s := openAt(t, disk, "data", nil)
 	defer s.Close()
 	compacted := make(chan struct{})
 	for held := false; !held; { // until a compaction is held, which may have been over before it was to be
@@ -559,7 +558,51 @@ func TestWaitRemovedWaitsForCompactions(t *testing.T) {
 		t.Errorf("it has not waited for the compaction: %v", err)
 	}
 	<-compacted
-	if err := s.Close(); err != nil || said.Len() > 0 { // that a compaction is called off is no failure
+}
+
+// TestFlushCalledOffByAnExcise: Pebble calls off a flush whose rows lie around the range, and does it again. That is no failure.
+func TestFlushCalledOffByAnExcise(t *testing.T) {
+	var hold atomic.Bool
+	stuck, release := make(chan struct{}), make(chan struct{})
+	disk := errorfs.Wrap(vfs.NewMem(), errorfs.InjectorFunc(func(op errorfs.Op) error {
+		if op.Kind == errorfs.OpCreate && strings.HasSuffix(op.Path, ".sst") && hold.CompareAndSwap(true, false) {
+			close(stuck)
+			<-release
+		}
+		return nil
+	}))
+	var said bytes.Buffer
+	s := openAt(t, disk, "data", func(o *kv.Options) { o.Log = slog.New(slog.NewTextHandler(&said, nil)) })
+	put := func(prefixes ...byte) {
+		t.Helper()
+		for _, prefix := range prefixes {
+			if err := s.ApplyWait([]kv.Op{{Key: []byte{prefix, 1}, Value: []byte("x")}}); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	put(kv.PrefixParked)
+	if err := s.FlushTables(); err != nil {
+		t.Fatal(err)
+	}
+	put(kv.PrefixMeta, kv.PrefixSession) // around it
+	hold.Store(true)
+	flushed := make(chan error, 1)
+	go func() { flushed <- s.FlushTables() }()
+	<-stuck
+	if err := s.Excise([]byte{kv.PrefixParked}, kv.PrefixEnd([]byte{kv.PrefixParked})); err != nil {
+		t.Fatal(err)
+	}
+	close(release)
+	if err := <-flushed; err != nil {
+		t.Fatal(err)
+	}
+	for _, prefix := range []byte{kv.PrefixMeta, kv.PrefixParked, kv.PrefixSession} {
+		if _, found, err := s.Get([]byte{prefix, 1}); err != nil || found != (prefix != kv.PrefixParked) {
+			t.Errorf("row %c: %t, %v", prefix, found, err)
+		}
+	}
+	if err := s.Close(); err != nil || said.Len() > 0 {
 		t.Errorf("%v; the log says\n%s", err, said.String())
 	}
 }

@@ -119,7 +119,7 @@ func (s *Store) events(log pebbleLogger, dir string) *pebble.EventListener {
 			}
 		},
 		BackgroundError: func(err error) {
-			if errors.Is(err, pebble.ErrCancelledCompaction) { // by an excise, which took what it read
+			if errors.Is(err, pebble.ErrCancelledCompaction) { // a flush, by an excise: it is done again
 				return
 			}
 			s.m.backgroundErrors.Inc()
