@@ -130,10 +130,13 @@ func handler(w io.Writer, format string) slog.Handler {
 // plainErrors has errors written by their text alone: with %+v, which the text handler takes, those of the store print stack traces.
 func plainErrors(_ []string, a slog.Attr) slog.Attr {
 	if err, ok := a.Value.Any().(error); ok {
-		a.Value = slog.StringValue(err.Error())
+		a.Value = slog.AnyValue(plainError{err}) // not its text: calling Error on a nil pointer is left to fmt, which survives it
 	}
 	return a
 }
+
+// plainError hides that an error can format itself.
+type plainError struct{ error }
 
 // onSignals gives a context that ends with the first SIGTERM or SIGINT, or when the terminal is closed (SIGHUP); the second
 // has its usual effect. A log that nobody reads any more (SIGPIPE) is no reason to stop.

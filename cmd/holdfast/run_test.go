@@ -61,5 +61,7 @@ func TestErrorsInLogsAreOneLine(t *testing.T) {
 		if got := out.String(); strings.Count(got, "no room") != 2 || strings.Contains(got, "stack") {
 			t.Errorf("%s: %s", format, got)
 		}
+		var none *os.PathError
+		slog.New(handler(&out, format)).Warn("w", "err", none) // a mistake, but no reason to end
 	}
 }
