@@ -225,7 +225,7 @@ func (c *progressConn) measure(now time.Time) {
 	}
 	c.look()
 	taken := c.taken.Load()
-	// What a link once took it may take again, but not for long: at worst it is believed for some seconds.
+	// What a link once took it may take again, but each measurement halves the belief in it.
 	s.rate = max(float64(taken-min(s.from, taken))/d.Seconds(), s.rate/2, 1)
 	s.since, s.from = now, taken
 	unsent := min(max(int(s.rate/4), unsentLow), unsentHigh)
